@@ -1,0 +1,74 @@
+"""Connecting to Ray: a given cluster, or a quiet private instance on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from effir_ray.errors import InputError
+
+_LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
+"""Stages talk through files, so the object store only carries small blocks."""
+
+_WORKER_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",  # DeepSpeed otherwise probes for accelerators at import
+    "OMP_WAIT_POLICY": "passive",  # spinning OpenMP threads slow FAISS and neighbouring workers
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+}
+
+
+def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
+    """Make Ray usable in this process; does nothing when it already is.
+
+    ``address`` (or the environment's RAY_ADDRESS) names a running cluster; without one a private local
+    instance starts and ends with this process. Raises InputError when the address does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray
+
+    if ray.is_initialized():
+        return
+    target = address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+        "runtime_env": {"env_vars": worker_environment()},
+    }
+    if target is None:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": num_cpus,
+            "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
+        }
+    else:
+        options["address"] = target
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if target is None:
+            raise
+        raise InputError(
+            f"no Ray cluster answers at '{target}' ({_first_line(error)}); start one with 'ray start --head' "
+            "or leave --address and RAY_ADDRESS unset to run on this machine"
+        ) from None
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of every worker process. A cluster with GPUs keeps DeepSpeed's own choice."""
+    import torch
+
+    environment = dict(_WORKER_ENVIRONMENT)
+    if torch.cuda.is_available():
+        del environment["DS_ACCELERATOR"]
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        environment["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
+    return environment
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,39 @@
+"""A plan says, for every layer, whether attention stays and which MLP neurons stay. Pure data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effir_ray.config import Config
+
+
+class LayerPlan(Config):
+    """``neurons``: sorted indices of the kept intermediate neurons; None keeps all of them."""
+
+    attention: bool = True
+    mlp: bool = True
+    neurons: tuple[int, ...] | None = None
+
+
+class Plan(Config):
+    """One entry a layer of the uncompressed backbone; a dropped block keeps its (empty) place."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @classmethod
+    def full(cls, n_layers: int) -> Plan:
+        return cls(layers=(LayerPlan(),) * n_layers)
+
+    def per_layer_config(self) -> dict[str, dict[str, Any]]:
+        """transformers' own schema: ``{"2": {"skip": ["mlp"]}, "3": {"intermediate_size": 1024}}``."""
+        result: dict[str, dict[str, Any]] = {}
+        for index, layer in enumerate(self.layers):
+            entry: dict[str, Any] = {}
+            skip = [name for name, kept in (("attention", layer.attention), ("mlp", layer.mlp)) if not kept]
+            if skip:
+                entry["skip"] = skip
+            if layer.mlp and layer.neurons is not None:
+                entry["intermediate_size"] = len(layer.neurons)
+            if entry:
+                result[str(index)] = entry
+        return result

@@ -1,0 +1,74 @@
+"""A schedule says what is asked of a backbone: which sublayers to drop and how much width to remove."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from effir_ray.config import Config
+
+Criterion = Literal["cosine", "pooled", "greedy", "dev-loss", "random"]
+WidthMethod = Literal["self-slimming", "magnitude", "activation", "gate-activation", "taylor", "random"]
+
+
+def parse_drop(value: Any) -> Any:
+    """``8`` is a count; ``"3,5"`` and ``[3, 5]`` are layer indices; ``"5,"`` is the one layer 5."""
+    if isinstance(value, str):
+        parts = [part for part in value.split(",") if part.strip()]
+        return tuple(int(part) for part in parts) if "," in value else int(value)
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return value
+
+
+Drop = Annotated[int | tuple[int, ...], BeforeValidator(parse_drop)]
+
+
+class Schedule(Config):
+    """One point of the search: depth (sublayers dropped) first, then width (neurons removed).
+
+    ``drop_*`` take a count (the least important go, by ``importance``) or explicit layer indices. Order of
+    application: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
+    ``width_reduction`` is the fraction of the remaining intermediate neurons removed, ranked globally
+    (paper section 3.2).
+    """
+
+    drop_attention: Drop = 0
+    drop_mlp: Drop = 0
+    drop_block: Drop = 0
+    drop_last_blocks: int = Field(default=0, ge=0)
+    importance: Criterion = "cosine"
+    width_reduction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    width_method: WidthMethod = "self-slimming"
+    width_multiple: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Schedule:
+        for name in ("drop_attention", "drop_mlp", "drop_block"):
+            drop = getattr(self, name)
+            layers = drop if isinstance(drop, tuple) else ()
+            if (isinstance(drop, int) and drop < 0) or any(layer < 0 for layer in layers):
+                raise ValueError(f"{name} takes a count or layer indices that are not negative")
+            if len(set(layers)) < len(layers):
+                raise ValueError(f"{name} names a layer twice")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The paper's notation: ``16M8A-w30``, ``last4B``, ``M[3,5]``, ``full``."""
+        parts = [
+            _drop_name(self.drop_last_blocks, "B", "last"),
+            _drop_name(self.drop_block, "B"),
+            _drop_name(self.drop_mlp, "M"),
+            _drop_name(self.drop_attention, "A"),
+        ]
+        depth = "".join(parts)
+        width = f"w{100 * self.width_reduction:g}" if self.width_reduction else ""
+        return "-".join(part for part in (depth, width) if part) or "full"
+
+
+def _drop_name(drop: int | tuple[int, ...], unit: str, prefix: str = "") -> str:
+    if isinstance(drop, tuple):
+        return f"{unit}[{','.join(str(layer) for layer in drop)}]" if drop else ""
+    return f"{prefix}{drop}{unit}" if drop else ""

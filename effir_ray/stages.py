@@ -1,0 +1,118 @@
+"""Content-addressed stages: a step of work is a folder named by the hash of everything that determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+import effir_ray
+from effir_ray.errors import InputError
+
+_KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
+
+
+class StageStore:
+    """Runs each stage once; shared by trials, processes and (on a shared file system) nodes.
+
+    A stage is built in a temporary folder beside its place and renamed when complete, so a killed run leaves
+    nothing that a later one mistakes for a result. ``root/runs.log`` holds one line a build, for audits.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def path(self, stage: str, inputs: Mapping[str, Any], *, version: int = 1) -> Path:
+        """Where the stage lies or would lie."""
+        identity = {"stage": stage, "version": version, "inputs": inputs}
+        return self.root / stage / _digest(identity)[:_KEY_LENGTH]
+
+    def run(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], None],
+        *,
+        version: int = 1,
+    ) -> Path:
+        """The stage's folder, built by ``build(folder)`` unless it is there already.
+
+        ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
+        raised when the stage's code changes what it writes. Two callers that need the same stage at once
+        share one build: the second waits for a file lock.
+        """
+        place = self.path(stage, inputs, version=version)
+        if (place / "stage.json").exists():
+            return place
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(place.with_name(f"{place.name}.lock")):
+                if not (place / "stage.json").exists():
+                    self._build(stage, inputs, build, version, place)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise InputError(
+                    f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
+                ) from None
+            raise
+        return place
+
+    def _build(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        build: Callable[[Path], None],
+        version: int,
+        place: Path,
+    ) -> None:
+        """Called with the stage's lock held."""
+        for leftover in place.parent.glob(f"{place.name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
+        aside.mkdir()
+        started = time.perf_counter()
+        try:
+            build(aside)
+            record = {
+                "stage": stage,
+                "version": version,
+                "inputs": inputs,
+                "seconds": round(time.perf_counter() - started, 3),
+                "effir_ray": effir_ray.__version__,
+            }
+            (aside / "stage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            aside.rename(place)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        with (self.root / "runs.log").open("a") as log:
+            log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the relative names and bytes of a file or of every file below a folder."""
+    path = Path(path)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    total = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        total.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _digest(identity: Mapping[str, Any]) -> str:
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+_NO_SPACE = frozenset({28, 122})  # ENOSPC, EDQUOT
