@@ -1,0 +1,95 @@
+"""Stages: built once, never half, shared between processes."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from effir_ray.errors import InputError
+from effir_ray.stages import StageStore, fingerprint
+
+
+def _write(folder: Path) -> None:
+    (folder / "value").write_text("1")
+
+
+def test_a_second_run_builds_nothing(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+    first = store.run("double", {"x": 1}, _write)
+
+    def forbidden(folder: Path) -> None:
+        raise AssertionError("built twice")
+
+    assert store.run("double", {"x": 1}, forbidden) == first
+    assert (first / "value").read_text() == "1"
+    assert len((tmp_path / "runs.log").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("inputs, version", [({"x": 2}, 1), ({"x": 1}, 2)])
+def test_other_inputs_or_code_are_another_stage(tmp_path: Path, inputs: dict[str, int], version: int) -> None:
+    store = StageStore(tmp_path)
+    assert store.run("s", {"x": 1}, _write) != store.run("s", inputs, _write, version=version)
+
+
+def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError):
+        store.run("s", {}, fails)
+    assert not list(tmp_path.glob("s/*/half"))
+    assert (store.run("s", {}, _write) / "value").exists()
+
+
+def _slow_build(root: Path, seconds: float) -> None:
+    def build(folder: Path) -> None:
+        (folder / "half").write_text("")
+        time.sleep(seconds)
+
+    StageStore(root).run("slow", {}, build)
+
+
+def test_processes_share_one_build(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_slow_build, args=(tmp_path, 0.5)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert len((tmp_path / "runs.log").read_text().splitlines()) == 1
+
+
+def test_a_killed_build_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("fork").Process(target=_slow_build, args=(tmp_path, 60))
+    worker.start()
+    while not list(tmp_path.glob("slow/*.tmp-*/half")):
+        time.sleep(0.01)
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+    place = StageStore(tmp_path).run("slow", {}, _write)
+    assert sorted(item.name for item in place.iterdir()) == ["stage.json", "value"]
+    assert not list(tmp_path.glob("slow/*.tmp-*"))
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="no disk space left while building stage 's'"):
+        StageStore(tmp_path).run("s", {}, full)
+
+
+def test_fingerprint_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    before = fingerprint(tmp_path)
+    (tmp_path / "a").write_text("2")
+    changed = fingerprint(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({before, changed, fingerprint(tmp_path)}) == 3
