@@ -1,0 +1,141 @@
+"""What a measured trial is: one flat, self-describing row of an Arrow table."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from datetime import UTC, datetime
+from typing import Annotated, Literal, Union
+
+import pyarrow as pa
+from pydantic import AfterValidator, Field, FiniteFloat, model_validator
+
+from effir_ray.config import Config
+
+SCHEMA_VERSION = 1
+"""Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
+readable: a column that a file lacks is null."""
+
+Direction = Literal["max", "min"]
+
+DIRECTIONS: dict[str, Direction] = {
+    "ndcg_at_10": "max",
+    "recall_at_100": "max",
+    "mrr_at_10": "max",
+    "map_at_100": "max",
+    "parameters": "min",
+    "parameter_ratio": "min",
+    "flops_per_document": "min",
+    "bytes": "min",
+    "document_ms": "min",
+    "query_ms": "min",
+    "document_speedup": "max",
+    "query_speedup": "max",
+}
+"""Every column that can be an objective, and which way is better."""
+
+DEFAULT_OBJECTIVES = ("ndcg_at_10", "parameters", "document_ms")
+
+
+def _is_json(text: str) -> str:
+    json.loads(text)
+    return text
+
+
+JsonText = Annotated[str, AfterValidator(_is_json)]
+Score = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class TrialRow(Config):
+    """One trial on one split of one data set.
+
+    Everything needed to read the numbers stands in the row itself; ``trial`` is the configuration that
+    repeats it. A failed trial has no scores but a ``reason``. Scores are fractions (0.54, not 54).
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    study: str = Field(description="name of the study that ran the trial")
+    trial_id: str = Field(description="hash of `trial`")
+    trial: JsonText = Field(description="configuration that repeats the trial, JSON")
+    schedule: str = Field(description="compression schedule in the paper's notation, e.g. 16M8A-w30")
+    plan: JsonText = Field(default="{}", description="per_layer_config: what is left of every layer, JSON")
+    backbone: str = Field(description="name or path of the uncompressed model")
+    dataset: str
+    split: Literal["train", "dev", "test"]
+    seed: int = 0
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = Field(default="", description="why the trial failed")
+    ndcg_at_10: Score | None = Field(default=None, description="nDCG@10, mean over queries, 0 to 1")
+    recall_at_100: Score | None = Field(default=None, description="Recall@100, mean over queries, 0 to 1")
+    mrr_at_10: Score | None = Field(default=None, description="MRR@10, mean over queries, 0 to 1")
+    map_at_100: Score | None = Field(default=None, description="MAP@100, mean over queries, 0 to 1")
+    parameters: Count | None = Field(default=None, description="parameters without the LM head")
+    parameter_ratio: Positive | None = Field(default=None, description="parameters / those of the full model")
+    flops_per_document: Positive | None = Field(default=None, description="FLOPs to encode one document")
+    bytes: Count | None = Field(default=None, description="size of the weights in bytes")
+    document_ms: Positive | None = Field(default=None, description="milliseconds to encode one document")
+    query_ms: Positive | None = Field(default=None, description="milliseconds to encode one query")
+    document_speedup: Positive | None = Field(
+        default=None, description="document encoding speed / that of the full model in the same run"
+    )
+    query_speedup: Positive | None = Field(
+        default=None, description="query encoding speed / that of the full model in the same run"
+    )
+    recovered: bool = Field(default=False, description="trained after compression")
+    git_commit: str = Field(default="", description="commit of the code that ran")
+    versions: JsonText = Field(default="{}", description="package versions, JSON")
+    hardware: str = Field(default="", description="the machine, in words")
+    wall_seconds: FiniteFloat | None = None
+    device_seconds: FiniteFloat | None = Field(default=None, description="wall seconds times workers")
+    created_at: datetime = Field(default_factory=_now)
+
+    @model_validator(mode="after")
+    def _trustworthy(self) -> TrialRow:
+        if self.status == "ok" and self.ndcg_at_10 is None:
+            raise ValueError("a row with status 'ok' has an ndcg_at_10")
+        if self.status == "failed" and not self.reason:
+            raise ValueError("a row with status 'failed' gives its reason")
+        return self
+
+
+_ARROW_TYPES: dict[object, pa.DataType] = {
+    str: pa.string(),
+    int: pa.int64(),
+    float: pa.float64(),
+    bool: pa.bool_(),
+    datetime: pa.timestamp("us", tz="UTC"),
+}
+
+
+def _arrow_type(annotation: object) -> pa.DataType:
+    """``Score | None`` -> float64, ``Literal["ok", "failed"]`` -> string."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return pa.string()
+    if origin in (Union, types.UnionType, Annotated):
+        return _arrow_type(typing.get_args(annotation)[0])
+    return _ARROW_TYPES[annotation]
+
+
+def _arrow_schema() -> pa.Schema:
+    hints = typing.get_type_hints(TrialRow, include_extras=True)
+    fields = [
+        pa.field(
+            name,
+            _arrow_type(hints[name]),
+            metadata={"description": info.description} if info.description else None,
+        )
+        for name, info in TrialRow.model_fields.items()
+    ]
+    return pa.schema(fields, metadata={"effir_ray_schema": str(SCHEMA_VERSION)})
+
+
+ARROW_SCHEMA: pa.Schema = _arrow_schema()
+"""The table of ``TrialRow``; every column carries its description as field metadata."""

@@ -1,0 +1,92 @@
+"""Tables of rows on disk: append-only Parquet files, written atomically, safe for parallel writers."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from effir_ray.errors import InputError
+from effir_ray.results.schema import ARROW_SCHEMA, SCHEMA_VERSION, TrialRow
+
+ROWS_FOLDER = "rows"
+
+
+def append(folder: Path | str, rows: Sequence[TrialRow]) -> Path:
+    """Add ``rows`` to the study in ``folder`` as one new file ``rows/<time>-<id>.parquet``; returns it.
+
+    The file appears complete or not at all. Raises InputError when the disk is full.
+    """
+    table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=ARROW_SCHEMA)
+    target = Path(folder) / ROWS_FOLDER
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
+    aside = target / f".{name}.tmp"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, aside)
+        aside.rename(target / name)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{target}: no disk space left to write results; free some and resume") from None
+        raise
+    return target / name
+
+
+def read(folders: Iterable[Path | str]) -> pa.Table:
+    """All rows of the given study folders, ``rows`` folders or Parquet files, oldest first.
+
+    Files of older schema versions are accepted; their missing columns are null. Raises InputError when there
+    is nothing to read, a file is no table of rows, or it was written by a newer effir-ray.
+    """
+    files = [file for folder in folders for file in _files(Path(folder))]
+    return pa.concat_tables([_read_file(file) for file in dict.fromkeys(files)])
+
+
+def latest(table: pa.Table) -> pa.Table:
+    """The last row of every (study, trial, data set, split): a trial run again replaces its earlier row."""
+    keys = zip(*(table[name].to_pylist() for name in ("study", "trial_id", "dataset", "split")), strict=True)
+    last = {key: index for index, key in enumerate(keys)}
+    return table.take(pa.array(sorted(last.values()), pa.int64()))
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if not place.exists():
+        raise InputError(f"{place}: no such folder; give the --out folder of a search or evaluation")
+    nested = place / ROWS_FOLDER
+    files = sorted((nested if nested.is_dir() else place).glob("*.parquet"))
+    if not files:
+        raise InputError(f"{place}: no results here; expected {ROWS_FOLDER}/*.parquet, written by a search")
+    return files
+
+
+def _read_file(file: Path) -> pa.Table:
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{file}: not a readable Parquet file ({_first_line(error)})") from None
+    version = (table.schema.metadata or {}).get(b"effir_ray_schema")
+    if version is None:
+        raise InputError(f"{file}: not a table of effir-ray results (its metadata lacks effir_ray_schema)")
+    if int(version) > SCHEMA_VERSION:
+        raise InputError(
+            f"{file}: results schema {int(version)}, newer than {SCHEMA_VERSION} read here; upgrade effir-ray"
+        )
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.schema.names
+        else pa.nulls(len(table), field.type)
+        for field in ARROW_SCHEMA
+    ]
+    return pa.Table.from_arrays(columns, schema=ARROW_SCHEMA)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
