@@ -1,0 +1,105 @@
+"""What one fine-tuning run is. Every default is the paper's (section 4) unless its comment says otherwise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from effir_ray.config import Config
+
+
+class LoraConfig(Config):
+    """Low-rank adapters on every Linear of every block: the seven projections of a gated decoder block."""
+
+    r: int = Field(default=32, ge=1)
+    alpha: float = Field(default=64.0, gt=0)
+
+
+class DistillationConfig(Config):
+    """Weights of the terms beside InfoNCE; a term with weight 0 is not computed.
+
+    ``scores``: KL divergence to the softmax of a reranker's scores, used for the queries that carry them.
+    ``embedding`` and ``similarity``: against ``teacher``, an uncompressed model that encodes the training
+    texts once. ``temperature`` divides the reranker's scores.
+    """
+
+    scores: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    teacher: str | None = None
+    embedding: float = Field(default=0.0, ge=0)
+    similarity: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _teacher_is_used(self) -> DistillationConfig:
+        weighted = self.embedding > 0 or self.similarity > 0
+        if weighted and self.teacher is None:
+            raise ValueError("embedding and similarity need a teacher: name a model, or set both to 0")
+        if self.teacher is not None and not weighted:
+            raise ValueError("a teacher needs a positive embedding or similarity weight")
+        return self
+
+
+class DevConfig(Config):
+    """Dev nDCG@10 on a fixed sample every ``every`` steps; the checkpoint with the best one is the result."""
+
+    every: int = Field(ge=1)
+    queries: int = Field(default=100, ge=1)
+    documents: int = Field(default=1000, ge=1)
+
+
+class TrainConfig(Config):
+    """``batch_size`` counts the queries of one optimizer step over all workers; every query meets the documents
+    of all the others as negatives, however the batch is cut into micro-batches.
+
+    dataset: ``stdlib``, a BEIR folder or name, or a JSONL file of pairs.
+    negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
+    token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
+    (GradCache). None keeps everything.
+    """
+
+    dataset: str
+    split: str = "train"
+    negatives: str = "given"
+    hard_negatives: int = Field(default=7, ge=0)
+    epochs: float = Field(default=1.0, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=128, ge=2)  # not stated in the paper; RepLLaMA's
+    query_max_length: int = Field(default=512, ge=2)
+    document_max_length: int = Field(default=512, ge=2)
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    schedule: Literal["linear", "cosine"] = "linear"  # not stated; the Hugging Face default
+    warmup: float = Field(default=0.1, ge=0, lt=1)  # fraction of the steps
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    seed: int = 0
+
+    temperature: float = Field(default=0.02, gt=0)
+    distillation: DistillationConfig = DistillationConfig()
+    matryoshka: tuple[int, ...] = ()
+    lora: LoraConfig | None = LoraConfig()
+
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    token_budget: int | None = Field(default=None, ge=1)
+    gradient_checkpointing: bool = False
+
+    dev: DevConfig | None = None
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
+    max_failures: int = Field(default=2, ge=0)
+    storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
+
+    @model_validator(mode="after")
+    def _batch_splits_evenly(self) -> TrainConfig:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split evenly over {self.workers} workers; "
+                f"use a multiple of {self.workers}"
+            )
+        if any(dimension < 1 for dimension in self.matryoshka):
+            raise ValueError("matryoshka lists embedding dimensions, all at least 1")
+        return self
