@@ -1,0 +1,1 @@
+"""Backbones: where each architecture keeps its sublayers, and loading models as retrievers."""

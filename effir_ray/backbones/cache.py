@@ -1,0 +1,38 @@
+"""The user's cache folder: dequantised GGUF copies and content hashes of weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """``$EFFIR_RAY_CACHE``, else ``effir-ray`` in the platform's user cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
+    own = os.environ.get("EFFIR_RAY_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effir-ray"
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content; remembered on disk for as long as its path, size and time of change stay."""
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    note = cache_folder() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()
+    if note.is_file():
+        return note.read_text()
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(note, digest)
+    return digest
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Readers see the old content or the new, never half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    Path(temporary).replace(path)

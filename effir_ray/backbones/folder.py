@@ -1,0 +1,86 @@
+"""What a model folder says besides its weights: pooling and prompts, and which neurons were kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effir_ray.backbones.architecture import overrides
+from effir_ray.backbones.family import Family
+from effir_ray.backbones.spec import RetrieverSpec
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.config import parse
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# effir-ray's own file in a checkpoint: {"format": 1, "backbone": ..., "spec": ..., "neurons": {"3": [0, 5, ...]}}.
+OWN_FILE = "effir.json"
+
+
+def read_json(file: Path) -> Any:
+    """None when the file does not exist; InputError when it is not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON: {error}") from None
+
+
+def read_spec(folder: Path, family: Family) -> RetrieverSpec:
+    """Our own file first, then sentence-transformers' files, then what suits the family."""
+    own = read_json(folder / OWN_FILE)
+    if own is not None:
+        return parse(own.get("spec", {}), RetrieverSpec, source=str(folder / OWN_FILE))
+    pooling_file = read_json(folder / "1_Pooling" / "config.json")
+    if pooling_file is None:
+        return RetrieverSpec(pooling=family.pooling, append_eos=family.causal)
+    pooling = _pooling(pooling_file, folder)
+    modules = read_json(folder / "modules.json") or []
+    limits = read_json(folder / "sentence_bert_config.json") or {}
+    prompts = (read_json(folder / "config_sentence_transformers.json") or {}).get("prompts") or {}
+    return RetrieverSpec(
+        pooling=pooling,
+        normalize=any("Normalize" in module["type"] for module in modules),
+        append_eos=family.causal and pooling == "last",
+        query_prompt=prompts.get("query") or "",
+        document_prompt=prompts.get("document") or prompts.get("passage") or "",
+        max_length=limits.get("max_seq_length") or 512,
+    )
+
+
+def _pooling(settings: dict[str, Any], folder: Path) -> Any:
+    flags = {
+        "cls": "pooling_mode_cls_token",
+        "mean": "pooling_mode_mean_tokens",
+        "last": "pooling_mode_lasttoken",
+    }
+    newer = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(settings.get("pooling_mode")))
+    chosen = [newer] if newer else [name for name, flag in flags.items() if settings.get(flag)]
+    if len(chosen) != 1:
+        raise InputError(
+            f"{folder / '1_Pooling' / 'config.json'}: expected exactly one of cls, mean and last-token pooling"
+        )
+    return chosen[0]
+
+
+def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
+    """The plan of a loaded model. Without our own file, kept neurons count as the first ones of their layer."""
+    own = read_json(folder / OWN_FILE) or {}
+    neurons = own.get("neurons", {})
+    layers = []
+    per_layer = overrides(config)
+    for index in range(config.num_hidden_layers):
+        entry = per_layer.get(index, {})
+        width = entry.get("intermediate_size")
+        kept = tuple(neurons.get(str(index), range(width))) if width is not None else None
+        if kept is not None and len(kept) != width:
+            raise InputError(
+                f"{folder / OWN_FILE}: layer {index} lists {len(kept)} neurons, config.json says {width}"
+            )
+        skip = entry.get("skip", ())
+        layers.append(LayerPlan(attention="attention" not in skip, mlp="mlp" not in skip, neurons=kept))
+    return Plan(layers=tuple(layers))

@@ -1,0 +1,412 @@
+"""Models with dropped attention or MLP sublayers and narrowed MLPs, for transformers >= 5.17.
+
+This one file is copied into every compressed checkpoint, so that ``AutoModel.from_pretrained(folder,
+trust_remote_code=True)`` and ``SentenceTransformer(folder, trust_remote_code=True)`` need nothing else. config.json
+says what is gone in transformers' own schema, with the layer numbers of the uncompressed backbone:
+
+    "per_layer_config": {"2": {"skip": ["mlp"]}, "3": {"intermediate_size": 1024}, "5": {"skip": ["attention", "mlp"]}}
+
+A dropped sublayer does not exist: no parameters, no norm, no FLOPs; where no attention of a kind is left, its mask and
+rotary embedding are not computed. The models encode (no cache, no LM head).
+
+Shapes: B texts, T tokens, H hidden size, I intermediate neurons of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, _bidirectional_window_overlay
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+class SlimLayer:
+    """A block whose sublayers may be missing. ``attention_parts[0]`` and ``mlp_parts[0]`` tell whether they are there."""
+
+    attention_parts: tuple[str, ...]
+    mlp_parts: tuple[str, ...]
+    # (dotted name of a Linear, axis of its weight that counts neurons, neurons a row: 2 for a fused gate and up)
+    neuron_linears: tuple[tuple[str, int, int], ...]
+
+    @property
+    def has_attention(self) -> bool:
+        return getattr(self, self.attention_parts[0]) is not None
+
+    @property
+    def has_mlp(self) -> bool:
+        return getattr(self, self.mlp_parts[0]) is not None
+
+    def skip(self, kind: str) -> None:
+        """Remove the "attention" or "mlp" sublayer together with its norms."""
+        for name in {"attention": self.attention_parts, "mlp": self.mlp_parts}[kind]:
+            setattr(self, name, None)
+
+    def set_width(self, width: int) -> None:
+        """Give the MLP ``width`` neurons with fresh, uninitialised weights (a checkpoint fills them)."""
+        for name, axis, multiple in self.neuron_linears:
+            old = self.get_submodule(name)
+            shape = [old.out_features, old.in_features]
+            shape[axis] = width * multiple
+            with old.weight.device:
+                new = nn.Linear(shape[1], shape[0], bias=old.bias is not None, dtype=old.weight.dtype)
+            self.set_submodule(name, new)
+
+
+class SlimPreNormLayer(SlimLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x)): Llama, Mistral, Qwen."""
+
+    attention_parts = ("self_attn", "input_layernorm")
+    mlp_parts = ("mlp", "post_attention_layernorm")
+    neuron_linears = (("mlp.gate_proj", 0, 1), ("mlp.up_proj", 0, 1), ("mlp.down_proj", 1, 1))
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: (B, T, H)."""
+        if self.self_attn is not None:
+            update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + update
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class SlimSandwichLayer(SlimLayer):
+    """Norms before and after each sublayer: Gemma 2 and 3."""
+
+    attention_parts = ("self_attn", "input_layernorm", "post_attention_layernorm")
+    mlp_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    neuron_linears = SlimPreNormLayer.neuron_linears
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: (B, T, H)."""
+        if self.self_attn is not None:
+            update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + self.post_attention_layernorm(update)
+        if self.mlp is not None:
+            update = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            hidden_states = hidden_states + self.post_feedforward_layernorm(update)
+        return hidden_states
+
+
+class EffirLlamaLayer(SlimPreNormLayer, LlamaDecoderLayer): ...
+
+
+class EffirMistralLayer(SlimPreNormLayer, MistralDecoderLayer): ...
+
+
+class EffirQwen2Layer(SlimPreNormLayer, Qwen2DecoderLayer): ...
+
+
+class EffirQwen3Layer(SlimPreNormLayer, Qwen3DecoderLayer): ...
+
+
+class EffirGemma2Layer(SlimSandwichLayer, Gemma2DecoderLayer): ...
+
+
+class EffirGemma3Layer(SlimSandwichLayer, Gemma3DecoderLayer): ...
+
+
+class EffirModernBertLayer(SlimLayer, ModernBertEncoderLayer):
+    """Pre-norm encoder block; gate and up projection are the two halves of ``Wi``."""
+
+    attention_parts = ("attn", "attn_norm")
+    mlp_parts = ("mlp", "mlp_norm")
+    neuron_linears = (("mlp.Wi", 0, 2), ("mlp.Wo", 1, 1))
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: (B, T, H)."""
+        if self.attn is not None:
+            hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states
+
+
+class EffirBertLayer(SlimLayer, BertLayer):
+    """Post-norm block: the norm after the sum belongs to the sublayer and goes with it."""
+
+    attention_parts = ("attention",)
+    mlp_parts = ("intermediate", "output")
+    neuron_linears = (("intermediate.dense", 0, 1), ("output.dense", 1, 1))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """hidden_states: (B, T, H). BertEncoder passes cross-attention arguments as well, which are all None."""
+        if self.attention is not None:
+            kwargs.pop("encoder_attention_mask", None)
+            hidden_states, _ = self.attention(hidden_states, attention_mask, **kwargs)
+        if self.intermediate is not None:
+            hidden_states = self.output(self.intermediate(hidden_states), hidden_states)
+        return hidden_states
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def restructure(model: SlimModel, overrides: Mapping[int, Mapping[str, Any]]) -> None:
+    """Give every block its compressed class and shape; kept sublayers of unchanged width keep their weights."""
+    for index, layer in enumerate(model.slim_layers):
+        layer.__class__ = model.layer_class
+        entry = overrides.get(index, {})
+        for kind in entry.get("skip", ()):
+            layer.skip(kind)
+        if "intermediate_size" in entry and layer.has_mlp:
+            layer.set_width(entry["intermediate_size"])
+
+
+class SlimModel:
+    """Builds the backbone's own class, then takes away what ``config.per_layer_config`` says is gone."""
+
+    layer_class: type[nn.Module]
+
+    def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
+        # transformers refuses to read config.intermediate_size while it differs by layer: set it aside.
+        overrides = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
+        config.per_layer_config = None
+        super().__init__(config, **kwargs)
+        restructure(self, overrides)
+        config.per_layer_config = overrides
+
+    @classmethod
+    def adopt(cls, model: nn.Module) -> None:
+        """Turn a plain backbone, in place, into this class with every sublayer still there."""
+        model.config.__class__ = cls.config_class
+        model.config.architectures = [cls.__name__]
+        model.__class__ = cls
+        _CAN_RECORD_REGISTRY[model] = (
+            cls._can_record_outputs
+        )  # what __init__ does; else no output_hidden_states
+        restructure(model, {})
+
+    @property
+    def slim_layers(self) -> nn.ModuleList:
+        return self.layers
+
+
+class SlimDecoder(SlimModel):
+    """One forward for every family with rotary embeddings (the encoder ModernBERT included)."""
+
+    def attention_kind(self, index: int) -> str:
+        """Which mask and rotary embedding a layer uses."""
+        return self.config.layer_types[index]
+
+    def build_mask(self, kind: str, **inputs: Any) -> Any:
+        create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
+        return create(config=self.config, past_key_values=None, **inputs)
+
+    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.rotary_emb(hidden_states, position_ids)
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def finish(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden_states)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """input_ids, attention_mask, position_ids: (B, T) -> last_hidden_state (B, T, H). Never fills a cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None:
+            raise ValueError("an effir model encodes whole texts; past_key_values is not supported")
+        x = self.embed(input_ids, inputs_embeds)
+        if position_ids is None:
+            position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        kinds = [
+            self.attention_kind(i) if layer.has_attention else None for i, layer in enumerate(self.layers)
+        ]
+        shared: dict[str | None, dict[str, Any]] = {None: {}}
+        for kind in dict.fromkeys(kinds):
+            if kind is not None:
+                mask = self.build_mask(
+                    kind, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids
+                )
+                rotary = self.rotary(kind, x, position_ids)
+                shared[kind] = {"attention_mask": mask, "position_embeddings": rotary}
+        for layer, kind in zip(self.layers, kinds, strict=True):
+            x = layer(x, position_ids=position_ids, **shared[kind], **kwargs)
+        return BaseModelOutput(last_hidden_state=self.finish(x))
+
+
+class EffirLlamaConfig(LlamaConfig):
+    model_type = "effir_llama"
+
+
+class EffirLlamaModel(SlimDecoder, LlamaModel):
+    config_class = EffirLlamaConfig
+    layer_class = EffirLlamaLayer
+
+    def attention_kind(self, index: int) -> str:
+        return "full_attention"
+
+
+class EffirMistralConfig(MistralConfig):
+    model_type = "effir_mistral"
+
+
+class EffirMistralModel(SlimDecoder, MistralModel):
+    config_class = EffirMistralConfig
+    layer_class = EffirMistralLayer
+
+    def attention_kind(self, index: int) -> str:
+        return "full_attention" if self.config.sliding_window is None else "sliding_attention"
+
+
+class EffirQwen2Config(Qwen2Config):
+    model_type = "effir_qwen2"
+
+
+class EffirQwen2Model(SlimDecoder, Qwen2Model):
+    config_class = EffirQwen2Config
+    layer_class = EffirQwen2Layer
+
+
+class EffirQwen3Config(Qwen3Config):
+    model_type = "effir_qwen3"
+
+
+class EffirQwen3Model(SlimDecoder, Qwen3Model):
+    config_class = EffirQwen3Config
+    layer_class = EffirQwen3Layer
+
+
+class EffirGemma2Config(Gemma2Config):
+    model_type = "effir_gemma2"
+
+
+class EffirGemma2Model(SlimDecoder, Gemma2Model):
+    config_class = EffirGemma2Config
+    layer_class = EffirGemma2Layer
+
+
+class EffirGemma3TextConfig(Gemma3TextConfig):
+    model_type = "effir_gemma3_text"
+
+
+class EffirGemma3TextModel(SlimDecoder, Gemma3TextModel):
+    config_class = EffirGemma3TextConfig
+    layer_class = EffirGemma3Layer
+
+    def build_mask(self, kind: str, **inputs: Any) -> Any:
+        if self.config.use_bidirectional_attention:  # EmbeddingGemma
+            window = _bidirectional_window_overlay(self.config.sliding_window)
+            everything = _attend_everywhere
+            inputs["or_mask_function"] = window if kind == "sliding_attention" else everything
+        return super().build_mask(kind, **inputs)
+
+    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.rotary_emb(hidden_states, position_ids, kind)
+
+
+def _attend_everywhere(*indices: Any) -> torch.Tensor:
+    return torch.tensor(True, dtype=torch.bool)
+
+
+class EffirModernBertConfig(ModernBertConfig):
+    model_type = "effir_modernbert"
+
+
+class EffirModernBertModel(SlimDecoder, ModernBertModel):
+    config_class = EffirModernBertConfig
+    layer_class = EffirModernBertLayer
+
+    def build_mask(self, kind: str, *, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Any:
+        sliding = kind == "sliding_attention"
+        create = create_bidirectional_sliding_window_mask if sliding else create_bidirectional_mask
+        return create(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.rotary_emb(hidden_states, position_ids, kind)
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
+
+    def finish(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.final_norm(hidden_states)
+
+
+class EffirBertConfig(BertConfig):
+    model_type = "effir_bert"
+
+
+class EffirBertModel(SlimModel, BertModel):
+    config_class = EffirBertConfig
+    layer_class = EffirBertLayer
+
+    def __init__(self, config: PreTrainedConfig, add_pooling_layer: bool = False) -> None:
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+
+    @property
+    def slim_layers(self) -> nn.ModuleList:
+        return self.encoder.layer
+
+    def _create_attention_masks(self, attention_mask: Any, encoder_attention_mask: Any, **kwargs: Any) -> Any:
+        if not any(layer.has_attention for layer in self.slim_layers):
+            return None, None
+        return super()._create_attention_masks(
+            attention_mask=attention_mask, encoder_attention_mask=encoder_attention_mask, **kwargs
+        )
+
+
+MODEL_CLASSES: tuple[type[nn.Module], ...] = (
+    EffirLlamaModel,
+    EffirMistralModel,
+    EffirQwen2Model,
+    EffirQwen3Model,
+    EffirGemma2Model,
+    EffirGemma3TextModel,
+    EffirModernBertModel,
+    EffirBertModel,
+)

@@ -1,0 +1,142 @@
+"""From a schedule and scores to a plan: which sublayers go (depth), then which neurons go (width)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.schedule import Schedule
+from effir_ray.errors import InputError
+
+NeuronScores = Mapping[int, Sequence[float] | NDArray[np.floating]]
+
+
+def needs_scores(schedule: Schedule) -> bool:
+    """Whether any drop is a count that importance has to turn into layers."""
+    counts = (schedule.drop_attention, schedule.drop_mlp, schedule.drop_block)
+    return any(isinstance(count, int) and count > 0 for count in counts)
+
+
+def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None) -> Plan:
+    """Depth only. Order: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
+
+    ``scores`` (one a layer of the same backbone) decide counts; explicit indices need none. Of equal scores the later
+    layer goes, which is the more redundant one in the paper. Raises InputError when more is dropped than there is.
+    """
+    if scores is not None and len(scores.block) != n_layers:
+        raise InputError(f"importance scores are for {len(scores.block)} layers; the backbone has {n_layers}")
+    if schedule.drop_last_blocks > n_layers:
+        raise InputError(
+            f"drop_last_blocks is {schedule.drop_last_blocks}; the backbone has {n_layers} blocks"
+        )
+    remaining = list(range(n_layers - schedule.drop_last_blocks))
+    blocks = _dropped("drop_block", schedule.drop_block, remaining, n_layers, scores and scores.block)
+    remaining = [layer for layer in remaining if layer not in blocks]
+    attention = _dropped(
+        "drop_attention", schedule.drop_attention, remaining, n_layers, scores and scores.attention
+    )
+    mlp = _dropped("drop_mlp", schedule.drop_mlp, remaining, n_layers, scores and scores.mlp)
+    return Plan(
+        layers=tuple(
+            LayerPlan(
+                attention=layer in remaining and layer not in attention,
+                mlp=layer in remaining and layer not in mlp,
+            )
+            for layer in range(n_layers)
+        )
+    )
+
+
+def _dropped(
+    name: str,
+    drop: int | tuple[int, ...],
+    available: list[int],
+    n_layers: int,
+    scores: tuple[float, ...] | None,
+) -> set[int]:
+    if isinstance(drop, tuple):
+        for layer in drop:
+            if layer >= n_layers:
+                raise InputError(f"{name} names layer {layer}; the backbone has layers 0 to {n_layers - 1}")
+            if layer not in available:
+                raise InputError(
+                    f"{name} names layer {layer}, whose whole block is dropped already; name it once"
+                )
+        return set(drop)
+    if drop > len(available):
+        raise InputError(
+            f"{name} is {drop}; only {len(available)} of {n_layers} layers are left to drop from"
+        )
+    if drop == 0:
+        return set()
+    if scores is None:
+        raise InputError(
+            f"{name} is a count ({drop}), which needs importance scores; name the layers instead"
+        )
+    least_first = sorted(available, key=lambda layer: (scores[layer], -layer))
+    return set(least_first[:drop])
+
+
+def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> Plan:
+    """Remove ``schedule.width_reduction`` of the remaining neurons, ranked over all layers at once (section 3.2).
+
+    neuron_scores: layer -> one score a neuron of the uncompressed layer, higher = keep; every kept MLP is listed.
+    Each layer keeps a multiple of ``width_multiple`` neurons, at least one multiple. The number kept overall is the
+    target rounded to the nearest such total, met exactly; within a layer the best neurons stay.
+    """
+    if schedule.width_reduction == 0.0:
+        return plan
+    layers = [index for index, layer in enumerate(plan.layers) if layer.mlp]
+    missing = [index for index in layers if index not in neuron_scores]
+    if missing:
+        raise InputError(f"no neuron scores for layers {missing}; expected every layer that keeps its MLP")
+    if not layers:
+        raise InputError(f"width_reduction is {schedule.width_reduction:g} but the schedule drops every MLP")
+    scores = {index: np.asarray(neuron_scores[index], dtype=np.float64) for index in layers}
+    if not all(np.isfinite(values).all() for values in scores.values()):
+        raise InputError("neuron scores are not all finite; expected one number a neuron")
+    widths = _widths([scores[index] for index in layers], schedule.width_reduction, schedule.width_multiple)
+    entries = list(plan.layers)
+    for index, width in zip(layers, widths, strict=True):
+        best = np.argsort(-scores[index], kind="stable")[:width]
+        kept = None if width == len(scores[index]) else tuple(sorted(best.tolist()))
+        entries[index] = LayerPlan(attention=entries[index].attention, mlp=True, neurons=kept)
+    return Plan(layers=tuple(entries))
+
+
+def target_width(total: int, reduction: float, multiple: int) -> int:
+    """Neurons to keep of ``total``: the nearest multiple of ``multiple`` (of ``total`` itself if nothing goes)."""
+    return min(total, int(round(total * (1.0 - reduction) / multiple)) * multiple)
+
+
+def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) -> list[int]:
+    """Neurons each layer keeps. Layers are cut into groups of ``multiple`` neurons, best first, and groups are
+    ranked globally by their mean score: the ranking of the paper, on the grain that the hardware wants.
+    """
+    sizes = [len(values) for values in scores]
+    ragged = [size for size in sizes if size % multiple]
+    if ragged:
+        raise InputError(
+            f"width_multiple {multiple} does not divide the MLP width {ragged[0]}; give a divisor of it"
+        )
+    target = target_width(sum(sizes), reduction, multiple)
+    if target < multiple * len(sizes):
+        raise InputError(
+            f"width_reduction {reduction:g} leaves {target} neurons; {len(sizes)} MLPs need at least {multiple} each; "
+            "lower width_reduction or width_multiple, or drop MLPs"
+        )
+    groups: list[tuple[float, int, int]] = []
+    for layer, values in enumerate(scores):
+        means = -np.sort(-values).reshape(-1, multiple).mean(axis=1)
+        # The first group of a layer always stays: a layer without any neuron is a dropped MLP, asked for by depth.
+        groups += [(float(mean), layer, rank) for rank, mean in enumerate(means) if rank > 0]
+    # Best first; of equal ones the earlier layer and the earlier group, so that a layer's groups go in order.
+    groups.sort(key=lambda group: (-group[0], group[1], group[2]))
+    widths = [multiple] * len(sizes)
+    for _, layer, _ in groups[: target // multiple - len(sizes)]:
+        widths[layer] += multiple
+    return widths
