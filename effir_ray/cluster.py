@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from typing import Any
 
 from effir_ray.errors import InputError
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
 """Stages talk through files, so the object store only carries small blocks."""
+
+_REACH_TIMEOUT = 10.0  # seconds
 
 _WORKER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # DeepSpeed otherwise probes for accelerators at import
@@ -46,16 +49,14 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
             "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
         }
     else:
+        _check_reachable(target)
         options["address"] = target
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if target is None:
             raise
-        raise InputError(
-            f"no Ray cluster answers at '{target}' ({_first_line(error)}); start one with 'ray start --head' "
-            "or leave --address and RAY_ADDRESS unset to run on this machine"
-        ) from None
+        raise _no_cluster(target, error) from None
 
 
 def worker_environment() -> dict[str, str]:
@@ -70,5 +71,20 @@ def worker_environment() -> dict[str, str]:
     return environment
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _check_reachable(address: str) -> None:
+    """Ray itself retries an address where nobody listens for many minutes before it says so."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not separator or not port.isdigit():
+        return  # "auto" and "local": Ray resolves them itself
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT).close()
+    except OSError as error:
+        raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str, error: BaseException) -> InputError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return InputError(
+        f"no Ray cluster answers at '{address}' ({reason}); start one with 'ray start --head' "
+        "or leave --address and RAY_ADDRESS unset to run on this machine"
+    )
