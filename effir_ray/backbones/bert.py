@@ -1,7 +1,7 @@
 """BERT (MiniLM, BGE, E5): post-norm, ungated MLP made of two modules of the block.
 
-The norm sits on the residual stream after the sum. A dropped sublayer is the identity on the stream, so its norm goes
-with it.
+The norm sits on the residual stream after the sum. A dropped sublayer is the identity on the stream, so its
+norm goes with it.
 """
 
 from effir_ray.backbones.family import Family

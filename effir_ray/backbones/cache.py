@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$EFFIR_RAY_CACHE``, else ``effir-ray`` in the platform's user cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
+    """``$EFFIR_RAY_CACHE``, else ``effir-ray`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
     own = os.environ.get("EFFIR_RAY_CACHE")
     if own:
         return Path(own)
@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file's content; remembered on disk for as long as its path, size and time of change stay."""
+    """sha256 of a file's content; remembered on disk while its path, size and time of change stay."""
     status = path.stat()
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     note = cache_folder() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()

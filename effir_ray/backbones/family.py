@@ -1,8 +1,8 @@
 """A family says where an architecture keeps its blocks, sublayers, norms and intermediate neurons.
 
 Everything else in effir-ray (importance, surgery, gates, LoRA, accounting) goes through the accessors below,
-so a new architecture is one new file: a ``Family(...)`` value, listed in ``_families`` at the end of this file, and a
-layer class in ``compression/modeling_effir.py`` that says how the block runs without a sublayer.
+so a new architecture is one new file: a ``Family(...)`` value, listed in ``_families`` at the end of this
+file, and a layer class in ``compression/modeling_effir.py`` that says how the block runs without a sublayer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ COMPRESSED_PREFIX = "effir_"
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Dotted module names, relative to the headless model (``blocks``, ``final_norm``) or to one block (the rest).
+    """Dotted module names, relative to the headless model (``blocks``, ``final_norm``) or to one block (the
+    rest).
 
     attention_parts / mlp_parts: everything that goes when the sublayer is dropped, its norms included.
     mlp_input: the module whose input is the residual stream between the two sublayers.
@@ -114,7 +115,7 @@ class Family:
         return sorted({_suffix(name) for name in names if name is not None})
 
     def linears(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
-        """(full name, module) of every Linear inside the blocks: what LoRA, sparsity and quantisation act on."""
+        """(full name, module) of every Linear in the blocks: what LoRA, sparsity and quantisation act on."""
         from torch.nn import Linear
 
         prefix = self.blocks + "."
@@ -128,8 +129,8 @@ class Family:
     def watch(self, model: nn.Module, callback: StreamCallback) -> Iterator[None]:
         """While active, every forward calls ``callback(layer, kind, x, x + F(x))`` in order of computation.
 
-        Both tensors are the residual stream, (batch, tokens, hidden); for post-norm families the second one is the
-        normalised sum. Dropped sublayers are not reported; kind "block" is reported for every block.
+        Both tensors are the residual stream, (batch, tokens, hidden); for post-norm families the second one
+        is the normalised sum. Dropped sublayers are not reported; kind "block" is reported for every block.
         """
         handles: list[Any] = []
         try:
@@ -179,7 +180,7 @@ def part(layer: nn.Module, name: str) -> nn.Module | None:
 
 
 def _suffix(name: str) -> str:
-    """``mlp.up_proj`` -> ``up_proj``; BERT's ``output.dense`` keeps both parts, ``dense`` alone is ambiguous."""
+    """``mlp.up_proj`` -> ``up_proj``; BERT's ``output.dense`` stays, ``dense`` alone is ambiguous."""
     last = name.rsplit(".", 1)[-1]
     return name if last == "dense" else last
 
@@ -198,6 +199,6 @@ def get(model_type: str) -> Family:
             return family
     known = ", ".join(kind for family in families() for kind in family.model_types)
     raise InputError(
-        f"model type '{model_type}' is not supported; supported: {known}. To add one, describe it in a new file beside "
-        "effir_ray/backbones/llama.py and list it in family.families()"
+        f"model type '{model_type}' is not supported; supported: {known}. To add one, describe it in a new file "
+        "beside effir_ray/backbones/llama.py and list it in family.families()"
     )

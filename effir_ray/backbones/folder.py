@@ -16,7 +16,8 @@ from effir_ray.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# effir-ray's own file in a checkpoint: {"format": 1, "backbone": ..., "spec": ..., "neurons": {"3": [0, 5, ...]}}.
+# effir-ray's own file in a checkpoint: {"format": 1, "backbone": ..., "spec": ..., "neurons": {"3": [0, 5,
+# ...]}}.
 OWN_FILE = "effir.json"
 
 
@@ -62,13 +63,13 @@ def _pooling(settings: dict[str, Any], folder: Path) -> Any:
     chosen = [newer] if newer else [name for name, flag in flags.items() if settings.get(flag)]
     if len(chosen) != 1:
         raise InputError(
-            f"{folder / '1_Pooling' / 'config.json'}: expected exactly one of cls, mean and last-token pooling"
+            f"{folder / '1_Pooling' / 'config.json'}: expected one of cls, mean and last-token pooling"
         )
     return chosen[0]
 
 
 def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
-    """The plan of a loaded model. Without our own file, kept neurons count as the first ones of their layer."""
+    """The plan of a loaded model. Without our own file, kept neurons count as a layer's first ones."""
     own = read_json(folder / OWN_FILE) or {}
     neurons = own.get("neurons", {})
     layers = []

@@ -1,6 +1,8 @@
-"""Shapes of the paper's backbones and of those in ``search_spaces/``, so that plans and sizes need no network.
+"""Shapes of the paper's backbones and of those in ``search_spaces/``, so that plans and sizes need no
+network.
 
-Values are those of each repository's config.json; what is not listed is transformers' default for the model type.
+Values are those of each repository's config.json; what is not listed is transformers' default for the model
+type.
 """
 
 from __future__ import annotations

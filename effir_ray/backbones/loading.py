@@ -1,4 +1,4 @@
-"""Loading weights: strict about every tensor, safetensors only, with the tokenizer and pooling that belong to them."""
+"""Loading weights: strict about every tensor, safetensors only, with their tokenizer and pooling."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from filelock import FileLock
 
 from effir_ray.backbones import architecture
 from effir_ray.backbones import family as families
+from effir_ray.backbones.folder import read_plan, read_spec
 from effir_ray.backbones.registry import Source, cached_gguf_folder, resolve
 from effir_ray.backbones.spec import RetrieverSpec
 from effir_ray.backbones.tokenizers import load_tokenizer, with_eos
-from effir_ray.backbones.folder import read_plan, read_spec
 from effir_ray.compression.plan import Plan
 from effir_ray.errors import InputError
 
@@ -94,7 +94,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
 def load_model(
     folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, first_blocks: int | None = None
 ) -> PreTrainedModel:
-    """The headless model of a folder. Raises InputError naming every missing, unexpected or misshapen tensor."""
+    """The headless model of a folder. Raises InputError naming missing, unexpected and misshapen tensors."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     depth = config.num_hidden_layers
     if first_blocks is not None:
@@ -119,7 +119,7 @@ def load_model(
 
 
 def _check(folder: Path, family: families.Family, report: dict[str, Any], cut_layers: range) -> None:
-    """``report`` is transformers' loading info; tensors of pre-training heads and of cut blocks may be left over."""
+    """``report`` is transformers' loading info; tensors of heads and of cut blocks may be left over."""
     expected = (*family.head_prefixes, *(f"{family.blocks}.{index}." for index in cut_layers))
     missing = sorted(report["missing_keys"])
     left_over = sorted(key for key in report["unexpected_keys"] if not _bare(key).startswith(expected))

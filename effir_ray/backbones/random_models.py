@@ -1,8 +1,8 @@
 """``random:<model>[:seed]``: tiny random-weight models of every supported type, for tests and dry runs.
 
-They have the traits that break code: grouped queries, sliding windows, alternating layer types, fused projections.
-The tokenizer is a real byte-level BPE whose merges spell a few dozen English words, built here so that it is the same
-in every process.
+They have the traits that break code: grouped queries, sliding windows, alternating layer types, fused
+projections. The tokenizer is a real byte-level BPE whose merges spell a few dozen English words, built here
+so that it is the same in every process.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ _TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": (
         "modernbert",
         {
-            **{"bos_token_id": 0, "cls_token_id": 0, "eos_token_id": 1, "sep_token_id": 1, "pad_token_id": 2},
+            "bos_token_id": 0,
+            "cls_token_id": 0,
+            "eos_token_id": 1,
+            "sep_token_id": 1,
+            "pad_token_id": 2,
             "local_attention": 16,
             "layer_types": ["full_attention", "sliding_attention"] * 2,
         },
@@ -58,9 +62,72 @@ _TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RANDOM_MODELS = tuple(_TRAITS)
 
-_WORDS = """the of and to in is that for it as with are by on be this from or an at which have has not were was
-    their more one can its other also new may these time some than only two our use used between study results cell
-    cells protein model data search document query text function class return value list string file number""".split()
+_WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "that",
+    "for",
+    "it",
+    "as",
+    "with",
+    "are",
+    "by",
+    "on",
+    "be",
+    "this",
+    "from",
+    "or",
+    "an",
+    "at",
+    "which",
+    "have",
+    "has",
+    "not",
+    "were",
+    "was",
+    "their",
+    "more",
+    "one",
+    "can",
+    "its",
+    "other",
+    "also",
+    "new",
+    "may",
+    "these",
+    "time",
+    "some",
+    "than",
+    "only",
+    "two",
+    "our",
+    "use",
+    "used",
+    "between",
+    "study",
+    "results",
+    "cell",
+    "cells",
+    "protein",
+    "model",
+    "data",
+    "search",
+    "document",
+    "query",
+    "text",
+    "function",
+    "class",
+    "return",
+    "value",
+    "list",
+    "string",
+    "file",
+    "number",
+]
 
 
 def random_config(kind: str) -> PreTrainedConfig:
@@ -87,7 +154,7 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def random_tokenizer(causal: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; ``<s> text`` for decoders, ``[CLS] text [SEP]`` for encoders (ids 0 and 1; padding is 2)."""
+    """Byte-level BPE; ``<s> text`` for decoders, ``[CLS] text [SEP]`` for encoders (ids 0, 1; padding 2)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -37,7 +37,8 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Find a backbone: ``random:llama[:seed]``, ``smollm2-135m``, ``minilm-l6``, a folder, a GGUF file or a hub id.
+    """Find a backbone: ``random:llama[:seed]``, ``smollm2-135m``, ``minilm-l6``, a folder, a GGUF file or a
+    hub id.
 
     Raises InputError that says what was looked for.
     """
@@ -123,7 +124,7 @@ def _packaged(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from requests import RequestException
 
     try:

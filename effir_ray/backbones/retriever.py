@@ -25,8 +25,8 @@ __all__ = ["Retriever", "RetrieverSpec", "load_retriever"]
 class Retriever:
     """``model(input_ids, attention_mask)`` gives ``.last_hidden_state`` (batch, tokens, hidden).
 
-    ``plan`` has one entry a layer of the uncompressed backbone; for an uncompressed model it keeps everything.
-    The tokenizer itself appends EOS where ``spec.append_eos`` says so, after truncation.
+    ``plan`` has one entry a layer of the uncompressed backbone; for an uncompressed model it keeps
+    everything. The tokenizer itself appends EOS where ``spec.append_eos`` says so, after truncation.
     """
 
     model: PreTrainedModel
@@ -79,8 +79,8 @@ def load_retriever(
 ) -> Retriever:
     """Load a backbone or a checkpoint by name, see ``registry.resolve`` for what names there are.
 
-    ``first_blocks`` keeps only the first blocks, which then are the backbone's full depth. Raises InputError for an
-    unknown name or architecture, and for any tensor that is missing or left over, naming it.
+    ``first_blocks`` keeps only the first blocks, which then are the backbone's full depth. Raises InputError
+    for an unknown name or architecture, and for any tensor that is missing or left over, naming it.
     """
     loaded = loading.load(
         str(name_or_path),

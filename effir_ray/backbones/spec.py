@@ -10,7 +10,8 @@ from effir_ray.config import Config
 
 
 class RetrieverSpec(Config):
-    """pooling "last" takes the last real token (with ``append_eos`` the EOS token, as in the paper, section 4).
+    """pooling "last" takes the last real token (with ``append_eos`` the EOS token, as in the paper, section
+    4).
 
     Prompts are put before the text as they are. ``max_length`` counts every token, prompt and EOS included.
     """

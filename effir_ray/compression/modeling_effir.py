@@ -1,13 +1,18 @@
+# mypy: ignore-errors
+# Reason: the classes below subclass transformers' own, which are untyped, and the file must run without
+# effir-ray.
 """Models with dropped attention or MLP sublayers and narrowed MLPs, for transformers >= 5.17.
 
 This one file is copied into every compressed checkpoint, so that ``AutoModel.from_pretrained(folder,
-trust_remote_code=True)`` and ``SentenceTransformer(folder, trust_remote_code=True)`` need nothing else. config.json
-says what is gone in transformers' own schema, with the layer numbers of the uncompressed backbone:
+trust_remote_code=True)`` and ``SentenceTransformer(folder, trust_remote_code=True)`` need nothing else.
+config.json says what is gone in transformers' own schema, with the layer numbers of the uncompressed
+backbone:
 
-    "per_layer_config": {"2": {"skip": ["mlp"]}, "3": {"intermediate_size": 1024}, "5": {"skip": ["attention", "mlp"]}}
+    "per_layer_config": {"2": {"skip": ["mlp"]}, "3": {"intermediate_size": 1024}, "5": {"skip":
+    ["attention", "mlp"]}}
 
-A dropped sublayer does not exist: no parameters, no norm, no FLOPs; where no attention of a kind is left, its mask and
-rotary embedding are not computed. The models encode (no cache, no LM head).
+A dropped sublayer does not exist: no parameters, no norm, no FLOPs; where no attention of a kind is left,
+its mask and rotary embedding are not computed. The models encode (no cache, no LM head).
 
 Shapes: B texts, T tokens, H hidden size, I intermediate neurons of one layer.
 """
@@ -55,7 +60,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-# --- blocks -----------------------------------------------------------------------------------------------------------
+# --- blocks
+# -----------------------------------------------------------------------------------------------------------
 
 
 class SlimLayer:
@@ -63,7 +69,8 @@ class SlimLayer:
 
     attention_parts: tuple[str, ...]
     mlp_parts: tuple[str, ...]
-    # (dotted name of a Linear, axis of its weight that counts neurons, neurons a row: 2 for a fused gate and up)
+    # (dotted name of a Linear, axis of its weight that counts neurons, neurons a row: 2 for a fused gate and
+    # up)
     neuron_linears: tuple[tuple[str, int, int], ...]
 
     @property
@@ -182,7 +189,8 @@ class EffirBertLayer(SlimLayer, BertLayer):
         return hidden_states
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models
+# -----------------------------------------------------------------------------------------------------------
 
 
 def restructure(model: SlimModel, overrides: Mapping[int, Mapping[str, Any]]) -> None:

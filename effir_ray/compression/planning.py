@@ -24,8 +24,9 @@ def needs_scores(schedule: Schedule) -> bool:
 def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None) -> Plan:
     """Depth only. Order: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
 
-    ``scores`` (one a layer of the same backbone) decide counts; explicit indices need none. Of equal scores the later
-    layer goes, which is the more redundant one in the paper. Raises InputError when more is dropped than there is.
+    ``scores`` (one a layer of the same backbone) decide counts; explicit indices need none. Of equal scores
+    the later layer goes, which is the more redundant one in the paper. Raises InputError when more is
+    dropped than there is.
     """
     if scores is not None and len(scores.block) != n_layers:
         raise InputError(f"importance scores are for {len(scores.block)} layers; the backbone has {n_layers}")
@@ -82,11 +83,13 @@ def _dropped(
 
 
 def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> Plan:
-    """Remove ``schedule.width_reduction`` of the remaining neurons, ranked over all layers at once (section 3.2).
+    """Remove ``schedule.width_reduction`` of the remaining neurons, ranked over all layers at once (section
+    3.2).
 
-    neuron_scores: layer -> one score a neuron of the uncompressed layer, higher = keep; every kept MLP is listed.
-    Each layer keeps a multiple of ``width_multiple`` neurons, at least one multiple. The number kept overall is the
-    target rounded to the nearest such total, met exactly; within a layer the best neurons stay.
+    neuron_scores: layer -> one score a neuron of the uncompressed layer, higher = keep; every kept MLP is
+    listed. Each layer keeps a multiple of ``width_multiple`` neurons, at least one multiple. The number kept
+    overall is the target rounded to the nearest such total, met exactly; within a layer the best neurons
+    stay.
     """
     if schedule.width_reduction == 0.0:
         return plan
@@ -114,8 +117,8 @@ def target_width(total: int, reduction: float, multiple: int) -> int:
 
 
 def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) -> list[int]:
-    """Neurons each layer keeps. Layers are cut into groups of ``multiple`` neurons, best first, and groups are
-    ranked globally by their mean score: the ranking of the paper, on the grain that the hardware wants.
+    """Neurons each layer keeps. Layers are cut into groups of ``multiple`` neurons, best first, and groups
+    are ranked globally by their mean score: the ranking of the paper, on the grain that the hardware wants.
     """
     sizes = [len(values) for values in scores]
     ragged = [size for size in sizes if size % multiple]
@@ -132,7 +135,8 @@ def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) 
     groups: list[tuple[float, int, int]] = []
     for layer, values in enumerate(scores):
         means = -np.sort(-values).reshape(-1, multiple).mean(axis=1)
-        # The first group of a layer always stays: a layer without any neuron is a dropped MLP, asked for by depth.
+        # The first group of a layer always stays: a layer without any neuron is a dropped MLP, asked for by
+        # depth.
         groups += [(float(mean), layer, rank) for rank, mean in enumerate(means) if rank > 0]
     # Best first; of equal ones the earlier layer and the earlier group, so that a layer's groups go in order.
     groups.sort(key=lambda group: (-group[0], group[1], group[2]))

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def apply_plan(retriever: Retriever, plan: Plan) -> Retriever:
-    """Change ``retriever.model`` in place to ``plan`` and return the retriever; layer numbers stay those of the backbone.
+    """Change ``retriever.model`` in place to ``plan`` and return the retriever; layer numbers stay those of
+    the backbone.
 
-    The retriever may be compressed already: ``plan`` then must keep no sublayer or neuron that is gone (InputError).
-    Kept weights are untouched, narrowed ones are copies of the kept rows and columns.
+    The retriever may be compressed already: ``plan`` then must keep no sublayer or neuron that is gone
+    (InputError). Kept weights are untouched, narrowed ones are copies of the kept rows and columns.
     """
     model, family = retriever.model, retriever.family
     if len(plan.layers) != len(retriever.plan.layers):
