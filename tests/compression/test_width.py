@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from compression_examples import PAIRS, TEXTS, vectors
 
 from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.calibration import pair_batch
@@ -14,7 +15,6 @@ from effir_ray.compression.slimming import SlimmingConfig, slimming_loss, sparsi
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.width import activation_function, rank_neurons
 from effir_ray.errors import InputError
-from tests.compression.test_importance import PAIRS, TEXTS, vectors
 
 KINDS = ["llama", "gemma2", "bert", "modernbert"]
 METHODS = ["self-slimming", "magnitude", "activation", "gate-activation", "taylor", "random"]
