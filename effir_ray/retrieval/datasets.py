@@ -156,6 +156,10 @@ def read_beir_folder(folder: Path, *, name: str | None = None) -> Dataset:
     folder = folder.resolve()
     files = {split: folder / "qrels" / f"{split}.tsv" for split in _SPLITS}
     files = {split: path for split, path in files.items() if path.is_file()}
+    parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl"))
+    if parts and not (folder / "corpus.jsonl").exists():
+        names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
+        raise InputError(f"{folder}: holds several data sets; name one of its parts: {names}")
     scan = scan_corpus(folder / "corpus.jsonl")
     queries = read_queries(folder / "queries.jsonl")
     if not files:

@@ -1,6 +1,6 @@
-import json
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,26 +10,7 @@ from effir_ray.retrieval import beir_files
 from effir_ray.retrieval.datasets import load_dataset
 
 HEADER = "query-id\tcorpus-id\tscore\n"
-
-
-def write_folder(folder: Path, *, documents: int = 40, queries: int = 30) -> Path:
-    """A BEIR folder: query i asks for document i; a train and a test split."""
-    (folder / "qrels").mkdir(parents=True)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        for i in range(documents):
-            print(json.dumps({"_id": f"d{i}", "title": f"T{i}", "text": f"text {i} é"}), file=file)
-    with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-        for i in range(queries + 1):  # the last one is not judged
-            print(json.dumps({"_id": f"q{i}", "text": f"query {i}"}), file=file)
-    rows = [f"q{i}\td{i}\t1\n" for i in range(queries)]
-    (folder / "qrels/train.tsv").write_text(HEADER + "".join(rows[:20]))
-    (folder / "qrels/test.tsv").write_text(HEADER + "".join(rows[20:]))
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "toy")
+WriteFolder = Callable[..., Path]
 
 
 def test_a_folder_is_read_as_it_is(folder: Path) -> None:
@@ -162,7 +143,7 @@ def test_a_line_of_100_megabytes_is_refused_unread(folder: Path) -> None:
         load_dataset(folder)
 
 
-def test_few_blemishes_are_kept_with_a_warning(tmp_path: Path) -> None:
+def test_few_blemishes_are_kept_with_a_warning(tmp_path: Path, write_folder: WriteFolder) -> None:
     folder = write_folder(tmp_path / "large", documents=1000)
     _replace_line(folder / "corpus.jsonl", 7, b'{"_id": "d6", "title": "", "text": ""}')
     dataset = load_dataset(folder)
@@ -175,7 +156,9 @@ def test_few_blemishes_are_kept_with_a_warning(tmp_path: Path) -> None:
     assert dataset.qrels("test")["q29"]["lost"] == 1
 
 
-def test_an_unknown_name_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_folder: WriteFolder
+) -> None:
     monkeypatch.setenv("EFFIR_RAY_DATA", str(tmp_path))
     with pytest.raises(InputError, match="effir-ray data get scifact"):
         load_dataset("scifact")
