@@ -1,0 +1,134 @@
+"""Texts to embeddings: token-budget batches, tokenisation one window ahead, rows in input order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from effir_ray.backbones.retriever import Retriever
+from effir_ray.errors import InputError
+from effir_ray.progress import Progress
+from effir_ray.progress import progress as show
+from effir_ray.retrieval.batching import token_budget_batches
+from effir_ray.retrieval.padded import PaddedForward
+
+Kind = Literal["query", "document"]
+
+WINDOW = 2048  # texts that are tokenised ahead and ordered by length together
+_BUDGET = {"cpu": 1024, "cuda": 32_768}
+"""Tokens a batch. CPU: the activations of more no longer fit the caches; GPU: enough to fill it."""
+
+
+class Encoder:
+    """Embeds texts with one model; holds its own, faster copy of the weights.
+
+    ``token_budget`` (tokens a batch) halves by itself when memory runs out and stays there.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        *,
+        token_budget: int | None = None,
+        quantize: Literal["int8"] | None = None,
+    ) -> None:
+        if token_budget is not None and token_budget < 1:
+            raise InputError(f"token_budget is {token_budget}; expected at least 1 token")
+        self.retriever = retriever
+        self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
+        self.quantize = quantize
+        self._forward = PaddedForward(retriever)
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        return int(self.retriever.model.config.hidden_size)
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        kind: Kind,
+        *,
+        max_length: int | None = None,
+        progress: str | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Embeddings (n, d), row i for text i. ``progress`` is what a progress display calls the work.
+
+        Raises InputError when one text alone does not fit memory.
+        """
+        embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
+        display: AbstractContextManager[Progress] = (
+            show(progress, total=len(texts), unit="docs" if kind == "document" else "queries")
+            if progress
+            else nullcontext(Progress("", None, ""))
+        )
+        with display as bar, torch.inference_mode():
+            for start, tokens in self._tokenised(texts, kind, max_length):
+                self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
+        return embeddings
+
+    def _tokenised(
+        self, texts: Sequence[str], kind: Kind, max_length: int | None
+    ) -> Iterator[tuple[int, list[list[int]]]]:
+        """(first index, token lists) of each window; the next one is tokenised while this one is encoded."""
+        starts = range(0, len(texts), WINDOW)
+        if len(starts) <= 1:
+            yield from ((0, self.retriever.tokenize(texts, kind, max_length)) for _ in starts)
+            return
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+
+            def tokenise(start: int) -> list[list[int]]:
+                return self.retriever.tokenize(texts[start : start + WINDOW], kind, max_length)
+
+            waiting = ahead.submit(tokenise, starts[0])
+            for start in starts:
+                tokens = waiting.result()
+                if start != starts[-1]:
+                    waiting = ahead.submit(tokenise, start + WINDOW)
+                yield start, tokens
+
+    def _encode_window(self, tokens: list[list[int]], out: npt.NDArray[np.float32], bar: Progress) -> None:
+        lengths = [len(ids) for ids in tokens]
+        pending = deque(self._batches(np.arange(len(tokens)), lengths))
+        results: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
+        while pending:
+            batch = pending.popleft()
+            try:
+                vectors = self._forward([tokens[i] for i in batch])
+                results.append((batch, vectors.float().to("cpu", non_blocking=True)))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve_budget(max(lengths[i] for i in batch), len(batch))
+                pending.extendleft(reversed(self._batches(batch, lengths)))
+            else:
+                bar.advance(len(batch))
+        if self.retriever.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        for batch, vectors in results:
+            out[batch] = vectors.numpy()
+
+    def _batches(self, indices: npt.NDArray[np.int64], lengths: list[int]) -> list[npt.NDArray[np.int64]]:
+        chosen = [lengths[i] for i in indices]
+        batches = token_budget_batches(chosen, self.token_budget, padded=self._forward.padded)
+        return [indices[batch] for batch in batches]
+
+    def _halve_budget(self, longest: int, texts: int) -> None:
+        if texts == 1:
+            raise InputError(
+                f"out of memory with a single text of {longest} tokens; lower max_length or free memory"
+            )
+        self.token_budget = max(1, min(self.token_budget, longest * texts) // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
