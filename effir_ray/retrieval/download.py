@@ -1,4 +1,4 @@
-"""BEIR data sets by name: downloaded from BEIR's server (resuming), checked against its MD5, unpacked safely."""
+"""BEIR data sets by name: from BEIR's server (resuming), checked against its MD5, unpacked safely."""
 
 from __future__ import annotations
 
