@@ -1,0 +1,119 @@
+"""Quantisation on top of any retriever, compressed or not: the Linears inside the blocks.
+
+``int8`` runs on CPUs: weights int8 an output channel, activations quantised a batch as they come (dynamic).
+``nf4`` and ``int8-cuda`` run on NVIDIA GPUs through bitsandbytes (NF4 is what the paper puts on EffiR).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from effir_ray.backbones.retriever import Retriever
+from effir_ray.errors import InputError
+
+Quantization = Literal["int8", "nf4", "int8-cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """``disk_bytes``: one safetensors file with every tensor; ``memory_bytes``: the tensors themselves."""
+
+    disk_bytes: int
+    memory_bytes: int
+
+
+def quantize(retriever: Retriever, method: Quantization) -> Retriever:
+    """Replace the Linears inside the blocks, in place; embeddings and norms keep their precision.
+
+    The result encodes but is not trained. Raises InputError when the method's device or package is missing,
+    or when ``int8`` is asked of a model that is not in float32 (its CPU kernels take nothing else).
+    """
+    if method == "int8":
+        _dynamic_int8(retriever)
+    else:
+        _bitsandbytes(retriever, method)
+    return retriever
+
+
+def _dynamic_int8(retriever: Retriever) -> None:
+    if retriever.model.device.type != "cpu" or retriever.model.dtype != torch.float32:
+        found = f"{retriever.model.dtype} on {retriever.model.device}"
+        raise InputError(f"int8 quantisation found a model in {found}; load it with dtype float32 on the CPU")
+    with warnings.catch_warnings():
+        # Deprecated in favour of torchao, whose dynamic int8 is made for compiled and CUDA models; these
+        # kernels (FBGEMM / oneDNN) are the fast ones in eager mode on CPUs.
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+        for layer in retriever.family.layers(retriever.model):
+            quantize_dynamic(layer, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+
+
+def _bitsandbytes(retriever: Retriever, method: Quantization) -> None:
+    if not torch.cuda.is_available():
+        raise InputError(f"{method} quantisation needs an NVIDIA GPU, found none; on CPUs use int8")
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError(
+            f"{method} quantisation needs bitsandbytes; run 'pip install bitsandbytes'"
+        ) from None
+    model = retriever.model
+    for name, linear in retriever.family.linears(model):
+        model.set_submodule(name, _bitsandbytes_linear(bitsandbytes.nn, linear, method))
+    model.to("cuda")  # bitsandbytes quantises as weights arrive on the GPU
+
+
+def _bitsandbytes_linear(library: Any, linear: nn.Linear, method: Quantization) -> nn.Module:
+    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if method == "nf4":
+        # The paper quantises QLoRA's way: NF4 with double quantisation, bfloat16 products.
+        new = library.Linear4bit(
+            *shape, bias=bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
+        )
+        new.weight = library.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+        )
+    else:
+        new = library.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        new.weight = library.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    if linear.bias is not None:
+        new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    module: nn.Module = new
+    return module
+
+
+def measure_size(retriever: Retriever) -> Size:
+    """Size of the model as it is now, quantised or not; writes one temporary file of that size."""
+    from safetensors.torch import save_file
+
+    tensors = dict(_plain("", retriever.model.state_dict()))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(tensors, file)
+        disk = file.stat().st_size
+    return Size(disk_bytes=disk, memory_bytes=sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state dict; a quantised one as its integers, scales and zero points."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _plain(f"{name}.{key}", entry)
+    elif isinstance(value, tuple):
+        for place, entry in enumerate(value):
+            yield from _plain(f"{name}.{place}", entry)
+    elif isinstance(value, Tensor) and value.is_quantized:
+        yield f"{name}.integers", value.int_repr()
+        yield f"{name}.scales", value.q_per_channel_scales().float()
+        yield f"{name}.zero_points", value.q_per_channel_zero_points().to(torch.int32)
+    elif isinstance(value, Tensor):
+        yield name, value.detach().contiguous()
