@@ -1,3 +1,103 @@
-"""effir-ray finds the smallest and fastest dense retriever hidden in an LLM."""
+"""Finds the smallest and fastest dense retriever hidden in a language model.
+
+The verbs of the command line are functions here, loaded when first used::
+
+    import effir_ray
+
+    effir_ray.compress("smollm2-135m", effir_ray.Schedule(drop_mlp=4), Path("small"))
+    effir_ray.evaluate("small", "stdlib", split="dev").scores.mean["ndcg@10"]
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effir_ray.backbones.retriever import load_retriever as load
+    from effir_ray.compression.analysis import analyze
+    from effir_ray.compression.compress import compress
+    from effir_ray.compression.plan import Plan
+    from effir_ray.compression.schedule import Schedule
+    from effir_ray.errors import InputError, TrialFailure
+    from effir_ray.results.query import query
+    from effir_ray.results.report import report
+    from effir_ray.results.selection import pareto
+    from effir_ray.retrieval.corpus_encoding import encode_corpus as encode
+    from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.retrieval.encoder import Encoder
+    from effir_ray.retrieval.evaluation import evaluate
+    from effir_ray.search.dry_run import dry_run as preview_search
+    from effir_ray.search.repeat import repeat
+    from effir_ray.search.space import SearchSpace
+    from effir_ray.search.study import search as run_search
+    from effir_ray.training.annotate import annotate
+    from effir_ray.training.config import TrainConfig
+    from effir_ray.training.launcher import train
+    from effir_ray.training.negatives import mine
 
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "Encoder": "retrieval.encoder:Encoder",
+    "InputError": "errors:InputError",
+    "Plan": "compression.plan:Plan",
+    "Schedule": "compression.schedule:Schedule",
+    "SearchSpace": "search.space:SearchSpace",
+    "TrainConfig": "training.config:TrainConfig",
+    "TrialFailure": "errors:TrialFailure",
+    "analyze": "compression.analysis:analyze",
+    "annotate": "training.annotate:annotate",
+    "compress": "compression.compress:compress",
+    "encode": "retrieval.corpus_encoding:encode_corpus",
+    "evaluate": "retrieval.evaluation:evaluate",
+    "load": "backbones.retriever:load_retriever",
+    "load_dataset": "retrieval.datasets:load_dataset",
+    "mine": "training.negatives:mine",
+    "pareto": "results.selection:pareto",
+    "preview_search": "search.dry_run:dry_run",
+    "query": "results.query:query",
+    "repeat": "search.repeat:repeat",
+    "report": "results.report:report",
+    "run_search": "search.study:search",
+    "train": "training.launcher:train",
+}
+"""Name -> where it lives. (`effir_ray.search` is the package, hence `run_search`.)"""
+
+__all__ = [
+    "Encoder",
+    "InputError",
+    "Plan",
+    "Schedule",
+    "SearchSpace",
+    "TrainConfig",
+    "TrialFailure",
+    "__version__",
+    "analyze",
+    "annotate",
+    "compress",
+    "encode",
+    "evaluate",
+    "load",
+    "load_dataset",
+    "mine",
+    "pareto",
+    "preview_search",
+    "query",
+    "repeat",
+    "report",
+    "run_search",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562): `import effir_ray` stays fast."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'effir_ray' has no attribute '{name}'")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = getattr(import_module(f"effir_ray.{module}"), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,37 @@
+"""The command line: ``effir-ray COMMAND``. Start-up imports neither torch, transformers nor ray."""
+
+from __future__ import annotations
+
+import os
+
+from effir_ray.cli import jobs, machine, models, results, retrieval, search, training
+from effir_ray.cli._app import app
+
+__all__ = ["app", "main"]
+
+_COMMANDS = {
+    "Start": (machine.demo, machine.doctor),
+    "Search": (search.search, search.repeat),
+    "Results": (results.pareto, results.query, results.report),
+    "Models": (models.analyze, models.compress),
+    "Training": (training.train, training.mine, training.annotate),
+    "Retrieval": (retrieval.encode, retrieval.evaluate),
+    "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop),
+}
+for _panel, _functions in _COMMANDS.items():
+    for _function in _functions:
+        app.command(rich_help_panel=_panel)(_function)
+app.add_typer(machine.data, name="data", rich_help_panel="Start")
+
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+"""Our own progress display is the one that counts; a user's setting of these variables wins."""
+
+
+def main() -> None:
+    """Entry point of ``effir-ray``."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    app()

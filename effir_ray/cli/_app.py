@@ -1,0 +1,82 @@
+"""The application object, and how every command ends.
+
+A command parses its options, calls one function of the library and shows the result. What the user did
+wrong ends it with one clear line and exit code 2, Ctrl-C with 130, a run that failed for a stated reason
+with 1. Any other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from effir_ray.errors import InputError, TrialFailure
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Commands(TyperGroup):
+    """A command group that turns the library's exceptions into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(_message(error), code=2)
+        except TrialFailure as error:
+            _fail(_message(error), code=1)
+        except KeyboardInterrupt:
+            _fail("interrupted; what is finished is kept", code=130)
+        except BrokenPipeError:  # the reader of a pipe has left, as in `effir-ray query ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            _fail(
+                f"no disk space left ({error.filename or 'while writing'}); free some and run it again",
+                code=2,
+            )
+
+
+def _message(error: Exception) -> str:
+    """Ray wraps what a worker raised; its ``cause`` is the original, without the remote traceback."""
+    return str(getattr(error, "cause", None) or error)
+
+
+def _fail(message: str, *, code: int) -> None:
+    typer.echo(f"effir-ray: {message}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="effir-ray",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root() -> None:
+    """Finds the smallest and fastest dense retriever hidden in a language model.
+
+    It drops attention, MLP or whole-block sublayers of a Transformer and narrows
+    its MLPs (EffiR, arXiv 2512.20612), fine-tunes what is left, measures quality,
+    size and speed, and searches for the best trade-offs, on a laptop or a cluster.
+
+    \b
+    [bold]Start here[/bold]
+    effir-ray demo                       a real search in a quarter of an hour
+    effir-ray search SPACE.yaml --out runs/mine
+    effir-ray pareto runs/mine           what came out, as a table
+    effir-ray report runs/mine           ... as an interactive page
+    effir-ray COMMAND --help             options and examples of a command
+    """

@@ -1,0 +1,47 @@
+"""Options that several commands share, so that they look and read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="Model to start from: a Hugging Face folder or hub id, a .gguf file, a checkpoint of effir-ray, "
+        "smollm2-135m, minilm-l6, or random:<family>.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str, typer.Option(help="Checkpoint folder, or any name that --backbone takes.", show_default=False)
+]
+Dataset = Annotated[
+    str, typer.Option(help="'stdlib', a BEIR folder, or the name of a downloaded BEIR data set.")
+]
+Out = Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)]
+Results = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR", help="Folders (or Parquet files) of results.", show_default=False),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        help="Ray cluster to run on, e.g. 'auto' or ray://host:10001; this machine when left out.",
+    ),
+]
+JobAddress = Annotated[
+    str | None,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="Job server of the cluster, http://host:8265; when left out, the Ray head of this machine.",
+    ),
+]
+FirstBlocks = Annotated[
+    int | None,
+    typer.Option(min=1, help="Use only the first N blocks of the model; they count as its full depth."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

@@ -1,0 +1,102 @@
+"""submit, jobs, logs, stop: searches on a Ray cluster, through its job server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effir_ray.cli._options import AsJson, JobAddress
+from effir_ray.cli._output import say, show_json, show_table
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed or jobs lists.")]
+
+
+def submit(
+    space: Annotated[Path, typer.Argument(help="YAML of a search space.")],
+    out: Annotated[
+        str,
+        typer.Option(help="Folder of the study as the cluster sees it: shared storage.", show_default=False),
+    ],
+    address: JobAddress = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the output until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a search as a job on a Ray cluster; it goes on when this terminal closes.
+
+    Ships the search space and this version of effir-ray; the cluster needs the packages it depends on
+    (cluster/ has an image). With --follow the exit code is that of the job.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray submit search_spaces/mistral-7b.yaml --address http://head:8265 --out /shared/mistral
+    effir-ray submit search_spaces/demo.yaml --out /tmp/demo --follow
+    """
+    from effir_ray.cluster_jobs import follow_job, submit_search
+
+    job = submit_search(space, out, address=address, resume=resume)
+    if as_json:
+        show_json({"job": job})
+    else:
+        say(f"Job: {job}")
+    if follow:
+        status = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+        if status != "SUCCEEDED":
+            typer.echo(f"effir-ray: job {job} ended as {status}", err=True)
+            raise typer.Exit(1)
+
+
+def jobs(address: JobAddress = None, as_json: AsJson = False) -> None:
+    """List the jobs of a cluster, newest first.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray jobs --address http://head:8265
+    """
+    from effir_ray.cluster_jobs import list_jobs
+
+    found = list_jobs(address=address)
+    if as_json:
+        show_json(found)
+        return
+    show_table(
+        ["job", "status", "started", "seconds", "command"],
+        [(job.id, job.status, job.started, job.seconds, job.command) for job in found],
+    )
+
+
+def logs(
+    job: JobId,
+    address: JobAddress = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+) -> None:
+    """Print what a job has written.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray logs effir-ray-demo-4f2c --follow
+    """
+    from effir_ray.cluster_jobs import follow_job, job_logs
+
+    if follow:
+        follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+    else:
+        typer.echo(job_logs(job, address=address), nl=False)
+
+
+def stop(job: JobId, address: JobAddress = None, as_json: AsJson = False) -> None:
+    """Stop a job. What its search has finished is kept; submit it again with --resume.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray stop effir-ray-demo-4f2c
+    """
+    from effir_ray.cluster_jobs import stop_job
+
+    status = stop_job(job, address=address)
+    if as_json:
+        show_json({"job": job, "status": status})
+    else:
+        say(f"{job}: {status}")

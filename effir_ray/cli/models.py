@@ -1,0 +1,146 @@
+"""analyze, compress: what a model can lose, and losing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effir_ray.cli._options import AsJson, Backbone, Dataset, FirstBlocks
+from effir_ray.cli._output import quantity, say, show_json, show_table
+from effir_ray.errors import InputError
+
+_DROP = "K drops the K least important ones; 'i,j,..' drops these layers ('i,' for one)."
+
+Drop = Annotated[str, typer.Option(help=_DROP, metavar="K|i,j,..")]
+Texts = Annotated[int, typer.Option(min=1, help="Documents that importance is measured on.")]
+
+
+def analyze(
+    backbone: Backbone,
+    out: Annotated[Path, typer.Option(help="Folder for the table, JSON and HTML page.", show_default=False)],
+    dataset: Dataset = "stdlib",
+    texts: Texts = 256,
+    first_blocks: FirstBlocks = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how redundant every sublayer is, and what dropping it would save.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
+    effir-ray analyze --backbone smollm2-135m --texts 64 --out runs/smollm2-analysis
+    """
+    from effir_ray import analyze as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        result = run(backbone, out, dataset=dataset, texts=texts, first_blocks=first_blocks)
+    if as_json:
+        show_json(result)
+    else:
+        say(f"Analysis: {out}")
+
+
+def compress(
+    backbone: Backbone,
+    out: Annotated[Path | None, typer.Option(help="Checkpoint folder to write.")] = None,
+    drop_attention: Drop = "0",
+    drop_mlp: Drop = "0",
+    drop_block: Drop = "0",
+    drop_last_blocks: Annotated[int, typer.Option(min=0, help="Drop the last K blocks.")] = 0,
+    width_reduction: Annotated[
+        float, typer.Option(min=0, help="Fraction of the remaining MLP neurons to remove, e.g. 0.3.")
+    ] = 0.0,
+    importance: Annotated[
+        str, typer.Option(help="cosine, pooled, greedy, dev-loss or random.", metavar="CRITERION")
+    ] = "cosine",
+    width_method: Annotated[
+        str,
+        typer.Option(
+            help="self-slimming, magnitude, activation, gate-activation, taylor or random.", metavar="METHOD"
+        ),
+    ] = "self-slimming",
+    width_multiple: Annotated[int, typer.Option(min=1, help="Round the width of every MLP to this.")] = 8,
+    dataset: Dataset = "stdlib",
+    texts: Texts = 256,
+    gate_steps: Annotated[int, typer.Option(min=1, help="Training steps of self-slimming.")] = 500,
+    first_blocks: FirstBlocks = None,
+    seed: int = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and its size; write nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut sublayers and neurons out of a model and save it as a checkpoint, without training.
+
+    Depth goes first (blocks, then attention and MLP sublayers), then width: the neurons that are left are
+    ranked over all layers at once. Train the result with `effir-ray train`.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray compress --backbone smollm2-135m --drop-mlp 4 --out small
+    effir-ray compress --backbone minilm-l6 --drop-attention 1,3 --width-reduction 0.3 --out smaller
+    effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
+    """
+    from effir_ray import Schedule
+    from effir_ray import compress as run
+    from effir_ray.config import parse
+    from effir_ray.progress import show_progress
+
+    if out is None and not dry_run:
+        raise InputError("compress needs --out FOLDER to write to, or --dry-run")
+    settings: dict[str, Any] = {
+        "drop_attention": drop_attention,
+        "drop_mlp": drop_mlp,
+        "drop_block": drop_block,
+        "drop_last_blocks": drop_last_blocks,
+        "width_reduction": width_reduction,
+        "importance": importance,
+        "width_method": width_method,
+        "width_multiple": width_multiple,
+    }
+    schedule = parse(settings, Schedule, source="options of compress")
+    with show_progress():
+        result = run(
+            backbone,
+            schedule,
+            None if dry_run else out,
+            first_blocks=first_blocks,
+            dataset=dataset,
+            calibration_texts=texts,
+            gate_steps=gate_steps,
+            seed=seed,
+        )
+    if as_json:
+        show_json(result)
+        return
+    _show_plan(result)
+    say(f"Checkpoint: {result.checkpoint}" if result.checkpoint else "Dry run: nothing was written.")
+
+
+def _show_plan(result: Any) -> None:
+    """A line a layer, then the totals."""
+    show_table(
+        ["layer", "attention", "MLP"],
+        [
+            (
+                index,
+                "kept" if layer.attention else "-",
+                "-"
+                if not layer.mlp
+                else "kept"
+                if layer.neurons is None
+                else f"{len(layer.neurons)} neurons",
+            )
+            for index, layer in enumerate(result.plan.layers)
+        ],
+        title=f"{result.backbone}: {result.schedule}",
+    )
+    share = result.parameters / result.full_parameters
+    work = result.flops_per_document / result.full_flops_per_document
+    say(
+        f"{quantity(result.parameters)} of {quantity(result.full_parameters)} parameters ({share:.1%}), "
+        f"{work:.1%} of the FLOPs of a document of {result.document_tokens} tokens"
+    )

@@ -1,0 +1,129 @@
+"""search, repeat: measuring many compressed models, and one of them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from effir_ray.cli._options import Address, AsJson, Results
+from effir_ray.cli._output import quantity, say, show_json, show_table
+from effir_ray.errors import InputError
+
+
+def search(
+    space: Annotated[Path, typer.Argument(help="YAML of a search space; see search_spaces/.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show every schedule's stages and size; load no weights.")
+    ] = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress, train and measure a model in every way a search space names, and find the Pareto front.
+
+    Schedules are chosen on dev queries; the front is then scored on test queries. Work that trials have in
+    common is done once. A study that was stopped, however hard, goes on with --resume.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray search search_spaces/demo.yaml --dry-run
+    effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2
+    effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2 --resume
+    effir-ray search search_spaces/mistral-7b.yaml --out s3://bucket/mistral --address auto
+    """
+    from effir_ray import run_search
+    from effir_ray.progress import show_progress
+
+    if dry_run:
+        _show_preview(space, as_json)
+        return
+    if out is None:
+        raise InputError("search needs --out FOLDER for the study, or --dry-run")
+    with show_progress():
+        result = run_search(space, out, resume=resume, address=address)
+    if as_json:
+        show_json(result)
+        return
+    say(f"{result.trials} trials, {result.failed} failed, {len(result.front)} on the front")
+    say(f"Next: effir-ray pareto {out}; effir-ray report {out}")
+
+
+def _show_preview(space: Path, as_json: bool) -> None:
+    from effir_ray import SearchSpace, preview_search
+    from effir_ray.config import load_yaml
+
+    preview = preview_search(load_yaml(space, SearchSpace))
+    if as_json:
+        show_json(preview)
+        return
+    show_table(
+        [
+            "schedule",
+            "parameters",
+            "of full",
+            "FLOPs a document",
+            "of full",
+            "stages to run",
+            "stages shared",
+        ],
+        [
+            (
+                trial.schedule,
+                quantity(trial.parameters),
+                f"{trial.parameter_ratio:.1%}",
+                quantity(trial.flops_per_document),
+                f"{trial.flops_ratio:.1%}",
+                ", ".join(trial.new_stages),
+                ", ".join(trial.shared_stages),
+            )
+            for trial in preview.trials
+        ],
+        title=f"{preview.study}: {preview.backbone} on {preview.dataset}",
+    )
+    stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
+    say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+
+
+def repeat(
+    results: Results,
+    trial: Annotated[
+        str, typer.Option(help="trial_id of a row; see `effir-ray pareto`.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the new rows and stages.", show_default=False)],
+    split: Annotated[str | None, typer.Option(help="dev or test; that of the row when left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the trial of a row again from what the row says, and compare the scores.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray repeat runs/demo --trial 3f2a9c01d4e5 --out runs/again
+    """
+    from effir_ray import repeat as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        pairs = run(results, trial, out, split=split)
+    if as_json:
+        show_json(pairs)
+        return
+    _show_repetition(pairs)
+
+
+def _show_repetition(pairs: Any) -> None:
+    show_table(
+        ["split", "schedule", "nDCG@10 then", "nDCG@10 now", "difference"],
+        [
+            (
+                old.split,
+                old.schedule,
+                old.ndcg_at_10,
+                new.ndcg_at_10,
+                (new.ndcg_at_10 or 0) - (old.ndcg_at_10 or 0),
+            )
+            for old, new in pairs
+        ],
+    )

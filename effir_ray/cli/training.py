@@ -1,0 +1,127 @@
+"""train, mine, annotate: recovering what compression cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from effir_ray.cli._options import Address, AsJson, Out
+from effir_ray.cli._output import say, show_json
+
+if TYPE_CHECKING:
+    from effir_ray.stages import StageStore
+
+
+PairsOut = Annotated[Path, typer.Option(help="JSONL file of pairs to write.", show_default=False)]
+
+
+def train(
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML of training settings; the defaults are the paper's.", show_default=False),
+    ],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or name of the model.", show_default=False)],
+    out: Out,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model for retrieval with Ray Train and DeepSpeed; OUT/checkpoint is the result.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray train configs/smollm2-stdlib.yaml --model small --out runs/small-trained
+    effir-ray train configs/mistral-msmarco.yaml --model pruned --out s3://bucket/run --address auto
+    """
+    from effir_ray import TrainConfig
+    from effir_ray import train as run
+    from effir_ray.config import load_yaml
+    from effir_ray.progress import show_progress
+
+    settings = load_yaml(config, TrainConfig)
+    with show_progress():
+        result = run(model, settings, out, address=address, resume=resume)
+    if as_json:
+        show_json(result)
+    else:
+        say(f"Checkpoint: {result.checkpoint}")
+
+
+def mine(
+    source: Annotated[str, typer.Argument(help="Data set with a train split, or a JSONL file of pairs.")],
+    out: PairsOut,
+    by: Annotated[str, typer.Option(help="'bm25', or a model that ranks.")] = "bm25",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    negatives: Annotated[int, typer.Option(min=1, help="Hard negatives a query.")] = 7,
+    depth: Annotated[int, typer.Option(min=1, help="Ranked documents looked at for each query.")] = 100,
+    margin: Annotated[
+        float,
+        typer.Option(min=0, help="A negative scores this fraction below the positive, or it is left out."),
+    ] = 0.05,
+    as_json: AsJson = False,
+) -> None:
+    """Find hard negatives for training pairs by BM25 or by any model; likely false ones are left out.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray mine stdlib --out stdlib-bm25.jsonl
+    effir-ray mine pairs.jsonl --by minilm-l6 --negatives 15 --out pairs-mined.jsonl
+    """
+    from effir_ray import mine as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        found = run(
+            source, by=by, stages=_stages(), split=split, negatives=negatives, depth=depth, margin=margin
+        )
+    _deliver(found, out, as_json)
+
+
+def annotate(
+    pairs: Annotated[Path, typer.Argument(help="JSONL file of pairs with negatives.", show_default=False)],
+    by: Annotated[str, typer.Option(help="Cross-encoder: folder or hub id.", show_default=False)],
+    out: PairsOut,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a query and document together.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Add a reranker's score to every document of the pairs, for distillation.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray annotate stdlib-bm25.jsonl --by BAAI/bge-reranker-base --out stdlib-scored.jsonl
+    """
+    from effir_ray import annotate as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        found = run(pairs, by=by, stages=_stages(), max_length=max_length)
+    _deliver(found, out, as_json)
+
+
+def _stages() -> StageStore:
+    """Mined and scored pairs are kept beside the data sets, so that a second command reuses them."""
+    from effir_ray.retrieval.datasets import data_folder
+    from effir_ray.stages import StageStore
+
+    return StageStore(data_folder() / "stages")
+
+
+def _deliver(found: Path, out: Path, as_json: bool) -> None:
+    """Copy a stage's file to where the user wants it, complete or not at all."""
+    import shutil
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.tmp")
+    try:
+        shutil.copyfile(found, aside)
+        aside.replace(out)
+    finally:
+        aside.unlink(missing_ok=True)
+    with out.open(encoding="utf-8") as file:
+        pairs = sum(1 for _ in file)
+    if as_json:
+        show_json({"file": out, "pairs": pairs})
+    else:
+        say(f"{pairs} pairs in {out}")

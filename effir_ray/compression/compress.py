@@ -1,0 +1,163 @@
+"""Compress a retriever to a schedule in one call: importance, plan, neuron scores, surgery, checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effir_ray.compression.plan import Plan
+from effir_ray.compression.schedule import Schedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from effir_ray.backbones.retriever import Retriever
+    from effir_ray.compression.importance_scores import ImportanceScores
+    from effir_ray.retrieval.datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """What became of a backbone. ``checkpoint`` is None after a dry run.
+
+    parameters: without the LM head; flops_per_document: one forward pass over ``document_tokens`` tokens.
+    """
+
+    backbone: str
+    schedule: str
+    plan: Plan
+    parameters: int
+    full_parameters: int
+    flops_per_document: int
+    full_flops_per_document: int
+    document_tokens: int
+    checkpoint: Path | None = None
+
+
+def compress(
+    backbone: str,
+    schedule: Schedule,
+    out: Path | None,
+    *,
+    first_blocks: int | None = None,
+    dataset: str = "stdlib",
+    calibration_texts: int = 256,
+    gate_pairs: int = 4000,
+    gate_steps: int = 500,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Compression:
+    """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
+
+    Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
+    documents of ``dataset``; neurons are ranked on ``gate_pairs`` of its train pairs (``gate_steps`` steps of
+    self-slimming). With ``out`` None nothing is trained or written and the size is that of the schedule (a
+    dry run). Raises InputError for a schedule that the backbone has no room for.
+    """
+    from effir_ray.backbones.registry import load_config
+    from effir_ray.backbones.retriever import load_retriever
+    from effir_ray.compression.accounting import uniform_width
+    from effir_ray.compression.checkpoint import save_checkpoint
+    from effir_ray.compression.planning import make_plan, narrow_plan
+    from effir_ray.compression.surgery import apply_plan
+    from effir_ray.hardware import detect
+
+    check_room(schedule, load_config(backbone, first_blocks=first_blocks).num_hidden_layers)
+    hardware = detect()
+    retriever = load_retriever(
+        backbone, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks
+    )
+    data = _Data(dataset=dataset, texts=calibration_texts, pairs=gate_pairs, max_length=max_length, seed=seed)
+    full = retriever.plan
+    plan = make_plan(schedule, len(full.layers), _importance(retriever, schedule, data))
+    if out is None:
+        config = retriever.model.config
+        sized = uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
+        return _result(retriever, schedule, sized if schedule.width_reduction else plan, max_length, None)
+    apply_plan(retriever, plan)
+    if schedule.width_reduction:
+        plan = narrow_plan(plan, schedule, _neuron_scores(retriever, schedule, data, gate_steps))
+        apply_plan(retriever, plan)
+    save_checkpoint(retriever, out)
+    return _result(retriever, schedule, plan, max_length, out)
+
+
+def check_room(schedule: Schedule, n_layers: int) -> None:
+    """Raise InputError when ``schedule`` drops more than ``n_layers`` layers have. Needs no model."""
+    from effir_ray.compression.importance_scores import ImportanceScores
+    from effir_ray.compression.planning import make_plan
+
+    equal = (0.0,) * n_layers
+    scores = ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
+    make_plan(schedule, n_layers, scores)
+
+
+def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
+    """Documents drawn by hash of their id: task-agnostic text, no labels (paper section 3.1)."""
+    ids = dataset.corpus.ids
+    drawn = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return dataset.corpus.texts(drawn[:count])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What importance and neuron scores are measured on."""
+
+    dataset: str
+    texts: int
+    pairs: int
+    max_length: int
+    seed: int
+
+
+def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> ImportanceScores | None:
+    from effir_ray.compression.importance import measure_importance
+    from effir_ray.compression.planning import needs_scores
+    from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.training.pairs import load_pairs
+
+    if not needs_scores(schedule):
+        return None
+    labelled = schedule.importance == "dev-loss"
+    return measure_importance(
+        retriever,
+        draw_texts(load_dataset(data.dataset), data.texts, data.seed),
+        criterion=schedule.importance,
+        pairs=load_pairs(data.dataset)[: data.pairs] if labelled else (),
+        max_length=data.max_length,
+        seed=data.seed,
+    )
+
+
+def _neuron_scores(
+    retriever: Retriever, schedule: Schedule, data: _Data, steps: int
+) -> dict[int, npt.NDArray[np.floating]]:
+    from effir_ray.compression.width import rank_neurons
+    from effir_ray.training.pairs import load_pairs, shuffled
+
+    pairs = shuffled(load_pairs(data.dataset), seed=data.seed)[: data.pairs]
+    return rank_neurons(
+        retriever, schedule.width_method, pairs, steps=steps, seed=data.seed, max_length=data.max_length
+    )
+
+
+def _result(
+    retriever: Retriever, schedule: Schedule, plan: Plan, tokens: int, checkpoint: Path | None
+) -> Compression:
+    from effir_ray.compression.accounting import count_parameters, flops
+
+    config, full = retriever.model.config, Plan.full(len(plan.layers))
+    return Compression(
+        backbone=retriever.name,
+        schedule=schedule.name,
+        plan=plan,
+        parameters=count_parameters(config, plan),
+        full_parameters=count_parameters(config, full),
+        flops_per_document=flops(config, plan, tokens),
+        full_flops_per_document=flops(config, full, tokens),
+        document_tokens=tokens,
+        checkpoint=checkpoint,
+    )

@@ -1,0 +1,135 @@
+"""What this machine offers to effir-ray, and why each choice was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+
+PACKAGES = (
+    "effir-ray",
+    "torch",
+    "transformers",
+    "ray",
+    "deepspeed",
+    "optuna",
+    "pyarrow",
+    "duckdb",
+    "beir",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """``ok`` False: something does not work; ``reason`` then says what to do about it."""
+
+    subject: str
+    found: str
+    reason: str
+    ok: bool = True
+
+
+def diagnose() -> list[Finding]:
+    """Look at hardware, optional parts and versions. Starts nothing and writes nothing."""
+    return [*_hardware(), _faiss(), *_deepspeed(), _ray(), _memory_and_disk(), _data(), *_versions()]
+
+
+def _hardware() -> list[Finding]:
+    from effir_ray.hardware import detect
+
+    hardware = detect()
+    values = {"device": hardware.device, "dtype": hardware.dtype, "threads": str(hardware.threads)}
+    machine = Finding(
+        subject="machine", found=hardware.name, reason=f"{platform.system()} {platform.machine()}"
+    )
+    return [
+        machine,
+        *(Finding(subject=k, found=v, reason=hardware.reasons.get(k, "")) for k, v in values.items()),
+    ]
+
+
+def _faiss() -> Finding:
+    if importlib.util.find_spec("faiss") is None:
+        return Finding(
+            subject="exact search",
+            found="torch",
+            reason="FAISS is not installed; results are the same. To have it: pip install 'effir-ray[cpu]'",
+        )
+    import faiss
+
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    return Finding(
+        subject="exact search",
+        found=f"FAISS {faiss.__version__} on {f'{gpus} GPU(s)' if gpus else 'CPU'}",
+        reason="installed; GPUs without a FAISS build use a torch matrix product",
+    )
+
+
+def _deepspeed() -> list[Finding]:
+    if importlib.util.find_spec("deepspeed") is None:
+        reason = "DeepSpeed is not installed: pip install deepspeed"
+        return [Finding(subject="training engine", found="PyTorch DDP", reason=reason, ok=False)]
+    version = importlib.metadata.version("deepspeed")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    return [
+        Finding(
+            subject="training engine",
+            found=f"DeepSpeed {version}",
+            reason="installed; where it does not start, training says so and goes on with PyTorch DDP",
+        ),
+        Finding(
+            subject="C++ compiler",
+            found=compiler or "none",
+            reason="used by DeepSpeed's compiled operators"
+            if compiler
+            else "DeepSpeed's compiled operators are off; install g++ to have them",
+        ),
+    ]
+
+
+def _ray() -> Finding:
+    address = os.environ.get("RAY_ADDRESS")
+    jobs = importlib.util.find_spec("aiohttp_cors") is not None
+    return Finding(
+        subject="Ray",
+        found=f"cluster at {address}" if address else "a private instance on this machine",
+        reason=("RAY_ADDRESS is set" if address else "RAY_ADDRESS is not set")
+        + ("; job submission available" if jobs else "; for submit and jobs: pip install 'ray[default]'"),
+    )
+
+
+def _memory_and_disk() -> Finding:
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, available = (page * os.sysconf(name) / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
+    free = shutil.disk_usage(".").free / 2**30
+    return Finding(
+        subject="memory and disk",
+        found=f"{total:.1f} GiB, {free:.1f} GiB free on disk",
+        reason=f"{available:.1f} GiB of memory is unused now; disk of the current folder",
+    )
+
+
+def _data() -> Finding:
+    from effir_ray.retrieval.datasets import data_folder
+
+    reason = (
+        "EFFIR_RAY_DATA is set" if os.environ.get("EFFIR_RAY_DATA") else "default; EFFIR_RAY_DATA moves it"
+    )
+    return Finding(subject="data folder", found=str(data_folder()), reason=reason)
+
+
+def _versions() -> list[Finding]:
+    findings = [
+        Finding(subject="python", found=platform.python_version(), reason="3.11 to 3.13 are supported")
+    ]
+    for name in PACKAGES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(subject=name, found="missing", reason=f"pip install {name}", ok=False))
+        else:
+            findings.append(Finding(subject=name, found=version, reason="installed"))
+    return findings

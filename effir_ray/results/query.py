@@ -1,0 +1,63 @@
+"""SQL over result tables, by DuckDB, with nothing but the tables within its reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.results.published import published
+
+if TYPE_CHECKING:
+    import duckdb
+
+
+def query(folders: Iterable[Path | str], sql: str) -> pa.Table:
+    """The result of one SELECT over ``rows`` (those of ``folders``) and ``published`` (the paper's figures).
+
+    The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL
+    that is wrong or is no SELECT.
+    """
+    return select({"rows": store.read(folders), "published": published()}, sql)
+
+
+def where(table: pa.Table, condition: str) -> pa.Table:
+    """The rows for which the SQL ``condition`` holds, for example ``"dataset = 'scifact' AND seed = 0"``."""
+    return select({"rows": table}, f"SELECT * FROM rows WHERE ({condition}\n)").cast(table.schema)
+
+
+def select(tables: dict[str, pa.Table], sql: str) -> pa.Table:
+    """Run one SELECT over the named tables."""
+    import duckdb
+
+    with duckdb.connect(":memory:") as connection:
+        for name, table in tables.items():
+            connection.register(name, table)
+        for setting in _SANDBOX:
+            connection.execute(f"SET {setting}")
+        try:
+            _check_one_select(connection, sql)
+            return connection.sql(sql).to_arrow_table()
+        except duckdb.Error as error:
+            raise InputError(f"SQL: {' '.join(str(error).split())}") from None
+
+
+def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    import duckdb
+
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        found = ", ".join(statement.type.name for statement in statements) or "nothing"
+        raise InputError(f"SQL: expected one SELECT over 'rows' and 'published', found {found}")
+
+
+_SANDBOX = (
+    "enable_external_access = false",  # no files, no network
+    "autoinstall_known_extensions = false",
+    "python_enable_replacements = false",  # no variables of this process as tables
+    "lock_configuration = true",
+)

@@ -1,0 +1,125 @@
+"""From folders of rows to a front, and from a front to one model."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.results.pareto import costs_of, front, objectives_for
+from effir_ray.results.query import where as filter_rows
+
+TEST_COLUMN = "test_ndcg_at_10"
+
+
+def pareto(
+    folders: Iterable[Path | str],
+    *,
+    where: str | None = None,
+    pick: str | None = None,
+    objectives: Sequence[str] = (),
+    split: str | None = None,
+) -> pa.Table:
+    """The Pareto front of the rows in ``folders``, best in the first objective first.
+
+    The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
+    test score of a row that has one. ``where`` is an SQL condition, ``objectives`` are columns (by default
+    the search's), ``pick`` leaves one row: see ``pick_row``. Raises InputError when the rows are of
+    more than one data set (their scores cannot be compared) or none is left.
+    """
+    table = store.latest(store.read(folders))
+    if where:
+        table = filter_rows(table, where)
+    chosen = _of_split(_successful(table), split)
+    datasets = sorted(set(chosen["dataset"].to_pylist()))
+    if len(datasets) > 1:
+        raise InputError(
+            f"the rows are of {len(datasets)} data sets ({', '.join(datasets)}): no comparison; "
+            f"choose one, for example --where \"dataset = '{datasets[0]}'\""
+        )
+    directions = objectives_for(chosen, tuple(objectives))
+    best = front(chosen, directions)
+    if pick:
+        best = pick_row(best, pick, tuple(directions))
+    return _with_test_scores(best, table)
+
+
+def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
+    """One row of a front.
+
+    ``"knee"``: the row nearest to the ideal point, every objective scaled to [0, 1] over the front
+    (compromise programming, Zeleny 1973). Otherwise conditions such as ``"ndcg_at_10>=0.45"`` or
+    ``"parameters<=5e7,document_speedup>=1.5"``: of the rows that meet them, the best in the first objective
+    that no condition names.
+    """
+    if len(rows) == 0:
+        raise InputError("the front is empty: no row has every objective measured")
+    if pick.strip() == "knee":
+        costs = costs_of(rows, objectives_for(rows, tuple(objectives)))
+        span = np.ptp(costs, axis=0)
+        scaled = (costs - costs.min(axis=0)) / np.where(span > 0, span, 1.0)
+        return rows.slice(int(np.linalg.norm(scaled, axis=1).argmin()), 1)
+    conditions = [_condition(text) for text in pick.split(",")]
+    for column, compare, value in conditions:
+        if column not in rows.schema.names:
+            raise InputError(f"--pick: unknown column '{column}'; objectives are {', '.join(objectives)}")
+        kept = [item is not None and compare(item, value) for item in rows[column].to_pylist()]
+        rows = rows.filter(pa.array(kept, pa.bool_()))
+    if len(rows) == 0:
+        raise InputError(f"--pick: no row of the front has {pick}; see the front without --pick")
+    named = {column for column, _, _ in conditions}
+    decisive = next((name for name in objectives if name not in named), objectives[0])
+    costs = costs_of(rows, objectives_for(rows, (decisive,)))
+    return rows.slice(int(costs[:, 0].argmin()), 1)
+
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_CONDITION = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
+
+
+def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
+    match = _CONDITION.fullmatch(text)
+    try:
+        if match:
+            return match[1], _COMPARISONS[match[2]], float(match[3])
+    except ValueError:
+        pass
+    raise InputError(
+        f"--pick: cannot read '{text}'; expected 'knee' or conditions such as 'ndcg_at_10>=0.45'"
+    )
+
+
+def _successful(table: pa.Table) -> pa.Table:
+    kept = table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()], pa.bool_()))
+    if len(kept) == 0:
+        raise InputError(f"no successful trial among the {len(table)} rows that were asked for")
+    return kept
+
+
+def _of_split(table: pa.Table, split: str | None) -> pa.Table:
+    splits = table["split"].to_pylist()
+    wanted = split or ("dev" if "dev" in splits else splits[0])
+    if wanted not in splits:
+        raise InputError(f"no rows of split '{wanted}'; there are {', '.join(sorted(set(splits)))}")
+    return table.filter(pa.array([item == wanted for item in splits], pa.bool_()))
+
+
+def _with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
+    scores = {
+        (record["study"], record["trial_id"]): record["ndcg_at_10"]
+        for record in table.select(["study", "trial_id", "split", "ndcg_at_10"]).to_pylist()
+        if record["split"] == "test"
+    }
+    keys = zip(rows["study"].to_pylist(), rows["trial_id"].to_pylist(), strict=True)
+    return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))
