@@ -1,0 +1,256 @@
+"""A model's scores on a data set: encode, search exactly, compare with the judgements."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from effir_ray.errors import InputError
+from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
+from effir_ray.retrieval.feedback import Feedback, gather, rocchio
+from effir_ray.retrieval.index import Backend, exact_search
+from effir_ray.retrieval.metrics import Run, Scores, score_run
+from effir_ray.retrieval.trec import write_run
+
+if TYPE_CHECKING:
+    from effir_ray.backbones.retriever import Retriever
+    from effir_ray.retrieval.encoder import Encoder
+
+Floats = npt.NDArray[np.float32]
+
+DEPTH = 100  # documents a query in a run: as deep as Recall@100 and MAP@100 look
+_CHUNK = 16_384  # documents whose texts and embeddings are in memory at once
+
+
+class EmbeddedCorpus(Protocol):
+    """Document embeddings in the order of ``ids``, streamed as shards (n_i, d); every call starts again."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    def shards(self) -> Iterable[npt.NDArray[np.generic]]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measured."""
+
+    model: str
+    dataset: str
+    split: str
+    fingerprint: str  # of the data set
+    scores: Scores
+    run: Run
+    n_queries: int
+    n_documents: int
+    seconds: float
+    feedback: Feedback | None
+    warnings: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the run and the scores of single queries."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "split": self.split,
+            "scores": self.scores.mean,
+            "n_queries": self.n_queries,
+            "n_documents": self.n_documents,
+            "seconds": self.seconds,
+            "feedback": self.feedback.model_dump() if self.feedback else None,
+            "warnings": list(self.warnings),
+        }
+
+    def mteb_result(self) -> dict[str, Any]:
+        """The same in the JSON form of an MTEB task result."""
+        names = {metric: metric.replace("@", "_at_") for metric in self.scores.mean}
+        scores = {names[metric]: value for metric, value in self.scores.mean.items()}
+        return {
+            "dataset_revision": self.fingerprint,
+            "task_name": self.dataset,
+            "mteb_version": None,
+            "scores": {
+                self.split: [
+                    {
+                        **scores,
+                        "main_score": scores["ndcg_at_10"],
+                        "hf_subset": "default",
+                        "languages": ["eng-Latn"],
+                    }
+                ]
+            },
+            "evaluation_time": self.seconds,
+            "kg_co2_emissions": None,
+        }
+
+
+def evaluate(
+    model: str | Path | Retriever | Encoder,
+    dataset: str | Path | Dataset,
+    *,
+    split: str = "test",
+    out: Path | None = None,
+    query_max_length: int | None = None,
+    document_max_length: int | None = None,
+    feedback: Feedback | None = None,
+    backend: Backend = "auto",
+    workers: int = 1,
+    address: str | None = None,
+) -> Evaluation:
+    """Score ``model`` (a name, a folder, a loaded retriever or an encoder) on one split of ``dataset``.
+
+    The data set is read and checked before the model is loaded. With ``out`` the run (``run.trec``), the
+    scores in MTEB's form (``mteb.json``), those of every query (``per_query.json``) and a summary
+    (``evaluation.json``) are written there; a model given by name is then encoded by Ray Data with
+    ``workers`` actors into ``out/embeddings``, where a killed evaluation goes on. Otherwise embeddings pass
+    through a temporary file: memory does not grow with the corpus.
+
+    Raises InputError for anything wrong with the data set, the split or the model; TrialFailure for NaN
+    embeddings.
+    """
+    started = time.perf_counter()
+    dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
+    queries, qrels = dataset.queries(split), dataset.qrels(split)
+    _check_out(out)
+    encoder = _encoder(model)
+    vectors = encoder.encode(
+        list(queries.values()), "query", max_length=query_max_length, progress="Encoding queries"
+    )
+    with tempfile.TemporaryDirectory(prefix="effir-ray-") as scratch:
+        corpus: EmbeddedCorpus
+        if out is not None and isinstance(model, str | Path):
+            from effir_ray.retrieval.corpus_encoding import encode_corpus
+
+            corpus = encode_corpus(
+                model,
+                dataset,
+                out / "embeddings",
+                workers=workers,
+                max_length=document_max_length,
+                address=address,
+            )
+        else:
+            corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
+        run = search_corpus(list(queries), vectors, corpus, backend=backend, feedback=feedback)
+    evaluation = Evaluation(
+        model=encoder.retriever.name,
+        dataset=dataset.name,
+        split=split,
+        fingerprint=dataset.fingerprint,
+        scores=score_run(run, qrels),
+        run=run,
+        n_queries=len(queries),
+        n_documents=len(dataset.corpus),
+        seconds=time.perf_counter() - started,
+        feedback=feedback,
+        warnings=dataset.warnings,
+    )
+    if out is not None:
+        _write(evaluation, out)
+    return evaluation
+
+
+def search_corpus(
+    query_ids: Sequence[str],
+    queries: Floats,
+    corpus: EmbeddedCorpus,
+    *,
+    depth: int = DEPTH,
+    backend: Backend = "auto",
+    feedback: Feedback | None = None,
+) -> Run:
+    """The best ``depth`` documents of every query vector (q, d), best first, itself left out (as BEIR does).
+
+    With ``feedback`` the queries move towards what they find first, and the corpus is searched again.
+    """
+    ids = corpus.ids
+    if feedback is not None:
+        _, indices = exact_search(queries, corpus.shards(), k=feedback.documents + 1, backend=backend)
+        found = _not_self(query_ids, indices, ids)
+        found &= np.cumsum(found, axis=1) <= feedback.documents
+        documents = gather(corpus.shards(), indices, queries.shape[1])
+        queries = rocchio(queries, documents, found, feedback)
+    scores, indices = exact_search(queries, corpus.shards(), k=depth + 1, backend=backend)
+    found = _not_self(query_ids, indices, ids)
+    run: Run = {}
+    for row, query_id in enumerate(query_ids):
+        places = np.flatnonzero(found[row])[:depth]
+        run[query_id] = {ids[indices[row, place]]: float(scores[row, place]) for place in places}
+    return run
+
+
+def _not_self(
+    query_ids: Sequence[str], indices: npt.NDArray[np.int64], ids: Sequence[str]
+) -> npt.NDArray[np.bool_]:
+    """(q, k): which places hold a document other than the query itself."""
+    return np.array(
+        [[i >= 0 and ids[i] != own for i in row] for own, row in zip(query_ids, indices, strict=True)],
+        dtype=np.bool_,
+    ).reshape(indices.shape)
+
+
+@dataclass(frozen=True)
+class _TemporaryEmbeddings:
+    """Embeddings in a memory-mapped file (n, d)."""
+
+    ids: Sequence[str]
+    rows: npt.NDArray[np.float32]
+
+    def shards(self) -> Iterator[Floats]:
+        return (self.rows[start : start + _CHUNK] for start in range(0, len(self.rows), _CHUNK))
+
+
+def _encode_here(encoder: Encoder, corpus: Corpus, scratch: Path, max_length: int | None) -> EmbeddedCorpus:
+    """Embed the corpus in this process, a chunk of texts in memory at a time."""
+    shape = (len(corpus), encoder.dimension)
+    rows = np.lib.format.open_memmap(scratch / "documents.npy", mode="w+", dtype=np.float32, shape=shape)
+    for start in range(0, len(corpus), _CHUNK):
+        texts = [document.document_text for document in corpus.iter_documents(start, start + _CHUNK)]
+        part = f" ({start} of {len(corpus)} done)" if start else ""
+        rows[start : start + len(texts)] = encoder.encode(
+            texts, "document", max_length=max_length, progress=f"Encoding documents{part}"
+        )
+    return _TemporaryEmbeddings(corpus.ids, rows)
+
+
+def _encoder(model: str | Path | Retriever | Encoder) -> Encoder:
+    from effir_ray.backbones.retriever import Retriever, load_retriever
+    from effir_ray.hardware import detect
+    from effir_ray.retrieval.encoder import Encoder
+
+    if isinstance(model, Encoder):
+        return model
+    if isinstance(model, Retriever):
+        return Encoder(model)
+    hardware = detect()
+    return Encoder(load_retriever(model, dtype=hardware.dtype, device=hardware.device))
+
+
+def _check_out(out: Path | None) -> None:
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be used as the output folder: {error.strerror}") from None
+
+
+def _write(evaluation: Evaluation, out: Path) -> None:
+    write_run(evaluation.run, out / "run.trec", tag=evaluation.model)
+    files = {
+        "mteb.json": evaluation.mteb_result(),
+        "per_query.json": evaluation.scores.per_query,
+        "evaluation.json": evaluation.summary(),
+    }
+    for name, content in files.items():
+        aside = out / f"{name}.partial"
+        aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        aside.replace(out / name)
