@@ -1,0 +1,70 @@
+"""Embeddings of many texts as stages: encoded once by a model, shard by shard, so a killed run resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from effir_ray.progress import progress
+from effir_ray.stages import StageStore
+
+if TYPE_CHECKING:
+    from effir_ray.retrieval.encoder import Encoder
+
+Kind = Literal["query", "document"]
+
+SHARD = 4096  # texts: at most so many are encoded twice after a kill
+_FILE = "embeddings.npy"
+
+
+def encode_texts(
+    stages: StageStore,
+    inputs: Mapping[str, Any],
+    make_encoder: Callable[[], Encoder],
+    texts: Sequence[str],
+    kind: Kind,
+    *,
+    description: str,
+    max_length: int | None = None,
+    shard_size: int | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Shards (shard_size or SHARD, d) float32 in the order of ``texts``, memory-mapped.
+
+    ``inputs`` must determine ``texts`` and the encoder. ``make_encoder`` is called at most once, and only if
+    a shard is missing.
+    """
+    encoder, shard_size = cache(make_encoder), shard_size or SHARD
+    shards = []
+    with progress(description, total=len(texts), unit="texts") as bar:
+        for start in range(0, len(texts), shard_size):
+            part = texts[start : start + shard_size]
+            key = {
+                **inputs,
+                "kind": kind,
+                "max_length": max_length,
+                "start": start,
+                "stop": start + len(part),
+            }
+            folder = stages.run("embeddings", key, partial(_encode, encoder, part, kind, max_length))
+            shards.append(np.load(folder / _FILE, mmap_mode="r"))
+            bar.advance(len(part))
+    return shards
+
+
+def load_encoder(model: str | Path) -> Encoder:
+    """An encoder of any model that ``load_retriever`` takes."""
+    from effir_ray.backbones.retriever import load_retriever
+    from effir_ray.retrieval.encoder import Encoder
+
+    return Encoder(load_retriever(model))
+
+
+def _encode(
+    encoder: Callable[[], Encoder], texts: Sequence[str], kind: Kind, max_length: int | None, folder: Path
+) -> None:
+    np.save(folder / _FILE, encoder().encode(texts, kind, max_length=max_length))

@@ -1,0 +1,96 @@
+"""What is watched while a model trains: curves in TensorBoard, MFU, and a stop when training has failed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from effir_ray.errors import TrialFailure
+
+
+class Watcher(Protocol):
+    """Sees the row of every optimizer step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_s``, ..."""
+
+    def on_row(self, row: Mapping[str, Any]) -> None: ...
+
+
+class TensorBoard:
+    """Event files that ``tensorboard --logdir`` shows while training runs. A context manager."""
+
+    def __init__(self, folder: Path, *, purge_from: int | None = None) -> None:
+        """``purge_from``: a resumed run hides the events from this step on that a killed run had written."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name not in ("step", "steps"):
+                self._writer.add_scalar(f"train/{name}", value, row["step"])
+        self._writer.flush()
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+
+def mfu(forward_flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation of a training step: 3 x forward FLOPs / seconds / peak FLOP/s.
+
+    A backward pass costs twice a forward; recomputation (GradCache, checkpointing) is work the model did not
+    ask for and does not count. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
+    """
+    return 3 * forward_flops / seconds / peak
+
+
+class CollapseDetector:
+    """Raises TrialFailure for a run that cannot be trusted: figures that are not finite, or collapse.
+
+    Collapsed means that all documents have one embedding (mean cosine above ``cosine``) and InfoNCE says the
+    model guesses (within ``tolerance`` of ln ``candidates``, the documents a query chooses from),
+    ``patience`` steps in a row. The first ``grace`` steps are not judged: an untrained backbone starts near
+    there.
+    """
+
+    def __init__(
+        self,
+        *,
+        candidates: int,
+        grace: int,
+        patience: int = 10,
+        cosine: float = 0.99,
+        tolerance: float = 0.02,
+    ) -> None:
+        self._chance = math.log(max(candidates, 2))
+        self._grace, self._patience = grace, patience
+        self._cosine, self._tolerance = cosine, tolerance
+        self._in_a_row = 0
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """``row`` has ``step``, ``loss``, ``loss_info_nce``, ``grad_norm`` and ``mean_cosine``."""
+        broken = [
+            f"{name} {row[name]}"
+            for name in ("loss", "grad_norm", "mean_cosine")
+            if not math.isfinite(row[name])
+        ]
+        if broken:
+            raise TrialFailure(
+                f"step {row['step']}: {', '.join(broken)}; try a lower learning_rate or precision float32"
+            )
+        info_nce, cosine = row["loss_info_nce"], row["mean_cosine"]
+        guessing = abs(info_nce - self._chance) <= self._tolerance * self._chance
+        collapsed = row["step"] > self._grace and guessing and cosine > self._cosine
+        self._in_a_row = self._in_a_row + 1 if collapsed else 0
+        if self._in_a_row >= self._patience:
+            raise TrialFailure(
+                f"step {row['step']}: the embeddings have collapsed: for {self._patience} steps the mean "
+                f"cosine of the documents was above {self._cosine} (now {cosine:.4f}) and InfoNCE at chance "
+                f"({info_nce:.3f}; chance is {self._chance:.3f}); lower learning_rate or lengthen warmup"
+            )
