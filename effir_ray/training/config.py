@@ -49,8 +49,8 @@ class DevConfig(Config):
 
 
 class TrainConfig(Config):
-    """``batch_size`` counts the queries of one optimizer step over all workers; every query meets the documents
-    of all the others as negatives, however the batch is cut into micro-batches.
+    """``batch_size`` counts the queries of one optimizer step over all workers; every query meets the
+    documents of all the others as negatives, however the batch is cut into micro-batches.
 
     dataset: ``stdlib``, a BEIR folder or name, or a JSONL file of pairs.
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.

@@ -1,0 +1,150 @@
+"""From pairs to tensors: the same batches in the same order for the same seed, tokenised beside the training.
+
+Which pair, positive and negatives a step sees depends on (seed, epoch) alone, not on the number of ranks:
+rank r of w takes every w-th pair of the global batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effir_ray.errors import InputError
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.pairs import Pair, shuffled
+
+Tokenize = Callable[[Sequence[str], str], list[list[int]]]  # texts, "query" | "document" -> token ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's share of a step: b queries, and for each its positive and then its hard negatives (k in
+    all).
+
+    tokens: b lists of token ids of the queries, then b * k of the documents (k of the first query first).
+    document_ids (b, k): a 64-bit hash a document; positive_ids: those of all known positives of a query.
+    teacher_scores (b, k): NaN where there are none. texts: as ``tokens``, for a teacher's embeddings.
+    """
+
+    tokens: list[list[int]]
+    texts: list[str]
+    document_ids: Tensor
+    positive_ids: list[Tensor]
+    teacher_scores: Tensor
+
+    @property
+    def n_queries(self) -> int:
+        return self.document_ids.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(tokens) for tokens in self.tokens)
+
+
+class Batches:
+    """All steps of a run, from any step on. ``steps``, ``epoch_steps``: optimizer steps in the run, an epoch.
+
+    The last pairs of an epoch that fill no batch are left out (another shuffle leaves out others).
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], config: TrainConfig, tokenize: Tokenize, *, rank: int = 0, world: int = 1
+    ) -> None:
+        if len(pairs) < config.batch_size:
+            raise InputError(
+                f"{config.dataset}: {len(pairs)} training pairs are fewer than batch_size "
+                f"{config.batch_size}; use a smaller batch_size"
+            )
+        self._pairs, self._config, self._tokenize = pairs, config, tokenize
+        self._rank, self._world = rank, world
+        self._negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in pairs))
+        self.epoch_steps = len(pairs) // config.batch_size
+        self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
+        self.has_teacher_scores = any(pair.teacher_scores is not None for pair in pairs)
+
+    def run(self, start: int = 0) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``steps``; the next one is tokenised while this one trains."""
+        with ThreadPoolExecutor(1) as executor:
+            upcoming = None
+            for examples in self._examples(start):
+                following = executor.submit(self._collate, examples)
+                if upcoming is not None:
+                    yield upcoming.result()
+                upcoming = following
+            if upcoming is not None:
+                yield upcoming.result()
+
+    def _examples(self, start: int) -> Iterator[list[Example]]:
+        """This rank's examples of every step."""
+        size, epoch, order = self._config.batch_size, -1, list(self._pairs)
+        for step in range(start, self.steps):
+            if step // self.epoch_steps != epoch:
+                epoch = step // self.epoch_steps
+                order = shuffled(self._pairs, seed=self._config.seed, epoch=epoch)
+            at = step % self.epoch_steps * size
+            random = np.random.default_rng((self._config.seed, 1, step))
+            batch = [_choose(pair, self._negatives, random) for pair in order[at : at + size]]
+            _fill(batch, self._negatives, random)
+            yield batch[self._rank :: self._world]
+
+    def _collate(self, examples: list[Example]) -> Batch:
+        queries = [example.query for example in examples]
+        documents = [text for example in examples for text in example.texts]
+        return Batch(
+            tokens=self._tokenize(queries, "query") + self._tokenize(documents, "document"),
+            texts=queries + documents,
+            document_ids=torch.tensor([[hash64(name) for name in example.ids] for example in examples]),
+            positive_ids=[torch.tensor([hash64(name) for name in example.positives]) for example in examples],
+            teacher_scores=torch.tensor([example.scores for example in examples]),
+        )
+
+
+@dataclass
+class Example:
+    """What one step shows of a pair: a positive, then hard negatives; ids and scores parallel to texts."""
+
+    query: str
+    texts: list[str]
+    ids: list[str]
+    scores: list[float]
+    positives: tuple[str, ...]
+
+
+def _choose(pair: Pair, negatives: int, random: np.random.Generator) -> Example:
+    """One of the positives, and ``negatives`` of the hard negatives (all, if there are fewer), by chance."""
+    n_positives = len(pair.positives)
+    positive = int(random.integers(n_positives))
+    count = min(negatives, len(pair.negatives))
+    chosen = sorted(random.permutation(len(pair.negatives))[:count].tolist())
+    missing = (float("nan"),) * (n_positives + len(pair.negatives))
+    scores = pair.teacher_scores or missing
+    return Example(
+        query=pair.query,
+        texts=[pair.positives[positive], *(pair.negatives[index] for index in chosen)],
+        ids=[pair.positive_ids[positive], *(pair.negative_ids[index] for index in chosen)],
+        scores=[scores[positive], *(scores[n_positives + index] for index in chosen)],
+        positives=pair.positive_ids,
+    )
+
+
+def _fill(batch: list[Example], negatives: int, random: np.random.Generator) -> None:
+    """Hard negatives that are lacking become other queries' positives: every rank needs equal shapes."""
+    firsts = [(example.texts[0], example.ids[0]) for example in batch]
+    for example in batch:
+        while len(example.texts) < 1 + negatives:
+            text, name = firsts[int(random.integers(len(firsts)))]
+            example.texts.append(text)
+            example.ids.append(name)
+            example.scores.append(float("nan"))
+
+
+def hash64(name: str) -> int:
+    """A document id as a signed 64-bit number: ids of all ranks meet in one tensor."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -1,0 +1,212 @@
+"""One training step whose negatives span the whole global batch, in bounded memory, exact on any engine.
+
+The loss L is a function of the embeddings of the global batch, and the gradient of a parameter is
+
+    dL/dp = sum over texts x of  dL/de_x . de_x/dp
+
+so a step has three parts: embeddings of every text; L and dL/de from the embeddings gathered from all ranks
+(each rank computes the whole, small, loss matrix); and a backward pass through every text's own graph with
+dL/de_x as its cached output gradient (GradCache, Gao et al. 2021, arXiv 2101.06983). Texts whose graphs fit
+the token budget are computed once; the others are computed without a graph first and again for their
+backward pass. No gradient ever crosses ranks on its way to an embedding, which is why every ZeRO stage gives
+the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effir_ray.training.batches import Batch
+from effir_ray.training.distributed import gather_rows, largest, rank, world_size
+from effir_ray.training.engine import Engine
+from effir_ray.training.losses import Objective, Targets
+
+CHUNK_TOKENS = 2048
+"""Most tokens of one forward pass: matrix products gain nothing from more on CPUs, and padding only costs."""
+
+TeacherEmbeddings = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """``loss`` and ``terms`` are those of the global batch; ``tokens`` and ``computed`` this rank's: real
+    tokens of its texts, and tokens put through the model in the forward pass (padding and recomputation
+    included). ``mean_cosine`` of the documents says when the embeddings collapse into one direction (1 is
+    collapsed)."""
+
+    loss: float
+    terms: dict[str, float]
+    tokens: int
+    computed: int
+    mean_cosine: float
+
+
+class ContrastiveStep:
+    """Computes the gradients of one batch into ``engine``; the caller then steps the optimizer."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        *,
+        pad_token: int,
+        token_budget: int | None = None,
+        teacher: TeacherEmbeddings | None = None,
+    ) -> None:
+        self._engine, self._objective = engine, objective
+        self._pad, self._budget, self._teacher = pad_token, token_budget, teacher
+
+    def __call__(self, batch: Batch) -> StepOutcome:
+        lengths = [len(tokens) for tokens in batch.tokens]
+        chunks, kept = self._chunks(lengths)
+        again = len(chunks) - kept
+        noise: list[Tensor] = []
+        pieces: list[Tensor] = []
+        for index, rows in enumerate(chunks):
+            if index < again:
+                noise.append(_random_state(self._engine.device))
+            with torch.set_grad_enabled(index >= again):
+                pieces.append(self._encode(batch, rows))
+        embeddings = torch.cat([piece.detach() for piece in pieces])
+        order = torch.tensor([row for rows in chunks for row in rows], device=embeddings.device)
+        loss, terms, gradient, mean_cosine = self._loss(batch, embeddings[order.argsort()])
+        cached = list(torch.split(gradient[order], [len(rows) for rows in chunks]))
+        self._backward_kept(pieces[again:], cached[again:], last=again == 0)
+        del pieces
+        for index in range(again):
+            with _replayed(noise[index], self._engine.device):
+                embedding = self._encode(batch, chunks[index])
+            self._engine.backward((embedding * cached[index]).sum(), last=index == again - 1)
+        computed = sum(_padded(lengths, rows) * (2 if i < again else 1) for i, rows in enumerate(chunks))
+        return StepOutcome(
+            loss=loss, terms=terms, tokens=sum(lengths), computed=computed, mean_cosine=mean_cosine
+        )
+
+    def _backward_kept(self, pieces: Sequence[Tensor], cached: Sequence[Tensor], *, last: bool) -> None:
+        self._engine.backward((torch.cat(list(pieces)) * torch.cat(list(cached))).sum(), last=last)
+
+    def _chunks(self, lengths: Sequence[int]) -> tuple[list[list[int]], int]:
+        """Rows a forward pass, and how many of the last passes keep their graph: equal counts on every rank.
+
+        ZeRO exchanges weights and gradients inside the passes, so no rank may make one more than another.
+        """
+        limit = min(self._budget or CHUNK_TOKENS, CHUNK_TOKENS)
+        chunks = plan_chunks(lengths, limit)
+        chunks = split_chunks(chunks, int(largest(len(chunks), self._engine.device)))
+        kept, used = 0, 0
+        for rows in reversed(chunks):
+            used += _padded(lengths, rows)
+            if self._budget is not None and used > self._budget:
+                break
+            kept += 1
+        return chunks, max(1, -int(largest(-kept, self._engine.device)))
+
+    def _encode(self, batch: Batch, rows: Sequence[int]) -> Tensor:
+        """Embeddings (len(rows), d) of some texts of the batch, padded on the right to the longest."""
+        tokens = [batch.tokens[row] for row in rows]
+        longest = max(len(ids) for ids in tokens)
+        ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for row, text in enumerate(tokens):
+            ids[row, : len(text)] = torch.tensor(text)
+            mask[row, : len(text)] = 1
+        return self._engine(ids.to(self._engine.device), mask.to(self._engine.device))
+
+    def _loss(self, batch: Batch, local: Tensor) -> tuple[float, dict[str, float], Tensor, float]:
+        """Loss and terms of the global batch, and the gradient for this rank's own embeddings.
+
+        ``local`` (b + b * k, d) float32. Engines average over ranks, hence the factor in the gradient.
+        """
+        b = batch.n_queries
+        queries = gather_rows(local[:b]).requires_grad_()
+        documents = gather_rows(local[b:]).requires_grad_()
+        targets = self._targets(batch)
+        with torch.enable_grad():
+            loss, terms = self._objective(queries, documents, targets)
+        d_queries, d_documents = torch.autograd.grad(loss, [queries, documents])
+        own = [gradient.chunk(world_size())[rank()] for gradient in (d_queries, d_documents)]
+        gradient = torch.cat(own) * world_size()
+        return float(loss.detach()), terms, gradient, mean_cosine(documents.detach())
+
+    def _targets(self, batch: Batch) -> Targets:
+        """Masks and teachers of the global batch, gathered from the ranks."""
+        device = self._engine.device
+        b, k = batch.document_ids.shape
+        ids = gather_rows(batch.document_ids.to(device)).flatten()
+        first = rank() * b * k
+        listed = first + torch.arange(b * k, device=device).view(b, k)
+        allowed = torch.stack([~torch.isin(ids, known.to(device)) for known in batch.positive_ids])
+        allowed.scatter_(1, listed[:, :1], True)
+        teacher = self._teacher(batch) if self._teacher is not None else (None, None)
+        queries, documents = (None if part is None else gather_rows(part.to(device)) for part in teacher)
+        return Targets(
+            listed=gather_rows(listed),
+            allowed=gather_rows(allowed.to(torch.uint8)).bool(),
+            teacher_scores=gather_rows(batch.teacher_scores.to(device)),
+            teacher_queries=queries,
+            teacher_documents=documents,
+        )
+
+
+def plan_chunks(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Row numbers in groups of similar length, each at most ``limit`` tokens when padded (or one text)."""
+    chunks: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if chunks and longest * (len(chunks[-1]) + 1) <= limit:
+            chunks[-1].append(row)
+        else:
+            chunks.append([row])
+            longest = lengths[row]
+    return chunks
+
+
+def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
+    """Halve the groups with most rows until there are ``count``."""
+    chunks = list(chunks)
+    while len(chunks) < count:
+        index = max(range(len(chunks)), key=lambda i: len(chunks[i]))
+        rows = chunks[index]
+        chunks[index : index + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return chunks
+
+
+def mean_cosine(embeddings: Tensor) -> float:
+    """Mean cosine of all pairs of different rows: (|sum of unit vectors|^2 - n) / (n (n - 1))."""
+    n = embeddings.shape[0]
+    if n < 2:
+        return 0.0
+    unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    return float((unit.sum(dim=0).square().sum() - n) / (n * (n - 1)))
+
+
+def _padded(lengths: Sequence[int], rows: Sequence[int]) -> int:
+    return max(lengths[row] for row in rows) * len(rows)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+class _replayed:
+    """Dropout draws what it drew in the pass whose gradient is being computed."""
+
+    def __init__(self, state: Tensor, device: torch.device) -> None:
+        self._state, self._device = state, device
+
+    def __enter__(self) -> None:
+        self._now = _random_state(self._device)
+        self._set(self._state)
+
+    def __exit__(self, *exception: object) -> None:
+        self._set(self._now)
+
+    def _set(self, state: Tensor) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)

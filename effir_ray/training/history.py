@@ -1,0 +1,84 @@
+"""The rows of a run: written by Ray Train's controller on the driver's machine, shown and read there."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.train import UserCallback
+
+from effir_ray.progress import Progress, progress
+
+_POLL_SECONDS = 0.3
+
+
+class HistoryWriter(UserCallback):  # type: ignore[misc]  # Ray has no types
+    """Appends rank 0's rows to a JSON-lines file. Runs in the controller, on the driver's machine."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with self._file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in metrics[0]["rows"])
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The last row of every step in order: after a restart steps since the checkpoint are done again."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in _lines(file, 0)[0]:
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+@contextmanager
+def follow(file: Path, description: str) -> Iterator[None]:
+    """Within this context the progress display shows the rows that arrive in ``file``."""
+    stop = threading.Event()
+    context = contextvars.copy_context()  # the display belongs to the caller's context
+    thread = threading.Thread(target=context.run, args=(_show, file, description, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _show(file: Path, description: str, stop: threading.Event) -> None:
+    at = file.stat().st_size if file.exists() else 0
+    with progress(description, unit="steps") as bar:
+        while True:
+            ending = stop.wait(_POLL_SECONDS)
+            rows, at = _lines(file, at)
+            for row in rows:
+                _advance(bar, row)
+            if ending:
+                return
+
+
+def _advance(bar: Progress, row: dict[str, Any]) -> None:
+    bar.total = row["steps"]
+    bar.advance(
+        row["step"] - bar.done,
+        loss=row["loss"],
+        learning_rate=row["learning_rate"],
+        tokens_per_s=row["tokens_per_s"],
+        engine=row["engine"],
+    )
+
+
+def _lines(file: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Complete rows from byte ``start`` on, and where the next one begins."""
+    if not file.exists():
+        return [], start
+    with file.open("rb") as lines:
+        lines.seek(start)
+        text = lines.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()], start + len(whole)

@@ -1,0 +1,177 @@
+"""What a batch of embeddings is trained towards. Every term is a function of embeddings alone.
+
+That makes each exact under any split of the batch: whoever computed the embeddings, on whatever rank and in
+whatever micro-batch, the loss and its gradient with respect to every embedding are those of one process.
+
+Shapes: b queries and n documents of the global batch, k documents listed for a query (its positive, then its
+hard negatives), d embedding size, t the teacher's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from effir_ray.errors import InputError
+from effir_ray.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What is known of a batch beside its embeddings.
+
+    listed (b, k): the columns of a query's own documents among the n; column 0 is its positive.
+    allowed (b, n): False for the other documents known to be relevant (copies of the positive included).
+    teacher_scores (b, k): a reranker's scores of the listed documents; NaN for a query without them.
+    teacher_queries (b, t), teacher_documents (n, t): embeddings of the uncompressed model.
+    """
+
+    listed: Tensor
+    allowed: Tensor
+    teacher_scores: Tensor | None = None
+    teacher_queries: Tensor | None = None
+    teacher_documents: Tensor | None = None
+
+
+Term = Callable[[Tensor, Tensor, Targets], Tensor]  # queries (b, d), documents (n, d) -> scalar
+
+
+@dataclass(frozen=True)
+class InfoNCE:
+    """-1/b sum_i log( exp(s_ip / T) / sum_{j allowed} exp(s_ij / T) ), s the cosine, p the positive of i.
+
+    van den Oord et al. 2018 (arXiv 1807.03748), eq. 4, with in-batch and hard negatives; T = 0.02 in the
+    paper, section 4.
+    """
+
+    temperature: float
+
+    def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
+        logits = cosine(queries, documents) / self.temperature
+        logits = logits.masked_fill(~targets.allowed, float("-inf"))
+        return functional.cross_entropy(logits, targets.listed[:, 0])
+
+
+@dataclass(frozen=True)
+class ScoreDistillation:
+    """1/m sum_i KL( softmax(r_i / R) || softmax(s_i / T) ) over the listed documents of the m scored queries.
+
+    r are a reranker's scores, R their temperature. The paper, section 4; Hinton et al. 2015 (1503.02531).
+    """
+
+    temperature: float
+    teacher_temperature: float
+
+    def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
+        scores = targets.teacher_scores
+        if scores is None or scores.shape[1] < 2:
+            return queries.sum() * 0.0
+        scored = ~scores.isnan().any(dim=1)
+        similarity = cosine(queries, documents).gather(1, targets.listed)[scored]
+        teacher = torch.log_softmax(scores[scored] / self.teacher_temperature, dim=1)
+        student = torch.log_softmax(similarity / self.temperature, dim=1)
+        divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        return divergence / scored.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class EmbeddingDistillation:
+    """1/(b+n) sum_x (1 - cos(e_x, u_x)): every text's embedding points where the teacher's u does.
+
+    Reimers and Gurevych 2020 (arXiv 2004.09813), eq. 1, with the cosine in place of the squared distance.
+    """
+
+    def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
+        teacher_queries, teacher_documents = _teacher(targets)
+        student = torch.cat([queries, documents])
+        teacher = torch.cat([teacher_queries, teacher_documents])
+        if student.shape[1] > teacher.shape[1]:
+            raise InputError(
+                f"embedding distillation: the teacher's embeddings have {teacher.shape[1]} dimensions, the "
+                f"student's {student.shape[1]}; use a teacher with at least as many, or similarity instead"
+            )
+        # A shorter student is a Matryoshka prefix: it meets the same prefix of the teacher.
+        return (1 - functional.cosine_similarity(student, teacher[:, : student.shape[1]])).mean()
+
+
+@dataclass(frozen=True)
+class SimilarityDistillation:
+    """1/b sum_i KL( softmax_j(cos(u_i, v_j) / T) || softmax_j(s_ij / T) ) over all n documents of the batch.
+
+    The teacher's whole ranking of the batch is matched, so dimensions may differ. SEED, Fang et al. 2021
+    (arXiv 2101.04731), eq. 5.
+    """
+
+    temperature: float
+
+    def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
+        teacher = torch.log_softmax(cosine(*_teacher(targets)) / self.temperature, dim=1)
+        student = torch.log_softmax(cosine(queries, documents) / self.temperature, dim=1)
+        return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@dataclass(frozen=True)
+class Matryoshka:
+    """1/|M| sum_{m in M} loss(e[:m]): nested dimensions, each with the same weight.
+
+    Kusupati et al. 2022 (arXiv 2205.13147), eq. 1. The full dimension always is one of M.
+    """
+
+    term: Term
+    dimensions: tuple[int, ...]
+
+    def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
+        full = queries.shape[1]
+        too_long = [size for size in self.dimensions if size > full]
+        if too_long:
+            raise InputError(f"matryoshka: {too_long[0]} dimensions asked of embeddings that have {full}")
+        sizes = sorted({*self.dimensions, full})
+        losses = [self.term(queries[:, :size], documents[:, :size], targets) for size in sizes]
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weighted sum of named terms."""
+
+    terms: dict[str, tuple[float, Term]]
+
+    def __call__(
+        self, queries: Tensor, documents: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss (scalar, differentiable) and the unweighted value of each term."""
+        values = {name: term(queries, documents, targets) for name, (_, term) in self.terms.items()}
+        total = torch.stack([self.terms[name][0] * value for name, value in values.items()]).sum()
+        return total, {name: float(value.detach()) for name, value in values.items()}
+
+
+def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objective:
+    """The terms of ``config``; score distillation only where the training pairs carry a reranker's scores."""
+    distillation = config.distillation
+    terms: dict[str, tuple[float, Term]] = {"info_nce": (1.0, InfoNCE(config.temperature))}
+    if distillation.scores and has_teacher_scores:
+        term = ScoreDistillation(config.temperature, distillation.temperature)
+        terms["scores"] = (distillation.scores, term)
+    if distillation.embedding:
+        terms["embedding"] = (distillation.embedding, EmbeddingDistillation())
+    if distillation.similarity:
+        terms["similarity"] = (distillation.similarity, SimilarityDistillation(config.temperature))
+    if config.matryoshka:
+        nested = config.matryoshka
+        terms = {name: (weight, Matryoshka(term, nested)) for name, (weight, term) in terms.items()}
+    return Objective(terms)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """(b, d), (n, d) -> (b, n)"""
+    return functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T
+
+
+def _teacher(targets: Targets) -> tuple[Tensor, Tensor]:
+    if targets.teacher_queries is None or targets.teacher_documents is None:
+        raise InputError("distillation needs the teacher's embeddings of the batch; none were given")
+    return targets.teacher_queries, targets.teacher_documents

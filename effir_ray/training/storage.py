@@ -1,0 +1,66 @@
+"""Folders on local disks and on S3-style stores, complete or not there at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def upload(target: str, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make a folder at ``target``, a path or a URI (``s3://bucket/key``)."""
+    if "://" not in target:
+        write(Path(target))
+        return
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(target)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "folder"
+        write(folder)
+        fs.copy_files(str(folder), path, destination_filesystem=filesystem)
+
+
+def fetch(source: str, folder: Path) -> None:
+    """Move (from a path) or copy (from a URI) the folder at ``source`` to ``folder``, replacing that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        new = Path(scratch) / "new"
+        if "://" in source:
+            _copy(source, new)
+        else:
+            shutil.move(source, new)
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        new.rename(folder)
+
+
+def exists(source: str) -> bool:
+    if "://" not in source:
+        return Path(source).exists()
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(source)
+    kind: Any = filesystem.get_file_info(path).type
+    return bool(kind != fs.FileType.NotFound)
+
+
+def remove(source: str) -> None:
+    """Delete the folder at ``source``; nothing happens when there is none."""
+    if "://" not in source:
+        shutil.rmtree(source, ignore_errors=True)
+    elif exists(source):
+        from pyarrow import fs
+
+        filesystem, path = fs.FileSystem.from_uri(source)
+        filesystem.delete_dir(path)
+
+
+def _copy(source: str, folder: Path) -> None:
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(source)
+    folder.mkdir()
+    fs.copy_files(path, str(folder), source_filesystem=filesystem)
