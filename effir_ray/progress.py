@@ -25,6 +25,11 @@ def show_progress(stream: TextIO | None = None) -> Iterator[None]:
         _stream.reset(token)
 
 
+def progress_stream() -> TextIO | None:
+    """Where progress goes in this context; None when nobody asked for it."""
+    return _stream.get()
+
+
 @dataclass
 class Progress:
     """A running piece of work: ``advance`` it and attach live figures (docs/s, loss, ...)."""

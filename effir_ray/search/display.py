@@ -1,0 +1,150 @@
+"""The display of a running study: what runs, how far it is, how long is left, and the rows so far.
+
+On a terminal it is redrawn in place; elsewhere (logs, CI) it is plain lines, one a change and one now and
+then.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effir_ray.progress import duration, progress_stream
+from effir_ray.results.schema import TrialRow
+from effir_ray.search.activity import Activity, current
+from effir_ray.search.outlook import Outlook
+from effir_ray.search.proposals import Proposals, Work
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_LATEST_ROWS = 12
+_LIVE_INTERVAL = 0.5  # seconds
+_LINE_INTERVAL = 20.0
+
+STAGE_WORDS = {
+    "backbone": "loading the backbone",
+    "base": "fine-tuning the full model",
+    "importance": "measuring importance",
+    "neurons": "ranking neurons",
+    "pruned": "pruning",
+    "recovered": "fine-tuning the pruned model",
+    "embeddings": "encoding documents",
+    "scores": "searching and scoring",
+    "timing": "measuring speed",
+}
+
+
+class StudyDisplay:
+    """``with display:`` shows the study on the stream chosen by ``show_progress``; nothing without one."""
+
+    def __init__(self, proposals: Proposals, outlook: Outlook, out: Path) -> None:
+        self.proposals, self.outlook, self.out = proposals, outlook, out
+        self.stream = progress_stream()
+        self.started = time.monotonic()
+        self.rows: deque[TrialRow] = deque(maxlen=_LATEST_ROWS)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> StudyDisplay:
+        if self.stream is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self.stream is not None:
+            self._thread.join()
+
+    def changed(self, work: Work, row: TrialRow | None) -> None:
+        """A trial started (no row) or ended."""
+        if row is not None:
+            self.rows.append(row)
+            if self.stream is not None and not self.stream.isatty():
+                self._print(_row_line(row))
+
+    def _work(self) -> None:
+        assert self.stream is not None
+        if self.stream.isatty():
+            self._live()
+        else:
+            self._lines()
+
+    def _live(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        with Live(console=Console(file=self.stream), auto_refresh=False, transient=False) as live:
+            while not self._stop.wait(_LIVE_INTERVAL):
+                live.update(self._render(), refresh=True)
+            live.update(self._render(), refresh=True)
+
+    def _lines(self) -> None:
+        """A line when a stage begins, and every ``_LINE_INTERVAL`` seconds what is being done."""
+        shown: set[tuple[str, str, float]] = set()
+        last = time.monotonic()
+        while not self._stop.wait(_LIVE_INTERVAL):
+            running = current(self.out)
+            now = {(activity.trial, activity.stage, activity.since) for activity in running}
+            if now - shown or time.monotonic() - last >= _LINE_INTERVAL:
+                for activity in running:
+                    self._print(f"{self._headline()} | {_activity_line(activity)}")
+                shown, last = now, time.monotonic()
+
+    def _print(self, line: str) -> None:
+        with self._lock:
+            print(line, file=self.stream, flush=True)
+
+    def _headline(self) -> str:
+        dev, planned = self.proposals.done("dev"), self.proposals.planned
+        parts = [f"{min(dev, planned)}/{planned} trials"]
+        if tests := self.proposals.done("test"):
+            parts.append(f"{tests} tested")
+        parts.append(f"{duration(time.monotonic() - self.started)} elapsed")
+        left = self._seconds_left()
+        return ", ".join(parts + ([f"about {duration(left)} left"] if left > 0 else []))
+
+    def _seconds_left(self) -> float:
+        known, unknown, tests = self.proposals.to_come()
+        running = [(activity.stage, activity.since) for activity in current(self.out)]
+        return self.outlook.seconds_left(known, unknown, tests, running)
+
+    def _render(self) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("schedule", "split", "nDCG@10", "parameters", "doc. speed-up", box=None, pad_edge=False)
+        for row in list(self.rows):
+            table.add_row(row.schedule, row.split, *_cells(row))
+        bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
+        running = [Text(_activity_line(activity), style="cyan") for activity in current(self.out)]
+        return Group(Text(self._headline(), style="bold"), bar, *running, table)
+
+
+def _activity_line(activity: Activity) -> str:
+    what = STAGE_WORDS.get(activity.stage, activity.stage)
+    since = duration(max(0.0, time.time() - activity.since))
+    split = " (test)" if activity.split == "test" else ""
+    return f"{activity.trial}{split}: {what} for {since}" + (
+        f": {activity.detail}" if activity.detail else ""
+    )
+
+
+def _cells(row: TrialRow) -> tuple[str, str, str]:
+    if row.ndcg_at_10 is None:
+        return ("failed", row.reason[:60], "")
+    speed = f"{row.document_speedup:.2f}x" if row.document_speedup else ""
+    return (f"{100 * row.ndcg_at_10:.1f}", f"{(row.parameters or 0) / 1e6:.1f} M", speed)
+
+
+def _row_line(row: TrialRow) -> str:
+    score, size, speed = _cells(row)
+    if row.status == "failed":
+        return f"{row.schedule} on {row.split} failed: {row.reason}"
+    return f"{row.schedule} on {row.split}: nDCG@10 {score}, {size} parameters, documents {speed} as fast"

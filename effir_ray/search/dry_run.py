@@ -1,0 +1,117 @@
+"""What a study would do, computed from configurations alone: no weights, no data, no network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import Plan
+from effir_ray.compression.planning import make_plan, narrow_plan
+from effir_ray.config import Config
+from effir_ray.errors import InputError
+from effir_ray.search.recipe import Sources, recipe
+from effir_ray.search.space import SearchSpace, TrialConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class TrialPreview(Config):
+    """``new_stages`` run for this trial; ``shared_stages`` were already run for one above it.
+
+    ``parameters`` leave the LM head out; ``flops_per_document`` is one text of ``document_max_length``
+    tokens.
+    """
+
+    trial_id: str
+    schedule: str
+    parameters: int
+    parameter_ratio: float
+    flops_per_document: int
+    flops_ratio: float
+    new_stages: tuple[str, ...]
+    shared_stages: tuple[str, ...]
+
+
+class StudyPreview(Config):
+    """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
+    it goes."""
+
+    study: str
+    backbone: str
+    dataset: str
+    sampler: str
+    trials: tuple[TrialPreview, ...]
+    sampled: int
+    stages: dict[str, int]
+
+
+def dry_run(space: SearchSpace) -> StudyPreview:
+    """Check every listed schedule against the backbone and count what it costs.
+
+    Raises InputError for a schedule that cannot be built, naming it.
+    """
+    from effir_ray.backbones.registry import load_config
+    from effir_ray.compression import accounting
+
+    backbone = load_config(space.backbone, first_blocks=space.first_blocks)
+    full = Plan.full(backbone.num_hidden_layers)
+    tokens = space.document_max_length
+    full_parameters = accounting.count_parameters(backbone, full)
+    full_flops = accounting.flops(backbone, full, tokens)
+    seen: dict[str, str] = {}
+    trials = []
+    for candidate in space.listed():
+        config = space.trial(candidate)
+        plan = expected_plan(config, backbone)
+        parameters = accounting.count_parameters(backbone, plan)
+        flops = accounting.flops(backbone, plan, tokens)
+        stages = recipe(config, named_sources(config), "dev").stages()
+        trials.append(
+            TrialPreview(
+                trial_id=config.id,
+                schedule=config.name,
+                parameters=parameters,
+                parameter_ratio=parameters / full_parameters,
+                flops_per_document=flops,
+                flops_ratio=flops / full_flops,
+                new_stages=tuple(stage.name for stage in stages if stage.key not in seen),
+                shared_stages=tuple(stage.name for stage in stages if stage.key in seen),
+            )
+        )
+        seen |= {stage.key: stage.name for stage in stages}
+    names = list(seen.values())
+    return StudyPreview(
+        study=space.name,
+        backbone=space.backbone,
+        dataset=space.dataset,
+        sampler=space.sampler,
+        trials=tuple(trials),
+        sampled=space.trials,
+        stages={name: names.count(name) for name in dict.fromkeys(names)},
+    )
+
+
+def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:
+    """A plan of the size the trial will have: which layers and neurons go is not known yet, how many is.
+
+    Raises InputError when the schedule cannot be built on this backbone.
+    """
+    n_layers = backbone.num_hidden_layers
+    level = (0.0,) * n_layers
+    scores = ImportanceScores(criterion="none", attention=level, mlp=level, block=level)
+    try:
+        plan = make_plan(config.schedule, n_layers, scores)
+        neurons = {layer: np.zeros(backbone.intermediate_size) for layer in range(n_layers)}
+        return narrow_plan(plan, config.schedule, neurons)
+    except InputError as error:
+        raise InputError(f"schedule {config.name} of {config.backbone}: {error}") from None
+
+
+def named_sources(config: TrialConfig) -> Sources:
+    """Names in place of fingerprints: enough to see which stages are shared, without reading anything."""
+    trainings = [training for training in (config.base_training, config.recovery) if training is not None]
+    names = {config.dataset, *(training.dataset for training in trainings)}
+    return Sources(backbone=config.backbone, datasets={name: name for name in names})

@@ -1,0 +1,239 @@
+"""Which trial runs next: the listed schedules, then what Optuna proposes, then the front on the test split.
+
+Optuna is driven by ask and tell on a study in the output folder. Rows are written before Optuna is told, so
+after a kill at any moment ``Proposals`` brings the two together again: what has a row is told, what was asked
+for but has none runs first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from effir_ray.errors import InputError
+from effir_ray.results.schema import ARROW_SCHEMA, TrialRow
+from effir_ray.search.dry_run import expected_plan
+from effir_ray.search.recipe import Split
+from effir_ray.search.sampling import distribution, open_study
+from effir_ray.search.space import OBJECTIVES, Candidate, SearchSpace, TrialConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_STUBBORN = 20  # proposals in a row that are known already, before the sampler is replaced by a random one
+_EXHAUSTED = 500  # and before the space counts as exhausted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One thing to do: measure ``config`` on ``split``."""
+
+    config: TrialConfig
+    split: Split
+
+    @property
+    def key(self) -> tuple[str, Split]:
+        return self.config.id, self.split
+
+
+class Proposals:
+    """``next()`` until it gives no more work; ``finished()`` for every row that comes back."""
+
+    def __init__(
+        self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbone: PreTrainedConfig
+    ) -> None:
+        self.space, self.backbone = space, backbone
+        self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
+        self.running: dict[tuple[str, str], Work] = {}
+        self.study = open_study(space, out)
+        self.distributions = {name: distribution(axis) for name, axis in space.parameters.axes.items()}
+        self.listed = deque(space.trial(candidate) for candidate in space.listed())
+        self.asked: dict[
+            str, int
+        ] = {}  # trial id -> Optuna's trial number, while Optuna waits for its values
+        self.sampled: set[str] = set()
+        self._reconcile()
+
+    @property
+    def planned(self) -> int:
+        """Dev trials of the whole study."""
+        return len(self.space.listed()) + self.space.trials
+
+    def done(self, split: Split) -> int:
+        return sum(1 for _, place in self.rows if place == split)
+
+    def next(self) -> Work | None:
+        """The next piece of work; None when there is none now. ``exhausted`` tells whether one may come
+        later."""
+        config = self._next_dev()
+        if config is not None:
+            return self._start(Work(config=config, split="dev"))
+        if any(split == "dev" for _, split in self.running):
+            return None
+        for best in self.front():
+            if (best.id, "test") not in self.rows and (best.id, "test") not in self.running:
+                return self._start(Work(config=best, split="test"))
+        return None
+
+    def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
+        """Dev trials known but without a row, how many the sampler will add, and the test scores still to
+        come (None while the front is open)."""
+        known = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
+        known += [work.config for work in list(self.running.values()) if work.split == "dev"]
+        unknown = max(0, self.space.trials - len(self.sampled))
+        if known or unknown:
+            return known, unknown, None
+        return known, unknown, sum((config.id, "test") not in self.rows for config in self.front())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the study has all its rows."""
+        listed = all(self._known(config.id) for config in self.listed)
+        tested = all((config.id, "test") in self.rows for config in self.front())
+        return listed and len(self.sampled) >= self.space.trials and not self.running and tested
+
+    @property
+    def exhausted(self) -> bool:
+        """After ``next()`` gave None: nothing runs whose result could lead to more work."""
+        return not self.running
+
+    def finished(self, row: TrialRow) -> None:
+        """Take in a row that is safely on disk."""
+        key = (row.trial_id, row.split)
+        self.running.pop(key, None)
+        self.rows[key] = row
+        if row.split == "dev":
+            self._tell(row)
+
+    def front(self) -> list[TrialConfig]:
+        """The configurations no other dev trial beats, best quality first."""
+        import pyarrow as pa
+
+        from effir_ray.results.pareto import on_front
+
+        dev = [row for row in self.rows.values() if row.split == "dev" and row.status == "ok"]
+        if not dev:
+            return []
+        table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
+        best = [row for row, kept in zip(dev, on_front(table, OBJECTIVES), strict=True) if kept]
+        best.sort(key=lambda row: -(row.ndcg_at_10 or 0.0))
+        return [TrialConfig.model_validate_json(row.trial) for row in best]
+
+    def _start(self, work: Work) -> Work:
+        self.running[work.key] = work
+        return work
+
+    def _known(self, trial_id: str) -> bool:
+        return (trial_id, "dev") in self.rows or (trial_id, "dev") in self.running
+
+    def _next_dev(self) -> TrialConfig | None:
+        while self.listed:
+            config = self.listed.popleft()
+            if not self._known(config.id):
+                return config
+        for attempt in range(_EXHAUSTED if len(self.sampled) < self.space.trials else 0):
+            if attempt == _STUBBORN:
+                import optuna
+
+                self.study.sampler = optuna.samplers.RandomSampler(seed=self.space.seed + attempt)
+            proposed = self._ask()
+            if proposed is not None:
+                return proposed
+        return None
+
+    def _ask(self) -> TrialConfig | None:
+        """One proposal of the sampler; None when it is known already or cannot be built."""
+        import optuna
+
+        trial = self.study.ask(self.distributions)
+        candidate = Candidate(**trial.params).canonical()
+        config = self.space.trial(candidate)
+        trial.set_user_attr("trial", config.model_dump_json())
+        if self._known(config.id) or not self._possible(config):
+            known = self.rows.get((config.id, "dev"))
+            if known is not None and known.status == "ok":
+                self.study.tell(trial, _values(known))
+            else:
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return None
+        self.asked[config.id] = trial.number
+        self.sampled.add(config.id)
+        return config
+
+    def _possible(self, config: TrialConfig) -> bool:
+        try:
+            expected_plan(config, self.backbone)
+        except InputError:
+            return False
+        return True
+
+    def _tell(self, row: TrialRow) -> None:
+        """Give Optuna the values of a dev row: to the trial it asked for, or as a new one it can learn
+        from."""
+        import optuna
+
+        failed = row.status == "failed"
+        state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
+        values = None if failed else _values(row)
+        if row.trial_id in self.asked:
+            self.study.tell(self.asked.pop(row.trial_id), values, state=state)
+            return
+        params = self._params(TrialConfig.model_validate_json(row.trial))
+        if params is not None:
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=state,
+                    values=values,
+                    params=params,
+                    distributions=self.distributions,
+                    user_attrs={"trial": row.trial},
+                )
+            )
+
+    def _params(self, config: TrialConfig) -> dict[str, Any] | None:
+        """The parameters that would have proposed this trial; None when the parameters cannot express it."""
+        wanted = {**config.schedule.model_dump(mode="json"), "recover": config.recovery is not None}
+        params: dict[str, Any] = {}
+        for name, axis in self.space.parameters.axes.items():
+            value = wanted[name]
+            if isinstance(value, list):
+                value = ",".join(map(str, value)) + "," * (len(value) == 1)
+            if not axis.contains(value):
+                return None
+            params[name] = value
+        same = self.space.trial(Candidate(**params)).id == config.id
+        return params if same else None
+
+    def _reconcile(self) -> None:
+        """After a kill: which of Optuna's trials have rows, which still have to run."""
+        import optuna
+
+        told: set[str] = set()
+        listed = {config.id for config in self.listed}
+        for trial in self.study.get_trials(deepcopy=False):
+            text = trial.user_attrs.get("trial")
+            if trial.state == optuna.trial.TrialState.RUNNING:
+                if text is None:  # killed between asking and noting what for
+                    self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+                    continue
+                config = TrialConfig.model_validate_json(text)
+                self.asked[config.id] = trial.number
+                if config.id not in listed:
+                    self.sampled.add(config.id)
+                if (config.id, "dev") not in self.rows:
+                    self.listed.append(config)
+            elif text is not None:
+                trial_id = TrialConfig.model_validate_json(text).id
+                told.add(trial_id)
+        for row in [row for row in self.rows.values() if row.split == "dev"]:
+            if row.trial_id not in listed:
+                self.sampled.add(row.trial_id)
+            if row.trial_id not in told:
+                self._tell(row)
+
+
+def _values(row: TrialRow) -> list[float]:
+    return [float(getattr(row, name)) for name in OBJECTIVES]

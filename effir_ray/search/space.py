@@ -1,0 +1,268 @@
+"""A search space: one backbone, one data set, one way to train and measure, and the schedules to try.
+
+``SearchSpace`` is the YAML a user writes; together with one ``Candidate`` it becomes a ``TrialConfig``, the
+one object that determines everything a trial does and that every result row carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from effir_ray.compression.schedule import Schedule
+from effir_ray.config import Config
+from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
+from effir_ray.training.config import TrainConfig
+
+SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
+
+OBJECTIVES: dict[str, Direction] = {name: DIRECTIONS[name] for name in DEFAULT_OBJECTIVES}
+"""Columns of a dev row that the sampler improves and the front is made of."""
+
+_ID_LENGTH = 12  # hex digits of a trial id
+
+
+class Candidate(Schedule):
+    """A schedule, and whether the pruned model is fine-tuned again with the study's ``recovery`` settings."""
+
+    recover: bool = False
+
+    @property
+    def name(self) -> str:
+        return super().name + ("+ft" if self.recover else "")
+
+    def canonical(self) -> Candidate:
+        """Without the settings that change nothing, so that equal trials are recognised as equal."""
+        inert: set[str] = set()
+        if not self.width_reduction:
+            inert |= {"width_method", "width_multiple"}
+        counted = (
+            drop for drop in (self.drop_attention, self.drop_mlp, self.drop_block) if isinstance(drop, int)
+        )
+        if not any(counted):
+            inert.add("importance")
+        return Candidate(**self.model_dump(exclude=inert))
+
+    def schedule(self) -> Schedule:
+        return Schedule(**self.model_dump(exclude={"recover"}))
+
+
+class Sample(Config):
+    """How much of a split is used. Without numbers: every query over every document."""
+
+    queries: int | None = Field(default=None, ge=1)
+    documents: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Sample:
+        if (self.queries is None) != (self.documents is None):
+            raise ValueError("queries and documents are given together, or neither")
+        return self
+
+
+class GateTraining(Config):
+    """Training of the self-slimming gates (paper section 3.2) and data for the other width methods."""
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=32, ge=2)
+    pairs: int = Field(default=16000, ge=2)
+
+
+class Timing(Config):
+    """Speed is measured on dev texts, the full model and the trial's taking turns ``rounds`` times."""
+
+    queries: int = Field(default=64, ge=1)
+    documents: int = Field(default=64, ge=1)
+    rounds: int = Field(default=5, ge=1)
+
+
+class Protocol(Config):
+    """What all trials of a study have in common."""
+
+    backbone: str
+    first_blocks: int | None = Field(default=None, ge=1)
+    dataset: str
+    dev: Sample = Sample()
+    test: Sample = Sample()
+    query_max_length: int = Field(default=64, ge=2)
+    document_max_length: int = Field(default=512, ge=2)
+    encoding_workers: int = Field(default=1, ge=1)
+    calibration_texts: int = Field(default=256, ge=1)
+    gates: GateTraining = GateTraining()
+    base_training: TrainConfig | None = None
+    recovery: TrainConfig | None = None
+    timing: Timing = Timing()
+    threads: int = Field(default=0, ge=0)
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _training_inherits(cls, data: Any) -> Any:
+        """Training uses the study's data set and seed unless it names its own."""
+        if not isinstance(data, dict):
+            return data
+        shared = {name: data[name] for name in ("dataset", "seed") if name in data}
+        training = {
+            name: {**shared, **data[name]}
+            for name in ("base_training", "recovery")
+            if isinstance(data.get(name), dict)
+        }
+        return {**data, **training}
+
+
+class TrialConfig(Protocol):
+    """Everything that determines a trial. ``recovery`` is set only if this trial is trained after pruning;
+    ``threads`` is the number of compute threads the study resolved."""
+
+    schedule: Schedule
+
+    @property
+    def id(self) -> str:
+        """The same for equal configurations on every machine."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:_ID_LENGTH]
+
+    @property
+    def name(self) -> str:
+        return self.schedule.name + ("+ft" if self.recovery else "")
+
+    def full(self) -> TrialConfig:
+        """The uncompressed model of the same study: the reference for sizes and speeds."""
+        return self.model_copy(update={"schedule": Schedule(), "recovery": None})
+
+
+def _axis(value: Any) -> Any:
+    """A plain list in the YAML is a list of choices; layer lists become ``"3,5"``, which Schedule reads."""
+    if isinstance(value, list | tuple):
+        return {
+            "choices": [
+                ",".join(map(str, v)) + "," * (len(v) == 1) if isinstance(v, list) else v for v in value
+            ]
+        }
+    return value
+
+
+class Axis(Config):
+    """The values of one parameter: ``choices``, or a range with both ends included."""
+
+    choices: tuple[bool | int | float | str, ...] | None = None
+    low: int | float | None = None
+    high: int | float | None = None
+    step: int | float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Axis:
+        if self.choices is not None:
+            if not self.choices or (self.low, self.high, self.step) != (None, None, None):
+                raise ValueError("give a list of choices with at least one entry, or low and high")
+        elif self.low is None or self.high is None or self.low > self.high:
+            raise ValueError("a range needs low and high, low not above high")
+        return self
+
+    @property
+    def integral(self) -> bool:
+        return all(isinstance(end, int) for end in (self.low, self.high, self.step) if end is not None)
+
+    def values(self) -> tuple[Any, ...]:
+        """Every value, or an empty tuple for a continuous range."""
+        if self.choices is not None:
+            return self.choices
+        assert self.low is not None and self.high is not None
+        step = self.step or (1 if self.integral else None)
+        if step is None:
+            return ()
+        count = int((self.high - self.low) / step + 1e-9) + 1
+        return tuple(round(self.low + i * step, 10) for i in range(count))
+
+    def contains(self, value: Any) -> bool:
+        """Whether the sampler could propose ``value``."""
+        if self.values():
+            return value in self.values()
+        assert self.low is not None and self.high is not None
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+ParameterAxis = Annotated[Axis | None, BeforeValidator(_axis)]
+
+
+class Parameters(Config):
+    """The fields of a candidate that the sampler may vary."""
+
+    drop_attention: ParameterAxis = None
+    drop_mlp: ParameterAxis = None
+    drop_block: ParameterAxis = None
+    drop_last_blocks: ParameterAxis = None
+    importance: ParameterAxis = None
+    width_reduction: ParameterAxis = None
+    width_method: ParameterAxis = None
+    recover: ParameterAxis = None
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Parameters:
+        for name, axis in self.axes.items():
+            for value in axis.values() or (axis.low, axis.high):
+                try:
+                    Candidate(**{name: value})
+                except ValueError as error:
+                    raise ValueError(f"{name}: {value!r} is not possible: {_reason(error)}") from None
+        return self
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        return {name: axis for name in type(self).model_fields if (axis := getattr(self, name)) is not None}
+
+
+class SearchSpace(Protocol):
+    """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
+    proposes ``trials`` more from ``parameters`` (grid: all combinations)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    schedules: tuple[Candidate, ...] = ()
+    parameters: Parameters = Parameters()
+    sampler: SamplerName = "tpe"
+    trials: int = Field(default=0, ge=0)
+    concurrency: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SearchSpace:
+        axes = self.parameters.axes
+        if self.sampler == "grid":
+            if self.trials:
+                raise ValueError("sampler grid runs every combination: leave 'trials' out")
+            endless = [name for name, axis in axes.items() if not axis.values()]
+            if endless:
+                raise ValueError(f"sampler grid needs choices or a step for {', '.join(endless)}")
+        elif self.trials and not axes:
+            raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
+        asked = any(candidate.recover for candidate in self.schedules)
+        if self.recovery is None and (asked or (axes.get("recover") and True in axes["recover"].values())):
+            raise ValueError("a schedule asks to recover, but 'recovery' (training settings) is missing")
+        return self
+
+    def listed(self) -> tuple[Candidate, ...]:
+        """The candidates that always run: the full model, ``schedules``, and the combinations of a grid."""
+        everything = itertools.chain(
+            (Candidate(),), self.schedules, self.grid() if self.sampler == "grid" else ()
+        )
+        return tuple(dict.fromkeys(candidate.canonical() for candidate in everything))
+
+    def grid(self) -> Iterator[Candidate]:
+        axes = self.parameters.axes
+        for values in itertools.product(*(axis.values() for axis in axes.values())):
+            yield Candidate(**dict(zip(axes, values, strict=True)))
+
+    def trial(self, candidate: Candidate) -> TrialConfig:
+        shared = {name: getattr(self, name) for name in Protocol.model_fields if name != "recovery"}
+        candidate = candidate.canonical()
+        recovery = self.recovery if candidate.recover else None
+        return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule())
+
+
+def _reason(error: ValueError) -> str:
+    problems = getattr(error, "errors", None)
+    return str(problems()[0]["msg"]).removeprefix("Value error, ") if problems else str(error)

@@ -1,0 +1,229 @@
+"""What each stage of a trial does: read the folders of its parents, write its own.
+
+A step gets the trial's configuration, ``parents`` (role -> folder) and the folder to fill. Everything random
+in it comes from the configuration's seed. Model folders hold ``checkpoint`` and ``plan.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import Plan
+from effir_ray.search.recipe import Split
+from effir_ray.search.space import TrialConfig
+
+if TYPE_CHECKING:
+    from effir_ray.backbones.retriever import Retriever
+    from effir_ray.retrieval.datasets import Dataset
+    from effir_ray.training.config import TrainConfig
+
+Parents = Mapping[str, Path]
+Step = Callable[[TrialConfig, Split, Parents, Path], None]
+
+CHECKPOINT = "checkpoint"
+PLAN = "plan.json"
+SCORES = "scores.json"
+TIMING = "timing.json"
+
+
+def backbone(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """The uncompressed model as a checkpoint folder; a folder that is used whole is linked, not copied."""
+    from effir_ray.backbones.registry import resolve
+    from effir_ray.compression.checkpoint import save_checkpoint
+
+    retriever = _load(config.backbone, first_blocks=config.first_blocks)
+    source = resolve(config.backbone)
+    if source.kind == "folder" and source.path is not None and config.first_blocks is None:
+        (out / CHECKPOINT).symlink_to(source.path.resolve(), target_is_directory=True)
+    else:
+        save_checkpoint(retriever, out / CHECKPOINT)
+    _write_plan(out, retriever.plan)
+
+
+def base(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """Fine-tuning of the full model, shared by all trials (finetune-then-prune)."""
+    assert config.base_training is not None
+    _train(config.base_training, parents["model"], out)
+
+
+def importance(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    from effir_ray.compression.importance import measure_importance
+    from effir_ray.training.pairs import load_pairs
+
+    criterion = config.schedule.importance
+    texts = _calibration_texts(config)
+    pairs = load_pairs(config.dataset)[: config.gates.pairs] if criterion == "dev-loss" else ()
+    scores = measure_importance(
+        load_model(parents["model"]),
+        texts,
+        criterion=criterion,
+        pairs=pairs,
+        max_length=config.document_max_length,
+        seed=config.seed,
+    )
+    (out / "importance.json").write_text(scores.model_dump_json())
+
+
+def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
+    from effir_ray.compression.surgery import apply_plan
+    from effir_ray.compression.width import rank_neurons
+    from effir_ray.training.pairs import load_pairs, shuffled
+
+    retriever = load_model(parents["model"])
+    apply_plan(retriever, _depth_plan(config, retriever.plan, parents))
+    pairs = shuffled(load_pairs(config.dataset), seed=config.seed)[: config.gates.pairs]
+    scores = rank_neurons(
+        retriever,
+        config.schedule.width_method,
+        pairs,
+        steps=config.gates.steps,
+        batch_size=config.gates.batch_size,
+        seed=config.seed,
+        max_length=config.document_max_length,
+    )
+    arrays: dict[str, Any] = {str(layer): values for layer, values in scores.items()}
+    np.savez(out / "neurons.npz", **arrays)
+
+
+def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    from effir_ray.compression.checkpoint import save_checkpoint
+    from effir_ray.compression.planning import narrow_plan
+    from effir_ray.compression.surgery import apply_plan
+
+    retriever = load_model(parents["model"])
+    plan = _depth_plan(config, retriever.plan, parents)
+    if "neurons" in parents:
+        with np.load(parents["neurons"] / "neurons.npz") as file:
+            plan = narrow_plan(plan, config.schedule, {int(layer): file[layer] for layer in file.files})
+    save_checkpoint(apply_plan(retriever, plan), out / CHECKPOINT)
+    _write_plan(out, plan)
+
+
+def recovered(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """Fine-tuning of the pruned model."""
+    assert config.recovery is not None
+    _train(config.recovery, parents["model"], out)
+
+
+def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    from effir_ray.retrieval.corpus_encoding import encode_corpus
+
+    encode_corpus(
+        parents["model"] / CHECKPOINT,
+        sampled(config, split),
+        out / "shards",
+        workers=config.encoding_workers,
+        max_length=config.document_max_length,
+    )
+
+
+def scores(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """Encode the queries, search the embedded corpus exactly, score."""
+    from effir_ray.retrieval.corpus_encoding import CorpusEmbeddings
+    from effir_ray.retrieval.encoder import Encoder
+    from effir_ray.retrieval.evaluation import search_corpus
+    from effir_ray.retrieval.metrics import score_run
+
+    dataset = sampled(config, split)
+    queries = dataset.queries(split)
+    encoder = Encoder(load_model(parents["model"]))
+    vectors = encoder.encode(
+        list(queries.values()), "query", max_length=config.query_max_length, progress="Encoding queries"
+    )
+    run = search_corpus(list(queries), vectors, CorpusEmbeddings(parents["embeddings"] / "shards"))
+    (out / SCORES).write_text(json.dumps(score_run(run, dataset.qrels(split)).mean, indent=1))
+
+
+def timing(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    """Speed of this model and of the full one, taking turns on the same texts in the same process."""
+    from effir_ray.retrieval.efficiency import measure_efficiency
+    from effir_ray.retrieval.encoder import Encoder
+
+    dataset = sampled(config, "dev")
+    queries = list(dataset.queries("dev").values())[: config.timing.queries]
+    ids = dataset.corpus.ids[: config.timing.documents]
+    full = Encoder(load_model(parents["reference"]))
+    same = parents["reference"] == parents["model"]
+    encoders = {"full": full} if same else {"full": full, "trial": Encoder(load_model(parents["model"]))}
+    measured = measure_efficiency(
+        encoders,
+        queries,
+        dataset.corpus.texts(ids),
+        rounds=config.timing.rounds,
+        reference="full",
+    )
+    (out / TIMING).write_text(json.dumps(asdict(measured["full" if same else "trial"]), indent=1))
+
+
+STEPS: dict[str, Step] = {
+    step.__name__: step
+    for step in (backbone, base, importance, neurons, pruned, recovered, embeddings, scores, timing)
+}
+
+
+def sampled(config: TrialConfig, split: Split) -> Dataset:
+    """The part of ``split`` that the study uses."""
+    from effir_ray.retrieval.datasets import load_dataset
+
+    dataset, sample = load_dataset(config.dataset), getattr(config, split)
+    if sample.queries is None:
+        return dataset
+    return dataset.sample(split, queries=sample.queries, documents=sample.documents, seed=config.seed)
+
+
+def load_model(folder: Path) -> Retriever:
+    """The checkpoint of a model stage."""
+    return _load(str(folder / CHECKPOINT))
+
+
+def _load(name: str, first_blocks: int | None = None) -> Retriever:
+    from effir_ray.backbones.retriever import load_retriever
+    from effir_ray.hardware import detect
+
+    hardware = detect()
+    return load_retriever(name, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks)
+
+
+def _train(training: TrainConfig, model: Path, out: Path) -> None:
+    from effir_ray.training.launcher import train
+
+    train(model / CHECKPOINT, training, out)
+    _write_plan(out, read_plan(model))
+
+
+def _calibration_texts(config: TrialConfig) -> list[str]:
+    """Documents of the corpus, drawn by hash of their id: task-agnostic text, no labels (paper section
+    3.1)."""
+    from effir_ray.retrieval.datasets import load_dataset
+
+    corpus = load_dataset(config.dataset).corpus
+    drawn = sorted(corpus.ids, key=lambda name: hashlib.sha256(f"{config.seed}:{name}".encode()).digest())
+    return corpus.texts(drawn[: config.calibration_texts])
+
+
+def _depth_plan(config: TrialConfig, full: Plan, parents: Parents) -> Plan:
+    from effir_ray.compression.planning import make_plan
+
+    scores = None
+    if "importance" in parents:
+        text = (parents["importance"] / "importance.json").read_text()
+        scores = ImportanceScores.model_validate_json(text)
+    return make_plan(config.schedule, len(full.layers), scores)
+
+
+def _write_plan(out: Path, plan: Plan) -> None:
+    (out / PLAN).write_text(plan.model_dump_json())
+
+
+def read_plan(model: Path) -> Plan:
+    """The plan of a model stage's folder."""
+    return Plan.model_validate_json((model / PLAN).read_text())

@@ -1,0 +1,146 @@
+"""Running a study: Ray Tune works through the proposals, rows are its memory."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from effir_ray.backbones.registry import load_config
+from effir_ray.cluster import connect
+from effir_ray.config import Config, load_yaml
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.search.activity import reporting
+from effir_ray.search.display import StudyDisplay
+from effir_ray.search.dry_run import dry_run
+from effir_ray.search.folder import STAGES, alone, claim, finished_rows
+from effir_ray.search.outlook import Outlook
+from effir_ray.search.proposals import Proposals
+from effir_ray.search.recipe import Split
+from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.trial import failed_row, run_trial, sources_of
+from effir_ray.stages import StageStore
+
+_TRIAL_CPUS = 0.01
+"""A trial only drives; its training and encoding workers ask for the CPUs. A whole CPU for the driver would
+leave two training workers on a 2-core machine waiting for ever."""
+
+_ALL = 10**9  # Tune's number of samples: the searcher says when the study is finished
+
+
+class StudyResult(Config):
+    """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first."""
+
+    out: Path
+    study: str
+    trials: int
+    failed: int
+    front: tuple[str, ...]
+
+
+def search(
+    space: SearchSpace | Path | str, out: Path | str, *, resume: bool = False, address: str | None = None
+) -> StudyResult:
+    """Run every trial of ``space`` that has no row in ``out`` yet, then the test scores of the front.
+
+    Raises InputError for a space that cannot run and for a folder that belongs to another study, is in use,
+    or holds this study already while ``resume`` is False; TrialFailure when the full model cannot be
+    measured.
+    """
+    space = space if isinstance(space, SearchSpace) else load_yaml(Path(space), SearchSpace)
+    folder = Path(out).resolve()
+    dry_run(space)
+    _check_splits(space)
+    space = claim(folder, space, resume=resume)
+    with alone(folder):
+        backbone = load_config(space.backbone, first_blocks=space.first_blocks)
+        proposals = Proposals(space, folder, finished_rows(folder), backbone)
+        if not proposals.complete:
+            outlook = Outlook(StageStore(folder / STAGES), backbone, sources_of(space))
+            connect(address)
+            _run(proposals, folder, StudyDisplay(proposals, outlook, folder))
+        return _result(proposals, folder)
+
+
+def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
+    """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
+    _quiet()
+    from ray import tune
+
+    from effir_ray.search.searcher import ScheduleSearcher
+
+    space = proposals.space
+    searcher = ScheduleSearcher(proposals, out, display.changed)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, out=str(out), study=space.name), {"cpu": _TRIAL_CPUS}
+    )
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=_ALL,
+            max_concurrent_trials=space.concurrency,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0),
+    )
+    with display:
+        tuner.fit()
+    if searcher.fatal is not None:
+        raise searcher.fatal
+
+
+def _trial(config: dict[str, Any], out: str, study: str) -> None:
+    """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
+    from ray import tune
+
+    from effir_ray.search.searcher import ABORT, ROW
+
+    trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
+    folder = Path(out)
+    with reporting(folder, trial.name, split) as listener:
+        try:
+            row = run_trial(trial, StageStore(folder / STAGES), split=split, study=study, listener=listener)
+        except InputError as error:  # wrong for every trial: schedules were checked before
+            tune.report({ABORT: str(error)})
+            return
+        except Exception as error:
+            row = failed_row(trial, split, study, error)
+    store.append(folder, [row])
+    numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
+    tune.report({**numbers, ROW: row.model_dump_json()})
+
+
+def _split(name: str) -> Split:
+    return "test" if name == "test" else "dev"
+
+
+def _quiet() -> None:
+    """Ray's own reports go to its log files; what matters is in the rows and on the display."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "1"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in a search space stay valid
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_splits(space: SearchSpace) -> None:
+    from effir_ray.retrieval.datasets import load_dataset
+
+    sources_of(space)
+    dataset = load_dataset(space.dataset)
+    dataset.qrels("dev")
+    dataset.qrels("test")
+
+
+def _result(proposals: Proposals, out: Path) -> StudyResult:
+    dev = [row for row in proposals.rows.values() if row.split == "dev"]
+    return StudyResult(
+        out=out,
+        study=proposals.space.name,
+        trials=len(dev),
+        failed=sum(row.status == "failed" for row in dev),
+        front=tuple(config.id for config in proposals.front()),
+    )
