@@ -21,7 +21,7 @@ from effir_ray.retrieval.padded import PaddedForward
 
 Kind = Literal["query", "document"]
 
-WINDOW = 2048  # texts that are tokenised ahead and ordered by length together
+WINDOW = 512  # texts that are tokenised ahead and ordered by length together
 _BUDGET = {"cpu": 1024, "cuda": 32_768}
 """Tokens a batch. CPU: the activations of more no longer fit the caches; GPU: enough to fill it."""
 
@@ -44,6 +44,7 @@ class Encoder:
         self.retriever = retriever
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
         self.quantize = quantize
+        self.tokens_seen = 0  # over all calls
         self._forward = PaddedForward(retriever)
 
     @property
@@ -109,6 +110,7 @@ class Encoder:
                 self._halve_budget(max(lengths[i] for i in batch), len(batch))
                 pending.extendleft(reversed(self._batches(batch, lengths)))
             else:
+                self.tokens_seen += sum(lengths[i] for i in batch)
                 bar.advance(len(batch))
         if self.retriever.model.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,0 +1,232 @@
+"""A corpus to a folder of embeddings on Ray Data: resumable shard by shard, bounded in memory.
+
+Ray Data only carries shard numbers and document ids; its actors read their documents, encode them and write
+the shard themselves. What is on disk is the only state: a run that was killed at any point goes on where its
+last finished shard was, and its embeddings are bit for bit those of an undisturbed run, because a shard is
+always encoded as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from effir_ray.errors import InputError
+from effir_ray.progress import progress
+from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
+from effir_ray.retrieval.embedding_shards import (
+    CorpusEmbeddings,
+    Encoding,
+    ShardFolder,
+    ShardRecord,
+    StoredType,
+    differences,
+)
+
+SHARD_SIZE = 1024
+"""Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
+
+
+def encode_corpus(
+    model: str | Path,
+    dataset: Dataset | str | Path,
+    out: str | Path,
+    *,
+    shard_size: int = SHARD_SIZE,
+    workers: int = 1,
+    max_length: int | None = None,
+    dtype: StoredType = "float32",
+    quantize: Literal["int8"] | None = None,
+    address: str | None = None,
+) -> CorpusEmbeddings:
+    """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
+
+    Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
+    A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
+    arguments, for an ``out`` that holds other embeddings, and while another run writes to it.
+    """
+    from effir_ray.backbones.registry import backbone_fingerprint
+
+    if shard_size < 1 or workers < 1:
+        raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
+    if dtype not in ("float32", "float16"):
+        raise InputError(f"dtype '{dtype}' cannot be stored; expected float32 or float16")
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
+    encoding = Encoding(
+        model=str(model),
+        model_fingerprint=backbone_fingerprint(model),
+        dataset=data.name,
+        dataset_fingerprint=data.fingerprint,
+        documents=len(data.corpus),
+        shard_size=shard_size,
+        max_length=max_length,
+        dtype=dtype,
+        quantize=quantize,
+    )
+    folder = ShardFolder(out)
+    if not _complete(folder, encoding):
+        with _only_writer(folder):
+            _prepare(folder, encoding)
+            missing = sorted(set(range(encoding.shards)) - folder.finished())
+            _encode_missing(folder, encoding, data.corpus, missing, workers, address)
+    return CorpusEmbeddings(folder)
+
+
+def _complete(folder: ShardFolder, encoding: Encoding) -> bool:
+    found = folder.header()
+    return (
+        found is not None
+        and not differences(found, encoding)
+        and (folder.finished() >= set(range(encoding.shards)))
+    )
+
+
+def _prepare(folder: ShardFolder, encoding: Encoding) -> None:
+    """A new folder gets its header; an old one must be for the same embeddings."""
+    found = folder.header()
+    if found is None:
+        folder.write_header(encoding)
+        return
+    different = differences(found, encoding)
+    if different:
+        listed = "; ".join(f"{name} is {old}, now {new}" for name, (old, new) in different.items())
+        raise InputError(
+            f"{folder.location}: holds embeddings of '{found.dataset}' by '{found.model}', not of "
+            f"'{encoding.dataset}' by '{encoding.model}' ({listed}); choose another output folder"
+        )
+    folder.remove_leftovers()
+
+
+@contextmanager
+def _only_writer(folder: ShardFolder) -> Iterator[None]:
+    """Two runs at once would do every shard twice. The system drops the lock when its holder is killed."""
+    from filelock import FileLock, Timeout
+
+    if folder.local is None:  # object stores have no locks; shards are put atomically and are all alike
+        yield
+        return
+    try:
+        folder.local.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.local / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{folder.location}: cannot be written: {error}") from None
+
+
+def _encode_missing(
+    folder: ShardFolder,
+    encoding: Encoding,
+    corpus: Corpus,
+    missing: list[int],
+    workers: int,
+    address: str | None,
+) -> None:
+    from effir_ray.cluster import connect
+
+    if not missing:
+        return
+    connect(address)
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    workers = min(workers, len(missing))
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    tasks = ray.data.from_items(
+        [_task(corpus, shard, encoding) for shard in missing], override_num_blocks=len(missing)
+    )
+    done = tasks.map_batches(
+        _ShardEncoder,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs={
+            "folder": folder,
+            "encoding": encoding,
+            "path": corpus.path,
+            "workers": workers,
+        },
+        **_resources(workers),
+    )
+    already = encoding.documents - sum(len(encoding.rows(shard)) for shard in missing)
+    started, tokens = time.monotonic(), 0
+    with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
+        for row in done.iter_rows():
+            if row["problem"]:
+                raise InputError(row["problem"])
+            tokens += int(row["tokens"])
+            bar.advance(int(row["documents"]), tokens_per_s=tokens / (time.monotonic() - started))
+
+
+def _task(corpus: Corpus, shard: int, encoding: Encoding) -> dict[str, Any]:
+    rows = encoding.rows(shard)
+    part = slice(rows.start, rows.stop)
+    return {"shard": shard, "ids": corpus.ids[part], "offsets": corpus.offsets[part].tolist()}
+
+
+def _resources(workers: int) -> dict[str, float]:
+    """What one actor reserves. Raises InputError for more workers than the cluster can ever run.
+
+    A worker reserves one core and computes on its share of the node's: a larger reservation would wait
+    forever beside any other job.
+    """
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
+    limit, unit = (gpus, "GPUs") if gpus else (cpus, "cores")
+    if workers > limit:
+        raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
+    return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+
+
+class _ShardEncoder:
+    """The actor: loads the model once by its path, then encodes and writes one shard a call."""
+
+    def __init__(self, folder: ShardFolder, encoding: Encoding, path: Path, workers: int) -> None:
+        import ray
+        import torch
+
+        from effir_ray.backbones.retriever import load_retriever
+        from effir_ray.hardware import detect
+        from effir_ray.retrieval.encoder import Encoder
+
+        hardware = detect()
+        nodes = max(1, len([node for node in ray.nodes() if node["Alive"]]))
+        torch.set_num_threads(max(1, hardware.threads // -(-workers // nodes)))
+        retriever = load_retriever(encoding.model, dtype=hardware.dtype, device=hardware.device)
+        self._encoder = Encoder(retriever, quantize=encoding.quantize)
+        self._folder, self._encoding, self._path = folder, encoding, path
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row {shard, ids, offsets} in, one row of figures out.
+
+        What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
+        """
+        shard, ids = int(batch["shard"][0]), [str(i) for i in batch["ids"][0]]
+        corpus = Corpus(self._path, ids, array("q", batch["offsets"][0]))
+        try:
+            record = self._encode(shard, corpus)
+        except InputError as error:
+            return {"documents": [0], "tokens": [0], "problem": [str(error)]}
+        return {"documents": [record.documents], "tokens": [record.tokens], "problem": [""]}
+
+    def _encode(self, shard: int, corpus: Corpus) -> ShardRecord:
+        started, before = time.perf_counter(), self._encoder.tokens_seen
+        texts = [document.document_text for document in corpus.iter_documents()]
+        embeddings = self._encoder.encode(texts, "document", max_length=self._encoding.max_length)
+        record = ShardRecord(
+            shard=shard,
+            documents=len(texts),
+            dimension=embeddings.shape[1],
+            tokens=self._encoder.tokens_seen - before,
+            seconds=time.perf_counter() - started,
+        )
+        self._folder.write_shard(record, corpus.ids, embeddings, self._encoding.dtype)
+        return record

@@ -1,0 +1,127 @@
+"""encode_corpus on a private Ray instance: complete, resumable after kill -9, free when finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.errors import InputError
+from effir_ray.retrieval import corpus_encoding
+from effir_ray.retrieval.corpus_encoding import encode_corpus
+from effir_ray.retrieval.datasets import load_dataset
+from effir_ray.retrieval.embedding_shards import ShardFolder
+from effir_ray.retrieval.encoder import Encoder
+
+MODEL = "random:llama"
+DOCUMENTS = 700
+
+
+@pytest.fixture(scope="module")
+def beir_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "the study of cells and protein results data search value list text model".split()
+    draw = random.Random(0)
+    with (folder / "corpus.jsonl").open("w") as file:
+        for i in range(DOCUMENTS):
+            text = " ".join(draw.choices(words, k=draw.randint(1, 60)))
+            file.write(json.dumps({"_id": f"d{i}", "title": f"title {i}", "text": text}) + "\n")
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "the study"}\n')
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td3\t1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(beir_folder, tmp_path_factory):
+    """An encoding that nothing interrupted."""
+    return encode_corpus(MODEL, str(beir_folder), tmp_path_factory.mktemp("whole"), shard_size=64)
+
+
+def forbidden(*arguments, **options):
+    raise AssertionError("a finished encoding must not start any work")
+
+
+@pytest.mark.integration
+def test_equals_the_encoder_and_a_second_run_does_nothing(beir_folder, undisturbed, monkeypatch):
+    dataset = load_dataset(beir_folder)
+    texts = [document.document_text for document in dataset.corpus.iter_documents()]
+    expected = Encoder(load_retriever(MODEL)).encode(texts, "document")
+    assert undisturbed.ids == dataset.corpus.ids
+    np.testing.assert_allclose(np.concatenate(list(undisturbed.shards())), expected, atol=1e-5, rtol=0)
+    assert sum(record.documents for record in undisturbed.records()) == DOCUMENTS
+
+    monkeypatch.setattr(corpus_encoding, "_encode_missing", forbidden)
+    again = encode_corpus(MODEL, dataset, undisturbed.folder.location, shard_size=64)
+    assert len(again) == DOCUMENTS
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("change", [{"model": "random:llama:1"}, {"dtype": "float16"}, {"max_length": 9}])
+def test_folder_of_another_encoding_is_refused(beir_folder, undisturbed, change):
+    arguments = {"model": MODEL, "shard_size": 64} | change
+    with pytest.raises(InputError, match="choose another output folder"):
+        encode_corpus(dataset=str(beir_folder), out=undisturbed.folder.location, **arguments)
+
+
+@pytest.mark.integration
+def test_only_the_missing_shards_are_encoded(beir_folder, undisturbed, tmp_path):
+    out = encode_corpus(MODEL, str(beir_folder), f"file://{tmp_path}/out", shard_size=64, workers=2)
+    shards = tmp_path / "out" / "shards"
+    kept = (shards / "000000.parquet").stat().st_mtime_ns
+    (shards / "000003.json").unlink()
+    encode_corpus(MODEL, str(beir_folder), f"file://{tmp_path}/out", shard_size=64)
+    assert (shards / "000000.parquet").stat().st_mtime_ns == kept
+    for mine, theirs in zip(out.shards(), undisturbed.shards(), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.integration
+def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
+    with pytest.raises(InputError, match="the Ray cluster has"):
+        encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=1, workers=500)
+
+
+@pytest.mark.integration
+def test_corpus_that_changed_meanwhile_is_a_plain_input_error(beir_folder, tmp_path):
+    dataset = load_dataset(beir_folder)
+    dataset.corpus.ids[5] = "another"
+    with pytest.raises(InputError, match="changed while it was in use"):
+        encode_corpus(MODEL, dataset, tmp_path / "out", shard_size=700)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments_then_resumed_gives_the_same_bits(beir_folder, undisturbed, tmp_path):
+    """``EFFIR_RAY_KILLS`` sets how many runs are killed."""
+    out = tmp_path / "out"
+    draw = random.Random(time.time_ns())
+    for _ in range(int(os.environ.get("EFFIR_RAY_KILLS", "2"))):
+        run_and_kill(beir_folder, out, after_shards=draw.randint(0, 3), delay=draw.uniform(0, 0.3))
+    resumed = encode_corpus(MODEL, str(beir_folder), out, shard_size=64)
+    assert resumed.ids == undisturbed.ids  # every document exactly once, in order
+    for mine, theirs in zip(resumed.shards(), undisturbed.shards(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert not list(out.glob("shards/*.tmp-*"))
+
+
+def run_and_kill(folder: Path, out: Path, *, after_shards: int, delay: float) -> None:
+    """Start an encoding in its own process, kill -9 it once it made some progress."""
+    arguments = f"{MODEL!r}, {str(folder)!r}, {str(out)!r}, shard_size=64"
+    code = f"from effir_ray.retrieval.corpus_encoding import encode_corpus; encode_corpus({arguments})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    start = len(ShardFolder(out).finished())
+    while process.poll() is None and len(ShardFolder(out).finished()) < start + after_shards:
+        time.sleep(0.01)
+    time.sleep(delay if after_shards else 10 * delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
