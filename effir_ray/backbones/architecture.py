@@ -19,7 +19,8 @@ def compressed_classes() -> dict[str, type[PreTrainedModel]]:
 
     from effir_ray.compression.modeling_effir import MODEL_CLASSES
 
-    classes: dict[str, Any] = {model.config_class.model_type: model for model in MODEL_CLASSES}
+    models: Any = MODEL_CLASSES
+    classes: dict[str, Any] = {model.config_class.model_type: model for model in models}
     for model_type, model in classes.items():
         AutoConfig.register(model_type, model.config_class, exist_ok=True)
         AutoModel.register(model.config_class, model, exist_ok=True)

@@ -15,8 +15,6 @@ FAMILY = Family(
     attention_parts=("attention",),
     mlp_parts=("intermediate", "output"),
     mlp_input="intermediate",
-    attention_branch=None,
-    mlp_branch=None,
     attention_linears=(
         "attention.self.query",
         "attention.self.key",
@@ -26,5 +24,6 @@ FAMILY = Family(
     up_name="intermediate.dense",
     gate_name=None,
     down_name="output.dense",
+    post_norm=True,
     head_prefixes=("cls.", "pooler.", "embeddings.position_ids"),
 )

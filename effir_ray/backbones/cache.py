@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 
+_WORTH_A_NOTE = 2**20  # bytes; hashing less takes no longer than looking up a note
+
 
 def cache_folder() -> Path:
     """``$EFFIR_RAY_CACHE``, else ``effir-ray`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
@@ -19,6 +21,8 @@ def cache_folder() -> Path:
 def file_hash(path: Path) -> str:
     """sha256 of a file's content; remembered on disk while its path, size and time of change stay."""
     status = path.stat()
+    if status.st_size < _WORTH_A_NOTE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
     note = cache_folder() / "hashes" / hashlib.sha256(identity.encode()).hexdigest()
     if note.is_file():

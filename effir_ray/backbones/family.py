@@ -33,8 +33,7 @@ class Family:
 
     attention_parts / mlp_parts: everything that goes when the sublayer is dropped, its norms included.
     mlp_input: the module whose input is the residual stream between the two sublayers.
-    attention_branch / mlp_branch: the module whose output is added to the residual stream (None for post-norm
-    families, where the sublayer's last module gives the whole new stream).
+    post_norm: the norm follows the sum, so that a sublayer's last module gives the whole new stream.
     gate is None for an ungated MLP; gate == up when both are fused into one Linear (act rows first).
     """
 
@@ -46,12 +45,11 @@ class Family:
     attention_parts: tuple[str, ...]
     mlp_parts: tuple[str, ...]
     mlp_input: str
-    attention_branch: str | None
-    mlp_branch: str | None
     attention_linears: tuple[str, ...]
     up_name: str
     gate_name: str | None
     down_name: str
+    post_norm: bool = False
     # Tensors of pre-training heads that a retriever has no use for, as prefixes of their names.
     head_prefixes: tuple[str, ...] = ("lm_head.",)
 
@@ -63,10 +61,6 @@ class Family:
     def fused(self) -> bool:
         """Gate and up projection are the two halves of one Linear."""
         return self.gate_name == self.up_name
-
-    @property
-    def post_norm(self) -> bool:
-        return self.mlp_branch is None
 
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The blocks in order, dropped ones included: index = layer number of the uncompressed backbone."""
@@ -108,11 +102,6 @@ class Family:
         """Intermediate neurons of a block: 0 when its MLP was dropped."""
         mlp = self.mlp(layer)
         return 0 if mlp is None else self.down(mlp).in_features
-
-    def lora_targets(self) -> list[str]:
-        """Last name parts of every Linear inside a block, for PEFT's ``target_modules``."""
-        names = (*self.attention_linears, self.up_name, self.gate_name, self.down_name)
-        return sorted({_suffix(name) for name in names if name is not None})
 
     def linears(self, model: nn.Module) -> list[tuple[str, nn.Linear]]:
         """(full name, module) of every Linear in the blocks: what LoRA, sparsity and quantisation act on."""
@@ -179,12 +168,6 @@ def part(layer: nn.Module, name: str) -> nn.Module | None:
     return current  # type: ignore[no-any-return]  # attributes of nn.Module are untyped
 
 
-def _suffix(name: str) -> str:
-    """``mlp.up_proj`` -> ``up_proj``; BERT's ``output.dense`` stays, ``dense`` alone is ambiguous."""
-    last = name.rsplit(".", 1)[-1]
-    return name if last == "dense" else last
-
-
 @lru_cache(maxsize=1)
 def families() -> tuple[Family, ...]:
     modules = ("llama", "gemma", "bert", "modernbert")
@@ -199,6 +182,6 @@ def get(model_type: str) -> Family:
             return family
     known = ", ".join(kind for family in families() for kind in family.model_types)
     raise InputError(
-        f"model type '{model_type}' is not supported; supported: {known}. To add one, describe it in a new file "
-        "beside effir_ray/backbones/llama.py and list it in family.families()"
+        f"model type '{model_type}' is not supported; supported: {known}. To add one, describe it in a new "
+        "file beside effir_ray/backbones/llama.py and list it in family.families()"
     )

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 OWN_FILE = "effir.json"
 
 
+def is_adapter(folder: Path) -> bool:
+    """A LoRA adapter without the weights it belongs to."""
+    return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
+
+
 def read_json(file: Path) -> Any:
     """None when the file does not exist; InputError when it is not JSON."""
     try:

@@ -62,72 +62,12 @@ _TRAITS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 RANDOM_MODELS = tuple(_TRAITS)
 
-_WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "with",
-    "are",
-    "by",
-    "on",
-    "be",
-    "this",
-    "from",
-    "or",
-    "an",
-    "at",
-    "which",
-    "have",
-    "has",
-    "not",
-    "were",
-    "was",
-    "their",
-    "more",
-    "one",
-    "can",
-    "its",
-    "other",
-    "also",
-    "new",
-    "may",
-    "these",
-    "time",
-    "some",
-    "than",
-    "only",
-    "two",
-    "our",
-    "use",
-    "used",
-    "between",
-    "study",
-    "results",
-    "cell",
-    "cells",
-    "protein",
-    "model",
-    "data",
-    "search",
-    "document",
-    "query",
-    "text",
-    "function",
-    "class",
-    "return",
-    "value",
-    "list",
-    "string",
-    "file",
-    "number",
-]
+_WORDS = (
+    "the of and to in is that for it as with are by on be this from or an at which have has not were "
+    "was their more one can its other also new may these time some than only two our use used "
+    "between study results cell cells protein model data search document query text function class "
+    "return value list string file number"
+)
 
 
 def random_config(kind: str) -> PreTrainedConfig:
@@ -163,7 +103,7 @@ def random_tokenizer(causal: bool) -> PreTrainedTokenizerFast:
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[byte] = len(vocabulary)
     merges: list[tuple[str, str]] = []
-    for word in _WORDS:
+    for word in _WORDS.split():
         whole = "Ġ"  # a space, in the byte-level alphabet
         for letter in word:
             if len(vocabulary) == VOCABULARY_SIZE:

@@ -1,4 +1,4 @@
-"""Names of backbones: where they come from, their configuration without weights, and a hash of their content."""
+"""Names of backbones: where they come from, their configuration, and a hash of their content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from effir_ray.backbones.cache import cache_folder, file_hash
+from effir_ray.backbones.cache import file_hash
 from effir_ray.backbones.known_configs import KNOWN_CONFIGS
 from effir_ray.errors import InputError
 
@@ -82,11 +82,11 @@ def _config(name: str) -> PreTrainedConfig:
         return random_config(source.model)
     from effir_ray.backbones.loading import prepare, read_config
 
-    return read_config(prepare(source), trust_remote_code=False)
+    return read_config(prepare(source))
 
 
 def backbone_fingerprint(name_or_path: str | Path) -> str:
-    """sha256 over what decides a backbone's embeddings: names and contents of its files. Cheap when seen before."""
+    """sha256 over what decides a backbone's embeddings: its files. Cheap when seen before."""
     source = resolve(str(name_or_path))
     digest = hashlib.sha256()
     if source.path is None:
@@ -137,9 +137,5 @@ def _from_hub(name: str) -> Path:
 
 
 def _known_names() -> str:
-    return f"known without files: {', '.join(_PACKAGED)}, random:<model>; else give a folder, a .gguf file or a hub id"
-
-
-def cached_gguf_folder(path: Path) -> Path:
-    """Where the dequantised copy of a GGUF file is kept."""
-    return cache_folder() / "gguf" / file_hash(path)
+    packaged = ", ".join(_PACKAGED)
+    return f"known without files: {packaged}, random:<model>; else give a folder, a .gguf file or a hub id"

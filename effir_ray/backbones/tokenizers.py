@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, *, append_eos: bool, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     """Raises InputError when the folder has no tokenizer that the tokenizers library can run."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -24,7 +24,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
     ):
         raise InputError(
-            f"{folder}: no tokenizer (tokenizer.json); expected the backbone's tokenizer files beside config.json"
+            f"{folder}: no tokenizer (tokenizer.json); expected the tokenizer's files beside config.json"
         )
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -43,7 +43,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool) -> PreTrainedTokeni
         )
     # Two inputs only: token types of a single text are all zero, which models assume when they are not given.
     names = ["input_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokens)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokens)
+    return with_eos(tokenizer) if append_eos else tokenizer
 
 
 def with_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

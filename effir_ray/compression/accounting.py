@@ -24,7 +24,7 @@ BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAnatomy:
-    """What one uncompressed layer is made of. ``*_weights``: entries of weight matrices, each two FLOPs a token."""
+    """What one uncompressed layer is made of. ``*_weights``: entries of matrices, two FLOPs a token each."""
 
     attention_parameters: int
     attention_weights: int

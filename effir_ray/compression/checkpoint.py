@@ -16,10 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import save_torch_state_dict
+
 from effir_ray.backbones.family import COMPRESSED_PREFIX
 from effir_ray.backbones.folder import OWN_FILE
-from effir_ray.backbones.loading import quiet_transformers
+from effir_ray.backbones.quiet import quiet_transformers
 from effir_ray.backbones.spec import RetrieverSpec
+from effir_ray.compression.foreign import DROP_LISTS
 from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,10 +47,16 @@ def save_checkpoint(retriever: Retriever, folder: Path) -> None:
         retriever.tokenizer.save_pretrained(temporary)
         _write_sentence_transformers(retriever, temporary)
         _write_own(retriever, temporary)
-        temporary.chmod(0o755)
+        _make_readable(temporary)
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Temporary files belong to their owner alone; a checkpoint is for everyone, like any file."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def _replace(new: Path, folder: Path) -> None:
@@ -61,19 +70,25 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _write_model(retriever: Retriever, folder: Path) -> None:
-    model = retriever.model
+    model, config = retriever.model, retriever.model.config
     with quiet_transformers():
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
-    if model.config.model_type.startswith(COMPRESSED_PREFIX):
+        config.save_pretrained(folder)
+    # Not model.save_pretrained: it imports DeepSpeed where that is installed, which prints and takes seconds.
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=MAX_SHARD)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for inherited in ("auto_map", *DROP_LISTS.values()):
+        settings.pop(inherited, None)
+    settings["architectures"] = [type(model).__name__]
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    if config.model_type.startswith(COMPRESSED_PREFIX):
         code = Path(__file__).with_name("modeling_effir.py")
         shutil.copyfile(code, folder / code.name)
-        file = folder / "config.json"
-        settings = json.loads(file.read_text(encoding="utf-8"))
         settings["auto_map"] = {
-            "AutoConfig": f"{code.stem}.{type(model.config).__name__}",
+            "AutoConfig": f"{code.stem}.{type(config).__name__}",
             "AutoModel": f"{code.stem}.{type(model).__name__}",
         }
-        _write_json(file, settings)
+    _write_json(file, settings)
 
 
 def _write_own(retriever: Retriever, folder: Path) -> None:

@@ -65,7 +65,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_ou
 
 
 class SlimLayer:
-    """A block whose sublayers may be missing. ``attention_parts[0]`` and ``mlp_parts[0]`` tell whether they are there."""
+    """A block whose sublayers may be missing: then ``attention_parts[0]`` or ``mlp_parts[0]`` is None."""
 
     attention_parts: tuple[str, ...]
     mlp_parts: tuple[str, ...]
@@ -180,7 +180,7 @@ class EffirBertLayer(SlimLayer, BertLayer):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden_states: (B, T, H). BertEncoder passes cross-attention arguments as well, which are all None."""
+        """hidden_states: (B, T, H). BertEncoder also passes cross-attention arguments, all None."""
         if self.attention is not None:
             kwargs.pop("encoder_attention_mask", None)
             hidden_states, _ = self.attention(hidden_states, attention_mask, **kwargs)
@@ -194,7 +194,7 @@ class EffirBertLayer(SlimLayer, BertLayer):
 
 
 def restructure(model: SlimModel, overrides: Mapping[int, Mapping[str, Any]]) -> None:
-    """Give every block its compressed class and shape; kept sublayers of unchanged width keep their weights."""
+    """Give every block its compressed class and shape; what stays as it was keeps its weights."""
     for index, layer in enumerate(model.slim_layers):
         layer.__class__ = model.layer_class
         entry = overrides.get(index, {})
@@ -264,7 +264,7 @@ class SlimDecoder(SlimModel):
         past_key_values: None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """input_ids, attention_mask, position_ids: (B, T) -> last_hidden_state (B, T, H). Never fills a cache."""
+        """input_ids, attention_mask, position_ids: (B, T) -> last_hidden_state (B, T, H); fills no cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None:
@@ -408,7 +408,7 @@ class EffirBertModel(SlimModel, BertModel):
         )
 
 
-MODEL_CLASSES: tuple[type[nn.Module], ...] = (
+MODEL_CLASSES = (
     EffirLlamaModel,
     EffirMistralModel,
     EffirQwen2Model,

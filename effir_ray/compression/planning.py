@@ -35,12 +35,12 @@ def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None
             f"drop_last_blocks is {schedule.drop_last_blocks}; the backbone has {n_layers} blocks"
         )
     remaining = list(range(n_layers - schedule.drop_last_blocks))
-    blocks = _dropped("drop_block", schedule.drop_block, remaining, n_layers, scores and scores.block)
+    blocks = _dropped("drop_block", schedule.drop_block, remaining, n_layers, _of(scores, "block"))
     remaining = [layer for layer in remaining if layer not in blocks]
     attention = _dropped(
-        "drop_attention", schedule.drop_attention, remaining, n_layers, scores and scores.attention
+        "drop_attention", schedule.drop_attention, remaining, n_layers, _of(scores, "attention")
     )
-    mlp = _dropped("drop_mlp", schedule.drop_mlp, remaining, n_layers, scores and scores.mlp)
+    mlp = _dropped("drop_mlp", schedule.drop_mlp, remaining, n_layers, _of(scores, "mlp"))
     return Plan(
         layers=tuple(
             LayerPlan(
@@ -50,6 +50,11 @@ def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None
             for layer in range(n_layers)
         )
     )
+
+
+def _of(scores: ImportanceScores | None, group: str) -> tuple[float, ...] | None:
+    values: tuple[float, ...] | None = None if scores is None else getattr(scores, group)
+    return values
 
 
 def _dropped(
@@ -112,8 +117,8 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
 
 
 def target_width(total: int, reduction: float, multiple: int) -> int:
-    """Neurons to keep of ``total``: the nearest multiple of ``multiple`` (of ``total`` itself if nothing goes)."""
-    return min(total, int(round(total * (1.0 - reduction) / multiple)) * multiple)
+    """Neurons to keep of ``total``: the nearest multiple of ``multiple``."""
+    return min(total, round(total * (1.0 - reduction) / multiple) * multiple)
 
 
 def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) -> list[int]:
@@ -129,7 +134,7 @@ def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) 
     target = target_width(sum(sizes), reduction, multiple)
     if target < multiple * len(sizes):
         raise InputError(
-            f"width_reduction {reduction:g} leaves {target} neurons; {len(sizes)} MLPs need at least {multiple} each; "
+            f"width_reduction {reduction:g} leaves {target} neurons; {len(sizes)} MLPs need {multiple} each; "
             "lower width_reduction or width_multiple, or drop MLPs"
         )
     groups: list[tuple[float, int, int]] = []

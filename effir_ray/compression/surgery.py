@@ -49,6 +49,10 @@ def _cut_layer(layer: Any, family: Family, index: int, old: LayerPlan, new: Laye
         layer.skip("attention")
     if old.mlp and not new.mlp:
         layer.skip("mlp")
+    elif new.mlp and new.neurons is None and old.neurons is not None:
+        raise InputError(
+            f"the plan keeps all neurons of layer {index}; the model has {len(old.neurons)} of them left"
+        )
     elif new.mlp and new.neurons is not None and new.neurons != old.neurons:
         present = old.neurons if old.neurons is not None else tuple(range(family.width(layer)))
         position = {neuron: place for place, neuron in enumerate(present)}

@@ -1,0 +1,132 @@
+"""Plans from schedules: what goes, in which order, and that width targets are met exactly."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores
+from effir_ray.compression.schedule import Schedule
+from effir_ray.errors import InputError
+
+SCORES = ImportanceScores(
+    criterion="cosine", attention=(0.9, 0.1, 0.5, 0.3), mlp=(0.2, 0.8, 0.1, 0.7), block=(0.4, 0.3, 0.2, 0.1)
+)
+
+
+def dropped(plan: Plan) -> tuple[list[int], list[int]]:
+    layers = list(enumerate(plan.layers))
+    return [i for i, layer in layers if not layer.attention], [i for i, layer in layers if not layer.mlp]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "attention", "mlp"),
+    [
+        (Schedule(), [], []),
+        (Schedule(drop_attention=2), [1, 3], []),
+        (Schedule(drop_mlp=2), [], [0, 2]),
+        (Schedule(drop_mlp=1, drop_attention=1), [1], [2]),
+        (Schedule(drop_block=2), [2, 3], [2, 3]),
+        (Schedule(drop_last_blocks=3), [1, 2, 3], [1, 2, 3]),
+        (Schedule(drop_last_blocks=1, drop_block=1), [2, 3], [2, 3]),
+        (Schedule(drop_block=(0,), drop_mlp=2), [0], [0, 2, 3]),
+        (Schedule(drop_block=(1,), drop_attention=1), [1, 3], [1]),
+        (Schedule(drop_attention=(0, 2), drop_mlp=(3,)), [0, 2], [3]),
+    ],
+)
+def test_what_a_schedule_drops(schedule: Schedule, attention: list[int], mlp: list[int]) -> None:
+    assert dropped(make_plan(schedule, 4, SCORES)) == (attention, mlp)
+
+
+def test_of_equals_the_later_layer_goes() -> None:
+    flat = ImportanceScores(criterion="random", attention=(1.0,) * 4, mlp=(1.0,) * 4, block=(1.0,) * 4)
+    assert dropped(make_plan(Schedule(drop_mlp=2), 4, flat))[1] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Schedule(drop_mlp=5), "only 4 of 4 layers"),
+        (Schedule(drop_last_blocks=5), "the backbone has 4 blocks"),
+        (Schedule(drop_last_blocks=2, drop_attention=3), "only 2 of 4 layers"),
+        (Schedule(drop_mlp=(4,)), "layers 0 to 3"),
+        (Schedule(drop_block=(1,), drop_mlp=(1,)), "dropped already"),
+    ],
+)
+def test_dropping_more_than_there_is(schedule: Schedule, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(schedule, 4, SCORES)
+
+
+def test_counts_need_scores_and_indices_do_not() -> None:
+    assert needs_scores(Schedule(drop_mlp=1))
+    assert not needs_scores(Schedule(drop_mlp=(1,), drop_last_blocks=2))
+    with pytest.raises(InputError, match="needs importance scores"):
+        make_plan(Schedule(drop_mlp=1), 4, None)
+    with pytest.raises(InputError, match="for 4 layers; the backbone has 5"):
+        make_plan(Schedule(drop_mlp=1), 5, SCORES)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    reduction=st.floats(0.01, 0.9),
+    multiple=st.sampled_from([1, 2, 8, 16]),
+    kept=st.sets(st.integers(0, 5), min_size=1),
+    seed=st.integers(0, 1000),
+)
+def test_the_width_target_is_met_exactly(reduction: float, multiple: int, kept: set[int], seed: int) -> None:
+    random, width = np.random.default_rng(seed), 64
+    plan = Plan(layers=tuple(LayerPlan(mlp=layer in kept) for layer in range(6)))
+    scores = {layer: random.random(width) * 10.0 ** random.integers(-3, 3) for layer in kept}
+    schedule = Schedule(width_reduction=reduction, width_multiple=multiple)
+    target = round(len(kept) * width * (1 - reduction) / multiple) * multiple
+    if target < multiple * len(kept):
+        with pytest.raises(InputError, match="lower width_reduction"):
+            narrow_plan(plan, schedule, scores)
+        return
+    narrowed = narrow_plan(plan, schedule, scores)
+    widths = []
+    for layer in kept:
+        neurons = narrowed.layers[layer].neurons
+        chosen = np.arange(width) if neurons is None else np.array(neurons)
+        widths.append(len(chosen))
+        assert len(chosen) % multiple == 0
+        assert len(chosen) >= multiple
+        gone = np.setdiff1d(np.arange(width), chosen)
+        assert not len(gone) or scores[layer][chosen].min() >= scores[layer][gone].max()
+    assert sum(widths) == target
+
+
+def test_with_multiple_one_the_ranking_is_the_papers() -> None:
+    """Globally the lowest scores go, wherever they are (section 3.2)."""
+    random = np.random.default_rng(0)
+    scores = {0: random.random(64), 1: random.random(64) + 0.3}
+    plan = narrow_plan(Plan.full(2), Schedule(width_reduction=0.25, width_multiple=1), scores)
+    threshold = np.sort(np.concatenate(list(scores.values())))[32]
+    for layer, values in scores.items():
+        assert plan.layers[layer].neurons == tuple(np.flatnonzero(values >= threshold))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scores", "message"),
+    [
+        (Schedule(width_reduction=0.5), {0: np.ones(64)}, r"no neuron scores for layers \[1\]"),
+        (
+            Schedule(width_reduction=0.5, width_multiple=48),
+            {0: np.ones(64), 1: np.ones(64)},
+            "does not divide",
+        ),
+        (Schedule(width_reduction=0.5), {0: np.full(64, np.nan), 1: np.ones(64)}, "not all finite"),
+    ],
+)
+def test_bad_neuron_scores(schedule: Schedule, scores: dict[int, np.ndarray], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        narrow_plan(Plan.full(2), schedule, scores)
+
+
+def test_width_without_any_mlp() -> None:
+    plan = Plan(layers=(LayerPlan(mlp=False),))
+    with pytest.raises(InputError, match="drops every MLP"):
+        narrow_plan(plan, Schedule(width_reduction=0.5), {})
