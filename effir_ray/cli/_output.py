@@ -54,7 +54,8 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: 
     rows = [list(row) for row in rows]
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for index, name in enumerate(columns):
-        numeric = any(isinstance(row[index], int | float) for row in rows)
+        cells = [figure(row[index]) for row in rows]
+        numeric = any(cells) and all(cell[:1] in "-0123456789" for cell in cells)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(figure(value)) for value in row))

@@ -36,6 +36,16 @@ def pareto(
     table = store.latest(store.read(folders))
     if where:
         table = filter_rows(table, where)
+    chosen = chosen_rows(table, split)
+    directions = objectives_for(chosen, tuple(objectives))
+    best = front(chosen, directions)
+    if pick:
+        best = pick_row(best, pick, tuple(directions))
+    return with_test_scores(best, table)
+
+
+def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
+    """The successful rows a front is chosen from: one split (dev, where there is one), one data set."""
     chosen = _of_split(_successful(table), split)
     datasets = sorted(set(chosen["dataset"].to_pylist()))
     if len(datasets) > 1:
@@ -43,11 +53,7 @@ def pareto(
             f"the rows are of {len(datasets)} data sets ({', '.join(datasets)}): no comparison; "
             f"choose one, for example --where \"dataset = '{datasets[0]}'\""
         )
-    directions = objectives_for(chosen, tuple(objectives))
-    best = front(chosen, directions)
-    if pick:
-        best = pick_row(best, pick, tuple(directions))
-    return _with_test_scores(best, table)
+    return chosen
 
 
 def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
@@ -115,7 +121,8 @@ def _of_split(table: pa.Table, split: str | None) -> pa.Table:
     return table.filter(pa.array([item == wanted for item in splits], pa.bool_()))
 
 
-def _with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
+def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
+    """``rows`` with the column ``test_ndcg_at_10``, looked up among the test rows of ``table``."""
     scores = {
         (record["study"], record["trial_id"]): record["ndcg_at_10"]
         for record in table.select(["study", "trial_id", "split", "ndcg_at_10"]).to_pylist()
