@@ -17,6 +17,7 @@ from effir_ray.errors import InputError
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
 from effir_ray.retrieval.batching import token_budget_batches
+from effir_ray.retrieval.packed import PackedForward, packed_forward
 from effir_ray.retrieval.padded import PaddedForward
 
 Kind = Literal["query", "document"]
@@ -45,7 +46,9 @@ class Encoder:
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
         self.quantize = quantize
         self.tokens_seen = 0  # over all calls
-        self._forward = PaddedForward(retriever)
+        self._forward: PackedForward | PaddedForward
+        self._snapshot: tuple[object, ...] = ()
+        self._refresh()
 
     @property
     def dimension(self) -> int:
@@ -64,6 +67,7 @@ class Encoder:
 
         Raises InputError when one text alone does not fit memory.
         """
+        self._refresh()
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
         display: AbstractContextManager[Progress] = (
             show(progress, total=len(texts), unit="docs" if kind == "document" else "queries")
@@ -74,6 +78,20 @@ class Encoder:
             for start, tokens in self._tokenised(texts, kind, max_length):
                 self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
         return embeddings
+
+    def _refresh(self) -> None:
+        """Choose the forward pass, anew when the model was changed: trained on, pruned, masked by hooks."""
+        snapshot = _state(self.retriever.model)
+        if snapshot == self._snapshot:
+            return
+        self._snapshot = snapshot
+        fast = None if _is_modified(self.retriever) else packed_forward(self.retriever, self.quantize)
+        if self.quantize and (fast is None or self.retriever.model.device.type != "cpu"):
+            raise InputError(
+                f"int8 is for unmodified Llama-like and BERT models on CPUs; '{self.retriever.name}' is a "
+                f"{self.retriever.model.config.model_type} on {self.retriever.model.device.type}"
+            )
+        self._forward = fast or PaddedForward(self.retriever)
 
     def _tokenised(
         self, texts: Sequence[str], kind: Kind, max_length: int | None
@@ -130,6 +148,20 @@ class Encoder:
         self.token_budget = max(1, min(self.token_budget, longest * texts) // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _state(model: torch.nn.Module) -> tuple[object, ...]:
+    """Differs after any change of weights (in place or by replacement) and of hooks."""
+    weights = tuple((id(p), p.data_ptr(), p._version) for p in model.parameters())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    return (*weights, hooks)
+
+
+def _is_modified(retriever: Retriever) -> bool:
+    """Hooks (gates, statistics) or wrapped linears (LoRA, 4-bit): only the model's own forward has them."""
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in retriever.model.modules())
+    linears = retriever.family.linears(retriever.model)
+    return hooked or any(type(linear) is not torch.nn.Linear for _, linear in linears)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

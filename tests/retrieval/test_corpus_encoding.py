@@ -29,7 +29,7 @@ DOCUMENTS = 700
 @pytest.fixture(scope="module")
 def beir_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the study of cells and protein results data search value list text model".split()
+    words = ["the", "study", "of", "cells", "protein", "results", "data", "search", "value", "text", "model"]
     draw = random.Random(0)
     with (folder / "corpus.jsonl").open("w") as file:
         for i in range(DOCUMENTS):

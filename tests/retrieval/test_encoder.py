@@ -8,10 +8,13 @@ import torch
 
 from effir_ray.backbones.random_models import RANDOM_MODELS
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.retrieval import encoder as encoder_module
 from effir_ray.retrieval.batching import token_budget_batches
 from effir_ray.retrieval.encoder import Encoder
+from effir_ray.retrieval.padded import PaddedForward
 
 TEXTS = [
     "the study of cells and protein",
@@ -40,6 +43,87 @@ def test_same_embedding_alone_and_in_any_batch(family, budget):
     retriever = load_retriever(f"random:{family}")
     got = Encoder(retriever, token_budget=budget).encode(TEXTS, "document")
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+
+
+COMPRESSED = Plan(
+    layers=(
+        LayerPlan(mlp=False),
+        LayerPlan(attention=False, neurons=tuple(range(0, 128, 2))),
+        LayerPlan(attention=False, mlp=False),
+        LayerPlan(neurons=(3, 7, 11)),
+    )
+)
+
+
+@pytest.mark.parametrize("family", RANDOM_MODELS)
+def test_compressed_models(family):
+    retriever = apply_plan(load_retriever(f"random:{family}"), COMPRESSED)
+    got = Encoder(retriever, token_budget=200).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_packed_pooling(family, pooling, normalize):
+    retriever = load_retriever(f"random:{family}")
+    retriever.spec = retriever.spec.model_copy(update={"pooling": pooling, "normalize": normalize})
+    got = Encoder(retriever).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("bert", True), ("gemma2", False)],
+)
+def test_which_families_are_packed(family, packed):
+    assert Encoder(load_retriever(f"random:{family}"))._forward.padded is not packed
+
+
+def test_follows_weights_and_hooks_that_change_after_it_was_made():
+    retriever = load_retriever("random:llama")
+    encoder = Encoder(retriever)
+    before = encoder.encode(TEXTS, "document")
+    with torch.no_grad():
+        retriever.model.layers[1].mlp.down_proj.weight.mul_(-2)
+    trained = encoder.encode(TEXTS, "document")
+    assert np.abs(trained - before).max() > 1e-2
+    np.testing.assert_allclose(trained, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+    handle = retriever.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * 0,))
+    np.testing.assert_allclose(encoder.encode(TEXTS, "document"), alone(retriever, TEXTS), atol=1e-5, rtol=0)
+    handle.remove()
+    np.testing.assert_allclose(encoder.encode(TEXTS, "document"), trained, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
+def test_int8_is_close_and_does_not_depend_on_the_batch(family):
+    retriever = load_retriever(f"random:{family}")
+    exact = Encoder(retriever).encode(TEXTS, "document")
+    encoder = Encoder(retriever, quantize="int8")
+    got = encoder.encode(TEXTS, "document")
+    assert (got * exact).sum(axis=1).min() > 0.99
+    one_by_one = np.concatenate([encoder.encode([text], "document") for text in TEXTS])
+    assert (got * one_by_one).sum(axis=1).min() > 0.9999
+
+
+def test_int8_where_it_does_not_exist():
+    with pytest.raises(InputError, match="int8 is for"):
+        Encoder(load_retriever("random:gemma2"), quantize="int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+def test_packed_on_cuda_is_near_the_padded_pass(family):
+    texts = TEXTS * 20
+    retriever = load_retriever(f"random:{family}", dtype="bfloat16", device="cuda")
+    encoder = Encoder(retriever)
+    assert not encoder._forward.padded
+    with torch.inference_mode():
+        padded = PaddedForward(retriever)(retriever.tokenize(texts, "document")).float().cpu().numpy()
+    got = encoder.encode(texts, "document")
+    assert (got * padded).sum(axis=1).min() > 0.995
+    single = encoder.encode(texts[:1], "query")
+    assert float((single * encoder.encode(texts[:1] + texts[5:6], "query")[:1]).sum()) > 0.999
 
 
 @pytest.mark.parametrize("padded", [True, False])
