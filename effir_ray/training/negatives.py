@@ -75,7 +75,7 @@ def mine(
 
     def make_process() -> Callable[[Sequence[Pair]], list[Pair]]:
         rank = bm25(collection, depth) if by == "bm25" else dense(by, collection, depth, stages)
-        return partial(_mine_chunk, rank=rank, collection=collection, negatives=negatives, margin=margin)
+        return partial(mine_pairs, rank=rank, collection=collection, negatives=negatives, margin=margin)
 
     return in_chunks(stages, "negatives", inputs, pairs, make_process, description=f"Mining by {by}")
 
@@ -167,9 +167,10 @@ def hard_negatives(
     return list(islice(kept, negatives))
 
 
-def _mine_chunk(
-    pairs: Sequence[Pair], *, rank: Rank, collection: Collection, negatives: int, margin: float
+def mine_pairs(
+    pairs: Sequence[Pair], *, rank: Rank, collection: Collection, negatives: int, margin: float = MARGIN
 ) -> list[Pair]:
+    """``pairs`` with new hard negatives from ``collection`` as ranked by ``rank``; old ones and scores go."""
     scores, indices = rank([pair.query for pair in pairs])
     mined = []
     for pair, row_scores, row in zip(pairs, scores.tolist(), indices.tolist(), strict=True):

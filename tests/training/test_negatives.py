@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_at_the_last_chunk_and_a_second_run_does_nothing(
 ) -> None:
     monkeypatch.setattr(chunks, "SIZE", 10)  # 36 pairs: 4 chunks
     stages = StageStore(tmp_path / "stages")
-    whole = negatives._mine_chunk
+    whole = negatives.mine_pairs
     calls: list[int] = []
 
     def dies_at_the_third(pairs, **how):  # type: ignore[no-untyped-def]
@@ -92,7 +92,7 @@ def test_a_killed_run_resumes_at_the_last_chunk_and_a_second_run_does_nothing(
             raise KeyboardInterrupt
         return whole(pairs, **how)
 
-    monkeypatch.setattr(negatives, "_mine_chunk", dies_at_the_third)
+    monkeypatch.setattr(negatives, "mine_pairs", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         mine(source, stages=stages, negatives=3)
     resumed = mine(source, stages=stages, negatives=3)
