@@ -54,7 +54,9 @@ def _dynamic_int8(retriever: Retriever) -> None:
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
         for layer in retriever.family.layers(retriever.model):
-            quantize_dynamic(layer, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
+            quantize_dynamic(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                layer, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True
+            )
 
 
 def _bitsandbytes(retriever: Retriever, method: Quantization) -> None:

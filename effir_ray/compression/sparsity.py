@@ -71,7 +71,8 @@ def zeros_kept(retriever: Retriever) -> Iterator[None]:
 
     with ExitStack() as stack:
         for _, module in retriever.family.linears(retriever.model):
-            handle = module.weight.register_hook(hook(module.weight != 0))
+            mask = hook(module.weight != 0)
+            handle = module.weight.register_hook(mask)  # type: ignore[no-untyped-call]  # untyped in torch
             stack.callback(handle.remove)
         yield
 

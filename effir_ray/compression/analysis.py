@@ -1,0 +1,275 @@
+"""``effir-ray analyze``: what every sublayer of a backbone weighs, costs and matters."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import pyarrow as pa
+from pyarrow import feather
+
+from effir_ray.backbones.registry import load_config
+from effir_ray.compression.accounting import count_parameters, flops, model_bytes
+from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.planning import make_plan
+from effir_ray.compression.schedule import Criterion, Schedule
+from effir_ray.config import Config
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from effir_ray.compression.calibration import Pair
+
+Unit = Literal["attention", "mlp", "block"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+Cost = Callable[[Plan], int]
+
+
+class Sublayer(Config):
+    """``order``: 1 is dropped first in its group. Shares are fractions of the full model's."""
+
+    criterion: Criterion
+    unit: Unit
+    layer: int
+    importance: float
+    order: int
+    parameter_share: float
+    query_flop_share: float
+    document_flop_share: float
+
+
+class Size(Config):
+    """The model without the ``k`` least important sublayers of one group. FLOPs are those of one text."""
+
+    criterion: Criterion
+    unit: Unit
+    k: int
+    parameters: int
+    parameter_ratio: float
+    float32_bytes: int
+    query_flops: int
+    document_flops: int
+    document_flop_ratio: float
+
+
+class Analysis(Config):
+    """Everything the page shows. ``sublayers`` and ``sizes`` are also the two Arrow tables."""
+
+    backbone: str
+    layers: int
+    parameters: int
+    query_tokens: int
+    document_tokens: int
+    query_flops: int
+    document_flops: int
+    calibration_texts: int
+    sublayers: tuple[Sublayer, ...]
+    sizes: tuple[Size, ...]
+
+    @property
+    def criteria(self) -> tuple[Criterion, ...]:
+        return tuple(dict.fromkeys(row.criterion for row in self.sublayers))
+
+    def group(self, criterion: Criterion, unit: Unit) -> list[Sublayer]:
+        """The rows of one group, by layer."""
+        return [row for row in self.sublayers if (row.criterion, row.unit) == (criterion, unit)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Costs:
+    """What a plan costs; ``total`` is the full model's."""
+
+    parameters: Cost
+    query_flops: Cost
+    document_flops: Cost
+    float32_bytes: Cost
+
+
+def analyze(
+    backbone: str,
+    out: Path,
+    *,
+    texts: Sequence[str],
+    queries: Sequence[str] = (),
+    pairs: Sequence[Pair] = (),
+    criteria: Sequence[Criterion] = ("cosine",),
+    first_blocks: int | None = None,
+    query_tokens: int = 32,
+    document_tokens: int = 512,
+    max_length: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    address: str | None = None,
+) -> Analysis:
+    """Measure ``backbone`` and write the result to the folder ``out``:
+
+    - ``analysis.html``: one self-contained page; each of its figures also as an ``.svg`` file;
+    - ``sublayers.arrow``, ``sizes.arrow``: the numbers as Arrow (Feather); ``analysis.json``: all of it.
+
+    ``texts``, ``queries`` and ``pairs`` are what measure_importance takes for the ``criteria`` asked. FLOPs
+    are counted for texts of ``query_tokens`` and ``document_tokens``. Raises InputError for an unknown
+    backbone, missing texts, or an ``out`` that cannot be written.
+    """
+    from effir_ray.backbones.retriever import load_retriever
+    from effir_ray.compression.analysis_page import write_page
+    from effir_ray.compression.importance import measure_importance
+    from effir_ray.hardware import detect
+
+    if not criteria:
+        raise InputError("no importance criterion was asked for; name at least one, such as cosine")
+    _prepare(out)
+    hardware = detect()
+    retriever = load_retriever(
+        backbone, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks
+    )
+    scores = {
+        criterion: measure_importance(
+            retriever,
+            texts,
+            criterion=criterion,
+            queries=queries,
+            pairs=pairs,
+            max_length=max_length,
+            seed=seed,
+            workers=workers,
+            address=address,
+        )
+        for criterion in dict.fromkeys(criteria)
+    }
+    analysis = summarize(
+        backbone,
+        load_config(backbone, first_blocks=first_blocks),
+        scores,
+        query_tokens=query_tokens,
+        document_tokens=document_tokens,
+        calibration_texts=len(texts),
+    )
+    write_atomic(out / "sublayers.arrow", _arrow(analysis.sublayers))
+    write_atomic(out / "sizes.arrow", _arrow(analysis.sizes))
+    write_atomic(out / "analysis.json", analysis.model_dump_json(indent=2).encode())
+    write_page(analysis, out)
+    return analysis
+
+
+def summarize(
+    backbone: str,
+    config: PreTrainedConfig,
+    scores: Mapping[Criterion, ImportanceScores],
+    *,
+    query_tokens: int,
+    document_tokens: int,
+    calibration_texts: int,
+) -> Analysis:
+    """Importance, order, shares and sizes from scores and a configuration; no weights."""
+    layers = len(next(iter(scores.values())).block)
+    full = Plan.full(layers)
+    costs = _Costs(
+        parameters=lambda plan: count_parameters(config, plan),
+        query_flops=lambda plan: flops(config, plan, query_tokens),
+        document_flops=lambda plan: flops(config, plan, document_tokens),
+        float32_bytes=lambda plan: model_bytes(config, plan),
+    )
+    return Analysis(
+        backbone=backbone,
+        layers=layers,
+        parameters=costs.parameters(full),
+        query_tokens=query_tokens,
+        document_tokens=document_tokens,
+        query_flops=costs.query_flops(full),
+        document_flops=costs.document_flops(full),
+        calibration_texts=calibration_texts,
+        sublayers=tuple(
+            row
+            for criterion, found in scores.items()
+            for unit in UNITS
+            for row in _sublayers(criterion, unit, found, costs)
+        ),
+        sizes=tuple(
+            _size(criterion, unit, k, found, costs)
+            for criterion, found in scores.items()
+            for unit in UNITS
+            for k in range(layers + 1)
+        ),
+    )
+
+
+def _sublayers(criterion: Criterion, unit: Unit, scores: ImportanceScores, costs: _Costs) -> list[Sublayer]:
+    values: tuple[float, ...] = getattr(scores, unit)
+    full = Plan.full(len(values))
+    order = _dropping_order(unit, scores)
+    rows = []
+    for layer, importance in enumerate(values):
+        without = _without(full, unit, layer)
+        rows.append(
+            Sublayer(
+                criterion=criterion,
+                unit=unit,
+                layer=layer,
+                importance=importance,
+                order=order.index(layer) + 1,
+                parameter_share=1 - costs.parameters(without) / costs.parameters(full),
+                query_flop_share=1 - costs.query_flops(without) / costs.query_flops(full),
+                document_flop_share=1 - costs.document_flops(without) / costs.document_flops(full),
+            )
+        )
+    return rows
+
+
+def _size(criterion: Criterion, unit: Unit, k: int, scores: ImportanceScores, costs: _Costs) -> Size:
+    full = Plan.full(len(scores.block))
+    plan = make_plan(Schedule.model_validate({f"drop_{unit}": k}), len(scores.block), scores)
+    return Size(
+        criterion=criterion,
+        unit=unit,
+        k=k,
+        parameters=costs.parameters(plan),
+        parameter_ratio=costs.parameters(plan) / costs.parameters(full),
+        float32_bytes=costs.float32_bytes(plan),
+        query_flops=costs.query_flops(plan),
+        document_flops=costs.document_flops(plan),
+        document_flop_ratio=costs.document_flops(plan) / costs.document_flops(full),
+    )
+
+
+def _dropping_order(unit: Unit, scores: ImportanceScores) -> list[int]:
+    """Layers, first to go first: what make_plan drops at k but not at k - 1, so that ties are its own."""
+    layers = len(scores.block)
+    order: list[int] = []
+    for k in range(1, layers + 1):
+        plan = make_plan(Schedule.model_validate({f"drop_{unit}": k}), layers, scores)
+        gone = [index for index, layer in enumerate(plan.layers) if not (layer.attention and layer.mlp)]
+        order += [layer for layer in gone if layer not in order]
+    return order
+
+
+def _without(plan: Plan, unit: Unit, layer: int) -> Plan:
+    layers = list(plan.layers)
+    layers[layer] = LayerPlan(attention=unit == "mlp", mlp=unit == "attention")
+    return Plan(layers=tuple(layers))
+
+
+def _arrow(rows: Sequence[Config]) -> bytes:
+    buffer = io.BytesIO()
+    feather.write_feather(pa.Table.from_pylist([row.model_dump() for row in rows]), buffer)
+    return buffer.getvalue()
+
+
+def _prepare(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be used as the output folder: {error.strerror}") from None
+
+
+def write_atomic(file: Path, content: bytes) -> None:
+    """``file`` appears complete or not at all."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(file)
