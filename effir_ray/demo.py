@@ -1,4 +1,4 @@
-"""The demonstration: a real search that fits a quarter of an hour on two cores, and its report."""
+"""The demonstration: one real search, small enough for a laptop, and its report."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ SPACE = Path(__file__).parents[1] / "search_spaces" / "demo.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoResult:
-    """``front``: rows of the dev front with their test scores; ``report``: the HTML page."""
+class Demo:
+    """``front``: the rows of the Pareto front, chosen on dev queries; ``report``: the page to open."""
 
     front: pa.Table
     report: Path
 
 
-def run_demo(out: Path | str, *, address: str | None = None) -> DemoResult:
-    """Run ``search_spaces/demo.yaml`` into ``out`` (or go on with it) and write ``out/report.html``."""
+def run_demo(out: Path, *, address: str | None = None) -> Demo:
+    """Run or go on with ``search_spaces/demo.yaml`` in ``out``, and write ``out/report.html``."""
     from effir_ray.results.report import report
     from effir_ray.results.selection import pareto
     from effir_ray.search.folder import STUDY_FILE
     from effir_ray.search.study import search
 
     if not SPACE.is_file():
-        raise InputError(f"{SPACE}: no such file; the demonstration runs from a clone of the repository")
-    folder = Path(out)
-    search(SPACE, folder, resume=(folder / STUDY_FILE).exists(), address=address)
-    page = report([folder], folder / "report.html")
-    return DemoResult(front=pareto([folder]), report=page)
+        raise InputError(f"{SPACE}: not there; the demo runs from a clone of the repository")
+    search(SPACE, out, resume=(out / STUDY_FILE).exists(), address=address)
+    return Demo(front=pareto([out]), report=report([out], out / "report.html"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from effir_ray.cli import jobs, machine, models, results, retrieval, search, training
 from effir_ray.cli._app import app
 
 __all__ = ["app", "main"]
 
-_COMMANDS = {
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start": (machine.demo, machine.doctor),
     "Search": (search.search, search.repeat),
     "Results": (results.pareto, results.query, results.report),

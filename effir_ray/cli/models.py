@@ -20,6 +20,9 @@ Texts = Annotated[int, typer.Option(min=1, help="Documents that importance is me
 def analyze(
     backbone: Backbone,
     out: Annotated[Path, typer.Option(help="Folder for the table, JSON and HTML page.", show_default=False)],
+    criteria: Annotated[
+        str, typer.Option(help="Comma-separated: cosine, pooled, greedy, dev-loss, random.")
+    ] = "cosine",
     dataset: Dataset = "stdlib",
     texts: Texts = 256,
     first_blocks: FirstBlocks = None,
@@ -30,17 +33,28 @@ def analyze(
     \b
     [bold]Examples[/bold]
     effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
-    effir-ray analyze --backbone smollm2-135m --texts 64 --out runs/smollm2-analysis
+    effir-ray analyze --backbone smollm2-135m --criteria cosine,greedy --out runs/a
     """
-    from effir_ray import analyze as run
+    from effir_ray.compression.calibration_data import analyze_on
     from effir_ray.progress import show_progress
 
     with show_progress():
-        result = run(backbone, out, dataset=dataset, texts=texts, first_blocks=first_blocks)
+        result = analyze_on(
+            dataset, backbone, out, texts=texts, criteria=criteria.split(","), first_blocks=first_blocks
+        )
     if as_json:
         show_json(result)
-    else:
-        say(f"Analysis: {out}")
+        return
+    show_table(
+        ["layer", "unit", *result.criteria],
+        [
+            (rows[0].layer, rows[0].unit, *(row.importance for row in rows))
+            for unit in ("attention", "mlp", "block")
+            for rows in zip(*(result.group(criterion, unit) for criterion in result.criteria), strict=True)
+        ],
+        title=f"{backbone}: importance, higher = keep",
+    )
+    say(f"Page: {out / 'analysis.html'}")
 
 
 def compress(

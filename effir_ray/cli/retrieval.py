@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from effir_ray.cli._options import Address, AsJson, Dataset, Model, Out
 from effir_ray.cli._output import say, show_json, show_table
 
-MaxLength = Annotated[int | None, typer.Option(min=2, help="Tokens a text is cut to; the model's own limit.")]
+
+class StoredType(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+
+
+MaxLength = Annotated[
+    int | None, typer.Option(min=2, help="Tokens a document is cut to; the model's own limit when left out.")
+]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Ray actors that encode, one GPU each where there are any.")
+]
 
 
 def encode(
     model: Model,
     dataset: Dataset,
     out: Out,
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors; one GPU or CPU share each.")] = 1,
-    shard_size: Annotated[int, typer.Option(min=1, help="Documents a shard.")] = 4096,
+    workers: Workers = 1,
+    shard_size: Annotated[int, typer.Option(min=1, help="Documents a shard.")] = 1024,
     max_length: MaxLength = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16, of the stored vectors.")] = "float32",
+    dtype: Annotated[StoredType, typer.Option(help="Type of the stored numbers.")] = StoredType.float32,
+    int8: Annotated[bool, typer.Option("--int8", help="Compute in dynamic int8 (CPU).")] = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,7 +44,8 @@ def encode(
     \b
     [bold]Examples[/bold]
     effir-ray encode --model minilm-l6 --dataset scifact --out runs/scifact-minilm
-    effir-ray encode --model small --dataset /data/corpus --out s3://bucket/vectors --workers 8 --address auto
+    effir-ray encode --model small --dataset /data/corpus --out /data/vectors \\
+        --workers 8 --address auto
     """
     from effir_ray import encode as run
     from effir_ray.progress import show_progress
@@ -44,7 +58,8 @@ def encode(
             shard_size=shard_size,
             workers=workers,
             max_length=max_length,
-            dtype=dtype,
+            dtype=dtype.value,
+            quantize="int8" if int8 else None,
             address=address,
         )
     summary = {"folder": out, "documents": len(result)}
@@ -61,10 +76,16 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the TREC run, per-query scores and MTEB-style JSON.")
     ] = None,
+    query_max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a query is cut to.", show_default=False)
+    ] = None,
     max_length: MaxLength = None,
     prf: Annotated[
-        int, typer.Option(min=0, help="Pseudo-relevance feedback from the first N documents (Rocchio).")
+        int,
+        typer.Option(min=0, help="Pseudo-relevance feedback: move queries towards their first N documents."),
     ] = 0,
+    workers: Workers = 1,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a model on a retrieval data set: nDCG@10, Recall@100, MRR@10, MAP@100 by exact search.
@@ -73,24 +94,28 @@ def evaluate(
     [bold]Examples[/bold]
     effir-ray evaluate --model minilm-l6 --dataset scifact
     effir-ray evaluate --model small --dataset stdlib --split dev --out runs/small-dev
+    effir-ray evaluate --model small --dataset scifact --prf 5
     """
     from effir_ray import evaluate as run
     from effir_ray.progress import show_progress
+    from effir_ray.retrieval.feedback import Feedback
 
     with show_progress():
-        result = run(model, dataset, split=split, out=out, max_length=max_length, prf=prf)
+        result = run(
+            model,
+            dataset,
+            split=split,
+            out=out,
+            query_max_length=query_max_length,
+            document_max_length=max_length,
+            feedback=Feedback(documents=prf) if prf else None,
+            workers=workers,
+            address=address,
+        )
     if as_json:
-        show_json(summary_of(result))
+        show_json(result.summary())
         return
+    for warning in result.warnings:
+        typer.echo(f"effir-ray: {warning}", err=True)
     show_table(["metric", "mean"], [(name, value) for name, value in result.scores.mean.items()])
     say(f"{result.n_queries} queries over {result.n_documents} documents, split {split}")
-
-
-def summary_of(result: Any) -> dict[str, Any]:
-    """The means of an evaluation; rankings and per-query scores are in its folder."""
-    return {
-        "scores": result.scores.mean,
-        "queries": result.n_queries,
-        "documents": result.n_documents,
-        "seconds": result.seconds,
-    }

@@ -93,7 +93,10 @@ def repeat(
         str, typer.Option(help="trial_id of a row; see `effir-ray pareto`.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the new rows and stages.", show_default=False)],
-    split: Annotated[str | None, typer.Option(help="dev or test; that of the row when left out.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="dev or test; all that were measured when left out.")
+    ] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the trial of a row again from what the row says, and compare the scores.
@@ -106,7 +109,7 @@ def repeat(
     from effir_ray.progress import show_progress
 
     with show_progress():
-        pairs = run(results, trial, out, split=split)
+        pairs = run(results, trial, out, split=split, address=address)
     if as_json:
         show_json(pairs)
         return

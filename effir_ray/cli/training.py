@@ -24,7 +24,9 @@ def train(
     ],
     model: Annotated[str, typer.Option(help="Checkpoint folder or name of the model.", show_default=False)],
     out: Out,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --out.")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint in --out, or start over.")
+    ] = True,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +40,7 @@ def train(
     from effir_ray import TrainConfig
     from effir_ray import train as run
     from effir_ray.config import load_yaml
-    from effir_ray.progress import show_progress
+    from effir_ray.progress import duration, show_progress
 
     settings = load_yaml(config, TrainConfig)
     with show_progress():
@@ -46,7 +48,7 @@ def train(
     if as_json:
         show_json(result)
     else:
-        say(f"Checkpoint: {result.checkpoint}")
+        say(f"Checkpoint: {result.checkpoint} ({result.engine}, {duration(result.seconds)})")
 
 
 def mine(

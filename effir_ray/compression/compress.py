@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 
     from effir_ray.backbones.retriever import Retriever
     from effir_ray.compression.importance_scores import ImportanceScores
-    from effir_ray.retrieval.datasets import Dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +93,6 @@ def check_room(schedule: Schedule, n_layers: int) -> None:
     make_plan(schedule, n_layers, scores)
 
 
-def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
-    """Documents drawn by hash of their id: task-agnostic text, no labels (paper section 3.1)."""
-    ids = dataset.corpus.ids
-    drawn = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    return dataset.corpus.texts(drawn[:count])
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Data:
     """What importance and neuron scores are measured on."""
@@ -114,10 +105,10 @@ class _Data:
 
 
 def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> ImportanceScores | None:
+    from effir_ray.compression.calibration_data import draw_pairs, draw_texts
     from effir_ray.compression.importance import measure_importance
     from effir_ray.compression.planning import needs_scores
     from effir_ray.retrieval.datasets import load_dataset
-    from effir_ray.training.pairs import load_pairs
 
     if not needs_scores(schedule):
         return None
@@ -126,7 +117,7 @@ def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> Import
         retriever,
         draw_texts(load_dataset(data.dataset), data.texts, data.seed),
         criterion=schedule.importance,
-        pairs=load_pairs(data.dataset)[: data.pairs] if labelled else (),
+        pairs=draw_pairs(data.dataset, data.pairs, data.seed) if labelled else (),
         max_length=data.max_length,
         seed=data.seed,
     )
@@ -135,10 +126,10 @@ def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> Import
 def _neuron_scores(
     retriever: Retriever, schedule: Schedule, data: _Data, steps: int
 ) -> dict[int, npt.NDArray[np.floating]]:
+    from effir_ray.compression.calibration_data import draw_pairs
     from effir_ray.compression.width import rank_neurons
-    from effir_ray.training.pairs import load_pairs, shuffled
 
-    pairs = shuffled(load_pairs(data.dataset), seed=data.seed)[: data.pairs]
+    pairs = draw_pairs(data.dataset, data.pairs, data.seed)
     return rank_neurons(
         retriever, schedule.width_method, pairs, steps=steps, seed=data.seed, max_length=data.max_length
     )

@@ -1,0 +1,134 @@
+"""Searches as jobs of a Ray cluster, over its job server (the Ray Jobs API)."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import effir_ray
+from effir_ray.config import load_yaml
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+_STOP_TIMEOUT = 30.0  # seconds; Ray sends SIGTERM, then SIGKILL after 3 of them
+_SPACE_FILE = "space.yaml"
+_LEFT_OUT = ["**/__pycache__/**"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """``status``: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. ``seconds``: run so far."""
+
+    id: str
+    status: str
+    started: datetime | None
+    seconds: float | None
+    command: str
+    message: str = ""
+
+
+def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
+    """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
+
+    The search space and the code of this effir_ray travel with the job; ``out`` and data sets must be paths
+    that the cluster sees, and its Python needs the packages effir-ray depends on. Raises InputError for a
+    space that cannot run or when no job server answers.
+    """
+    from effir_ray.search.dry_run import dry_run
+    from effir_ray.search.space import SearchSpace
+
+    loaded = load_yaml(space, SearchSpace)
+    dry_run(loaded)
+    client = _client(address)
+    arguments = ["search", _SPACE_FILE, "--out", out, *(["--resume"] if resume else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _SPACE_FILE).write_text(space.read_text(encoding="utf-8"), encoding="utf-8")
+        job: str = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", "effir_ray", *arguments]),
+            submission_id=f"effir-ray-{loaded.name}-{uuid.uuid4().hex[:6]}",
+            runtime_env={
+                "working_dir": folder,
+                "py_modules": [str(Path(effir_ray.__file__).parent)],
+                "excludes": _LEFT_OUT,
+            },
+        )
+    return job
+
+
+def list_jobs(*, address: str | None = None) -> list[Job]:
+    """The jobs that were submitted to the cluster, newest first."""
+    details = [item for item in _client(address).list_jobs() if item.submission_id]
+    return [_job(item) for item in sorted(details, key=lambda item: item.start_time or 0, reverse=True)]
+
+
+def job_logs(job: str, *, address: str | None = None) -> str:
+    """All that ``job`` has written so far."""
+    logs: str = _known(_client(address), job).get_job_logs(job)
+    return logs
+
+
+def follow_job(job: str, *, write: Callable[[str], object], address: str | None = None) -> str:
+    """Pass what ``job`` writes to ``write`` until it ends; returns its final status."""
+    client = _known(_client(address), job)
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            write(text)
+
+    asyncio.run(tail())
+    return str(client.get_job_status(job).value)
+
+
+def stop_job(job: str, *, address: str | None = None) -> str:
+    """Stop ``job`` if it still runs; returns its status once it has ended."""
+    client = _known(_client(address), job)
+    client.stop_job(job)
+    deadline = time.monotonic() + _STOP_TIMEOUT
+    while not (status := client.get_job_status(job)).is_terminal() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return str(status.value)
+
+
+def _client(address: str | None) -> JobSubmissionClient:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"no Ray job server answers at '{address or 'this machine'}' ({reason}); start a head with "
+            "'ray start --head', or give --address http://HOST:8265"
+        ) from None
+
+
+def _known(client: JobSubmissionClient, job: str) -> JobSubmissionClient:
+    """``client``, after checking that it knows ``job``."""
+    try:
+        client.get_job_status(job)
+    except RuntimeError:
+        raise InputError(f"no job '{job}' on this cluster; effir-ray jobs lists them") from None
+    return client
+
+
+def _job(details: Any) -> Job:
+    """Ray's times are milliseconds since 1970, absent before the start."""
+    start, end = details.start_time, details.end_time
+    return Job(
+        id=details.submission_id,
+        status=str(details.status.value),
+        started=datetime.fromtimestamp(start / 1000, UTC) if start else None,
+        seconds=round((end or time.time() * 1000) / 1000 - start / 1000, 1) if start else None,
+        command=details.entrypoint,
+        message=details.message or "",
+    )
