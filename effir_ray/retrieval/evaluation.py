@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from effir_ray.retrieval.encoder import Encoder
 
 Floats = npt.NDArray[np.float32]
+
+Search = Callable[[Floats, int], tuple[Floats, npt.NDArray[np.int64]]]
 
 DEPTH = 100  # documents a query in a run: as deep as Recall@100 and MAP@100 look
 _CHUNK = 16_384  # documents whose texts and embeddings are in memory at once
@@ -120,7 +122,7 @@ def evaluate(
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     queries, qrels = dataset.queries(split), dataset.qrels(split)
     _check_out(out)
-    encoder = _encoder(model)
+    encoder = as_encoder(model)
     vectors = encoder.encode(
         list(queries.values()), "query", max_length=query_max_length, progress="Encoding queries"
     )
@@ -139,7 +141,15 @@ def evaluate(
             )
         else:
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
-        run = search_corpus(list(queries), vectors, corpus, backend=backend, feedback=feedback)
+        run = search_corpus(
+            list(queries),
+            vectors,
+            corpus,
+            backend=backend,
+            feedback=feedback,
+            workers=workers,
+            address=address,
+        )
     evaluation = Evaluation(
         model=encoder.retriever.name,
         dataset=dataset.name,
@@ -166,25 +176,41 @@ def search_corpus(
     depth: int = DEPTH,
     backend: Backend = "auto",
     feedback: Feedback | None = None,
+    workers: int = 1,
+    address: str | None = None,
 ) -> Run:
     """The best ``depth`` documents of every query vector (q, d), best first, itself left out (as BEIR does).
 
-    With ``feedback`` the queries move towards what they find first, and the corpus is searched again.
+    With ``feedback`` the queries move towards what they find first, and the corpus is searched again. More
+    than one worker search stored embeddings as Ray tasks on the cluster at ``address``.
     """
     ids = corpus.ids
+    search = _searcher(corpus, backend, workers, address)
     if feedback is not None:
-        _, indices = exact_search(queries, corpus.shards(), k=feedback.documents + 1, backend=backend)
+        _, indices = search(queries, feedback.documents + 1)
         found = _not_self(query_ids, indices, ids)
         found &= np.cumsum(found, axis=1) <= feedback.documents
         documents = gather(corpus.shards(), indices, queries.shape[1])
         queries = rocchio(queries, documents, found, feedback)
-    scores, indices = exact_search(queries, corpus.shards(), k=depth + 1, backend=backend)
+    scores, indices = search(queries, depth + 1)
     found = _not_self(query_ids, indices, ids)
     run: Run = {}
     for row, query_id in enumerate(query_ids):
         places = np.flatnonzero(found[row])[:depth]
         run[query_id] = {ids[indices[row, place]]: float(scores[row, place]) for place in places}
     return run
+
+
+def _searcher(corpus: EmbeddedCorpus, backend: Backend, workers: int, address: str | None) -> Search:
+    from effir_ray.retrieval.embedding_shards import CorpusEmbeddings
+
+    if workers > 1 and isinstance(corpus, CorpusEmbeddings):
+        from effir_ray.retrieval.distributed_search import search_on_ray
+
+        return lambda queries, k: search_on_ray(
+            queries, corpus, k=k, backend=backend, workers=workers, address=address
+        )
+    return lambda queries, k: exact_search(queries, corpus.shards(), k=k, backend=backend)
 
 
 def _not_self(
@@ -221,7 +247,8 @@ def _encode_here(encoder: Encoder, corpus: Corpus, scratch: Path, max_length: in
     return _TemporaryEmbeddings(corpus.ids, rows)
 
 
-def _encoder(model: str | Path | Retriever | Encoder) -> Encoder:
+def as_encoder(model: str | Path | Retriever | Encoder) -> Encoder:
+    """An encoder on this machine's device for whatever form a model is given in."""
     from effir_ray.backbones.retriever import Retriever, load_retriever
     from effir_ray.hardware import detect
     from effir_ray.retrieval.encoder import Encoder
