@@ -13,8 +13,9 @@ import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from effir_ray.errors import InputError
 from effir_ray.progress import progress
@@ -27,6 +28,9 @@ from effir_ray.retrieval.embedding_shards import (
     StoredType,
     differences,
 )
+
+if TYPE_CHECKING:
+    from effir_ray.retrieval.encoder import Encoder
 
 SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
@@ -190,6 +194,11 @@ class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
     def __init__(self, folder: ShardFolder, encoding: Encoding, path: Path, workers: int) -> None:
+        self._folder, self._encoding, self._path, self._workers = folder, encoding, path, workers
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
         import ray
         import torch
 
@@ -199,10 +208,9 @@ class _ShardEncoder:
 
         hardware = detect()
         nodes = max(1, len([node for node in ray.nodes() if node["Alive"]]))
-        torch.set_num_threads(max(1, hardware.threads // -(-workers // nodes)))
-        retriever = load_retriever(encoding.model, dtype=hardware.dtype, device=hardware.device)
-        self._encoder = Encoder(retriever, quantize=encoding.quantize)
-        self._folder, self._encoding, self._path = folder, encoding, path
+        torch.set_num_threads(max(1, hardware.threads // -(-self._workers // nodes)))
+        retriever = load_retriever(self._encoding.model, dtype=hardware.dtype, device=hardware.device)
+        return Encoder(retriever, quantize=self._encoding.quantize)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row {shard, ids, offsets} in, one row of figures out.
@@ -218,7 +226,7 @@ class _ShardEncoder:
         return {"documents": [record.documents], "tokens": [record.tokens], "problem": [""]}
 
     def _encode(self, shard: int, corpus: Corpus) -> ShardRecord:
-        started, before = time.perf_counter(), self._encoder.tokens_seen
+        before, started = self._encoder.tokens_seen, time.perf_counter()
         texts = [document.document_text for document in corpus.iter_documents()]
         embeddings = self._encoder.encode(texts, "document", max_length=self._encoding.max_length)
         record = ShardRecord(

@@ -102,7 +102,8 @@ class _LlamaLayer:
             self._channels = attention.head_dim
             self._heads = [linear.out_features // attention.head_dim for linear in linears]
             # Qwen3 normalises every head of query and key.
-            self._head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+            self._norm_query: nn.Module | None = getattr(attention, "q_norm", None)
+            self._norm_key: nn.Module | None = getattr(attention, "k_norm", None)
         if mlp is not None:
             norm = layer.post_attention_layernorm
             self._mlp_eps = norm.variance_epsilon
@@ -112,16 +113,12 @@ class _LlamaLayer:
     def update(self, x_th: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> None:
         """Run the layer on the residual stream, in place. rotation: cos and sin, (t, 1, d / 2)."""
         if self._has_attention:
-            heads = self._qkv.project(_rms_normalise(x_th, self._attention_eps)).unflatten(
-                1, (-1, self._channels)
-            )
-            query, key, value = heads.split(self._heads, dim=1)
-            if self._head_norms[0] is not None:
-                query, key = (norm(x) for norm, x in zip(self._head_norms, (query, key), strict=True))
-                query, key = _rotate(query, *rotation), _rotate(key, *rotation)
-            else:
-                both = _rotate(heads[:, : -self._heads[2]], *rotation)
-                query, key = both.split(self._heads[:2], dim=1)
+            together = self._qkv.project(_rms_normalise(x_th, self._attention_eps))
+            heads = together.view(len(x_th), -1, self._channels)
+            query, key, value = torch.split(heads, self._heads, dim=1)
+            if self._norm_query is not None and self._norm_key is not None:
+                query, key = self._norm_query(query), self._norm_key(key)
+            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
             self._out.add_to(x_th, attend(query, key, value, packing, causal=True))
         if self._has_mlp:
             gate, up = self._gate_up.project(_rms_normalise(x_th, self._mlp_eps)).chunk(2, dim=1)
@@ -134,7 +131,7 @@ def _rms_normalise(x_th: Tensor, eps: float) -> Tensor:
         return F.rms_norm(x_th, x_th.shape[-1:], eps=eps)
     # Two passes over x; torch's own CPU RMSNorm makes five.
     mean_square = torch.linalg.vector_norm(x_th, dim=1, keepdim=True).square_().div_(x_th.shape[1])
-    return x_th * mean_square.add_(eps).rsqrt_()
+    return torch.mul(x_th, mean_square.add_(eps).rsqrt_())
 
 
 def _rotate(x_tnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -158,7 +155,7 @@ def _window(config: Any) -> int | None:
 class _Bert:
     """Post-norm encoder: BERT, MiniLM, BGE, E5."""
 
-    window = None
+    window: int | None = None
 
     def __init__(self, retriever: Retriever, quantize: Quantize) -> None:
         model: Any = retriever.model
@@ -190,8 +187,8 @@ class _BertLayer:
     def update(self, x_th: Tensor, packing: Packing) -> Tensor:
         """The new residual stream (t, h); ``x_th`` is used up."""
         if self._has_attention:
-            heads = self._qkv.project(x_th).unflatten(1, (-1, self._channels))
-            query, key, value = heads.split(self._heads, dim=1)
+            heads = self._qkv.project(x_th).view(len(x_th), -1, self._channels)
+            query, key, value = torch.split(heads, self._heads, dim=1)
             self._out.add_to(x_th, attend(query, key, value, packing, causal=False))
             x_th = self._attention_norm(x_th)
         if self._has_mlp:

@@ -76,11 +76,11 @@ def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, packing: Packin
     for length, run in groupby(packing.lengths):
         count = sum(1 for _ in run)
         stop = start + count * length
-        heads_first = [
-            x[start:stop].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value)
-        ]
+        q, k, v = (
+            x[start:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
+        )
         output = F.scaled_dot_product_attention(
-            *heads_first, is_causal=causal and length > 1, enable_gqa=grouped
+            q, k, v, is_causal=causal and length > 1, enable_gqa=grouped
         )  # (count, q, length, d)
         parts.append(output.transpose(1, 2).reshape(stop - start, -1))
         start = stop

@@ -92,6 +92,12 @@ def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
 
 
 @pytest.mark.integration
+def test_what_a_worker_refuses_is_a_plain_input_error(beir_folder, tmp_path):
+    with pytest.raises(InputError, match="int8 is for"):
+        encode_corpus("random:gemma2", str(beir_folder), tmp_path / "out", quantize="int8")
+
+
+@pytest.mark.integration
 def test_corpus_that_changed_meanwhile_is_a_plain_input_error(beir_folder, tmp_path):
     dataset = load_dataset(beir_folder)
     dataset.corpus.ids[5] = "another"
