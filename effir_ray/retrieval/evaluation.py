@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from effir_ray.errors import InputError
 from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
+from effir_ray.retrieval.evaluation_result import Evaluation, write_evaluation
 from effir_ray.retrieval.feedback import Feedback, gather, rocchio
 from effir_ray.retrieval.index import Backend, exact_search
-from effir_ray.retrieval.metrics import Run, Scores, score_run
-from effir_ray.retrieval.trec import write_run
+from effir_ray.retrieval.metrics import Run, score_run
 
 if TYPE_CHECKING:
     from effir_ray.backbones.retriever import Retriever
@@ -39,59 +38,6 @@ class EmbeddedCorpus(Protocol):
     def ids(self) -> Sequence[str]: ...
 
     def shards(self) -> Iterable[npt.NDArray[np.generic]]: ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What ``evaluate`` measured."""
-
-    model: str
-    dataset: str
-    split: str
-    fingerprint: str  # of the data set
-    scores: Scores
-    run: Run
-    n_queries: int
-    n_documents: int
-    seconds: float
-    feedback: Feedback | None
-    warnings: tuple[str, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """Everything but the run and the scores of single queries."""
-        return {
-            "model": self.model,
-            "dataset": self.dataset,
-            "split": self.split,
-            "scores": self.scores.mean,
-            "n_queries": self.n_queries,
-            "n_documents": self.n_documents,
-            "seconds": self.seconds,
-            "feedback": self.feedback.model_dump() if self.feedback else None,
-            "warnings": list(self.warnings),
-        }
-
-    def mteb_result(self) -> dict[str, Any]:
-        """The same in the JSON form of an MTEB task result."""
-        names = {metric: metric.replace("@", "_at_") for metric in self.scores.mean}
-        scores = {names[metric]: value for metric, value in self.scores.mean.items()}
-        return {
-            "dataset_revision": self.fingerprint,
-            "task_name": self.dataset,
-            "mteb_version": None,
-            "scores": {
-                self.split: [
-                    {
-                        **scores,
-                        "main_score": scores["ndcg_at_10"],
-                        "hf_subset": "default",
-                        "languages": ["eng-Latn"],
-                    }
-                ]
-            },
-            "evaluation_time": self.seconds,
-            "kg_co2_emissions": None,
-        }
 
 
 def evaluate(
@@ -164,7 +110,7 @@ def evaluate(
         warnings=dataset.warnings,
     )
     if out is not None:
-        _write(evaluation, out)
+        write_evaluation(evaluation, out)
     return evaluation
 
 
@@ -268,16 +214,3 @@ def _check_out(out: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be used as the output folder: {error.strerror}") from None
-
-
-def _write(evaluation: Evaluation, out: Path) -> None:
-    write_run(evaluation.run, out / "run.trec", tag=evaluation.model)
-    files = {
-        "mteb.json": evaluation.mteb_result(),
-        "per_query.json": evaluation.scores.per_query,
-        "evaluation.json": evaluation.summary(),
-    }
-    for name, content in files.items():
-        aside = out / f"{name}.partial"
-        aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        aside.replace(out / name)

@@ -40,10 +40,10 @@ class MtebModel:
     def encode(
         self, inputs: Iterable[Mapping[str, Sequence[str]]], *, prompt_type: Any = None, **_: Any
     ) -> Floats:
-        """Embeddings (n, d) of the texts in ``inputs``: batches with a ``text`` column, titles joined in by mteb.
+        """Embeddings (n, d) of the texts in ``inputs``, batches with a ``text`` column.
 
-        ``prompt_type`` "query" encodes as a query, everything else as a document. mteb's other arguments
-        (the task, batch sizes) have no influence here.
+        ``prompt_type`` "query" encodes as a query, everything else as a document. Titles were joined
+        in by mteb; its other arguments (the task, batch sizes) have no influence here.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         return self._encoder.encode(texts, "query" if prompt_type == "query" else "document")

@@ -1,0 +1,79 @@
+"""What an evaluation measured, and the files it leaves for other tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effir_ray.retrieval.feedback import Feedback
+from effir_ray.retrieval.metrics import Run, Scores
+from effir_ray.retrieval.trec import write_run
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measured."""
+
+    model: str
+    dataset: str
+    split: str
+    fingerprint: str  # of the data set
+    scores: Scores
+    run: Run
+    n_queries: int
+    n_documents: int
+    seconds: float
+    feedback: Feedback | None
+    warnings: tuple[str, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the run and the scores of single queries."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "split": self.split,
+            "scores": self.scores.mean,
+            "n_queries": self.n_queries,
+            "n_documents": self.n_documents,
+            "seconds": self.seconds,
+            "feedback": self.feedback.model_dump() if self.feedback else None,
+            "warnings": list(self.warnings),
+        }
+
+    def mteb_result(self) -> dict[str, Any]:
+        """The same in the JSON form of an MTEB task result."""
+        names = {metric: metric.replace("@", "_at_") for metric in self.scores.mean}
+        scores = {names[metric]: value for metric, value in self.scores.mean.items()}
+        return {
+            "dataset_revision": self.fingerprint,
+            "task_name": self.dataset,
+            "mteb_version": None,
+            "scores": {
+                self.split: [
+                    {
+                        **scores,
+                        "main_score": scores["ndcg_at_10"],
+                        "hf_subset": "default",
+                        "languages": ["eng-Latn"],
+                    }
+                ]
+            },
+            "evaluation_time": self.seconds,
+            "kg_co2_emissions": None,
+        }
+
+
+def write_evaluation(evaluation: Evaluation, out: Path) -> None:
+    """Write ``run.trec``, ``mteb.json``, ``per_query.json`` and ``evaluation.json`` into ``out``."""
+    write_run(evaluation.run, out / "run.trec", tag=evaluation.model)
+    files = {
+        "mteb.json": evaluation.mteb_result(),
+        "per_query.json": evaluation.scores.per_query,
+        "evaluation.json": evaluation.summary(),
+    }
+    for name, content in files.items():
+        aside = out / f"{name}.partial"
+        aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        aside.replace(out / name)
