@@ -5,8 +5,9 @@ query is the first sentence of its docstring, after CodeSearchNet (arXiv 1909.09
 parsed with ``ast``, never imported. The splits share no top-level module, and near-duplicates (arXiv
 2107.06499) are removed, so that nothing leaks from train to test.
 
-With CPython 3.11.7: 3,625 documents; 2,175 train, 544 dev and 906 test queries. BM25 (bm25s with its defaults)
-reaches nDCG@10 0.406 on test with English stop words left out and 0.363 with them: neither trivial nor hopeless.
+With CPython 3.11.7: 3,625 documents; 2,175 train, 544 dev and 906 test queries. BM25 (bm25s, its defaults)
+reaches nDCG@10 0.406 on test with English stop words left out and 0.363 with them: neither trivial nor
+hopeless.
 """
 
 from __future__ import annotations
