@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from effir_ray.compression.analysis import UNITS, Analysis, Unit
 from effir_ray.compression.schedule import Criterion
@@ -11,6 +13,8 @@ from effir_ray.compression.schedule import Criterion
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+P = ParamSpec("P")
 
 PAGE = 6.8  # inches
 LABELS: dict[Unit, str] = {"attention": "Attention", "mlp": "MLP", "block": "Block"}
@@ -27,6 +31,20 @@ STYLE: Any = {
 }
 
 
+def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+    """``draw`` makes its figure in STYLE, whatever the caller's matplotlib settings."""
+
+    @wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return styled
+
+
+@_styled
 def dropping_order(analysis: Analysis, criterion: Criterion) -> str:
     """Heat map, a row a group, a column a layer: in which order sublayers go (the paper's figure 2a)."""
     order = [[row.order for row in analysis.group(criterion, unit)] for unit in UNITS]
@@ -48,6 +66,7 @@ def dropping_order(analysis: Analysis, criterion: Criterion) -> str:
     return _svg(figure)
 
 
+@_styled
 def importance(analysis: Analysis, criterion: Criterion) -> str:
     """Importance of every sublayer against its layer, a line a group."""
     from matplotlib.ticker import MaxNLocator
@@ -58,11 +77,14 @@ def importance(analysis: Analysis, criterion: Criterion) -> str:
         values = [row.importance for row in analysis.group(criterion, unit)]
         panel.plot(values, color=COLOURS[unit], marker=MARKERS[unit], ms=3, lw=1, label=LABELS[unit])
     panel.set(xlabel="Layer", ylabel=f"Importance ({criterion})", xlim=(-0.5, analysis.layers - 0.5))
+    if all(row.importance > 0 for unit in UNITS for row in analysis.group(criterion, unit)):
+        panel.set_yscale("log")  # the first and last layers are an order of magnitude above the others
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return _svg(figure)
 
 
+@_styled
 def shares(analysis: Analysis) -> str:
     """What of the full model's parameters and FLOPs each group makes up."""
     rows = [
@@ -88,6 +110,7 @@ def shares(analysis: Analysis) -> str:
     return _svg(figure)
 
 
+@_styled
 def sizes(analysis: Analysis, criterion: Criterion) -> str:
     """Parameters and document FLOPs left when k sublayers of a group are dropped."""
     from matplotlib.ticker import MaxNLocator
@@ -132,17 +155,12 @@ def _cells(panel: Axes, layers: int) -> None:
 
 
 def _figure(height: float) -> Figure:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        return Figure(figsize=(PAGE, height), layout="constrained")
+    return Figure(figsize=(PAGE, height), layout="constrained")
 
 
-def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

@@ -54,10 +54,12 @@ def _figures(analysis: Analysis) -> dict[str, tuple[str, str]]:
             f"Importance of every sublayer by the criterion {criterion}; higher is kept.",
             figures.importance(analysis, criterion),
         )
-        found[f"sizes_{criterion}"] = (
-            f"Predicted size when the k least important sublayers of one group go ({criterion}).",
-            figures.sizes(analysis, criterion),
-        )
+    # Sizes at k differ between criteria only where layers differ (sliding windows); one figure will do.
+    first = analysis.criteria[0]
+    found["sizes"] = (
+        f"Predicted size when the k least important sublayers of one group go (by {first} importance).",
+        figures.sizes(analysis, first),
+    )
     return found
 
 

@@ -75,7 +75,7 @@ def test_files_can_be_read_without_effir_ray(analysed: tuple[Analysis, Path]) ->
     assert not re.search(r'(src|href)="(?!data:)[^"]*/', page)  # nothing is fetched from elsewhere
     linked = re.findall(r'href="([^"]+\.svg)"', page)
     assert sorted(linked) == sorted(file.name for file in out.glob("*.svg"))
-    assert len(linked) == 1 + 3 * 3
+    assert len(linked) == 2 + 3 * 2
     assert not list(out.glob(".*"))
 
 
