@@ -135,8 +135,8 @@ def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         change = scale * pair["B"].float() @ pair["A"].float()
         if change.shape != linear.weight.shape:
-            found, expected = tuple(change.shape), tuple(linear.weight.shape)
-            raise InputError(f"{file}: {name} has shape {found}, the base model's is {expected}")
+            shape, expected = tuple(change.shape), tuple(linear.weight.shape)
+            raise InputError(f"{file}: {name} has shape {shape}, the base model's is {expected}")
         linear.weight += change.to(linear.weight)
 
 

@@ -15,6 +15,22 @@ from effir_ray.errors import InputError
 NeuronScores = Mapping[int, Sequence[float] | NDArray[np.floating]]
 
 
+def within(plan: Plan, present: Plan) -> Plan:
+    """``plan`` for a backbone of which only ``present`` is left: what both of them keep."""
+    layers = []
+    for asked, there in zip(plan.layers, present.layers, strict=True):
+        neurons = there.neurons if asked.neurons is None else asked.neurons
+        if asked.neurons is not None and there.neurons is not None:
+            neurons = tuple(sorted(set(asked.neurons) & set(there.neurons)))
+        mlp = asked.mlp and there.mlp
+        layers.append(
+            LayerPlan(
+                attention=asked.attention and there.attention, mlp=mlp, neurons=neurons if mlp else None
+            )
+        )
+    return Plan(layers=tuple(layers))
+
+
 def needs_scores(schedule: Schedule) -> bool:
     """Whether any drop is a count that importance has to turn into layers."""
     counts = (schedule.drop_attention, schedule.drop_mlp, schedule.drop_block)
@@ -91,7 +107,7 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
     """Remove ``schedule.width_reduction`` of the remaining neurons, ranked over all layers at once (section
     3.2).
 
-    neuron_scores: layer -> one score a neuron of the uncompressed layer, higher = keep; every kept MLP is
+    neuron_scores: layer -> one score a neuron that ``plan`` keeps, higher = keep; every kept MLP is
     listed. Each layer keeps a multiple of ``width_multiple`` neurons, at least one multiple. The number kept
     overall is the target rounded to the nearest such total, met exactly; within a layer the best neurons
     stay.
@@ -105,14 +121,23 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
     if not layers:
         raise InputError(f"width_reduction is {schedule.width_reduction:g} but the schedule drops every MLP")
     scores = {index: np.asarray(neuron_scores[index], dtype=np.float64) for index in layers}
+    for index, values in scores.items():
+        left = plan.layers[index].neurons
+        if left is not None and len(values) != len(left):
+            raise InputError(
+                f"layer {index} has {len(values)} neuron scores; the plan keeps {len(left)} neurons"
+            )
     if not all(np.isfinite(values).all() for values in scores.values()):
         raise InputError("neuron scores are not all finite; expected one number a neuron")
     widths = _widths([scores[index] for index in layers], schedule.width_reduction, schedule.width_multiple)
     entries = list(plan.layers)
     for index, width in zip(layers, widths, strict=True):
+        if width == len(scores[index]):
+            continue
+        present = entries[index].neurons or range(len(scores[index]))
         best = np.argsort(-scores[index], kind="stable")[:width]
-        kept = None if width == len(scores[index]) else tuple(sorted(best.tolist()))
-        entries[index] = LayerPlan(attention=entries[index].attention, mlp=True, neurons=kept)
+        kept = tuple(sorted(present[place] for place in best.tolist()))
+        entries[index] = entries[index].model_copy(update={"neurons": kept})
     return Plan(layers=tuple(entries))
 
 

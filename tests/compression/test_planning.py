@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import LayerPlan, Plan
-from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores
+from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 
@@ -130,3 +130,23 @@ def test_width_without_any_mlp() -> None:
     plan = Plan(layers=(LayerPlan(mlp=False),))
     with pytest.raises(InputError, match="drops every MLP"):
         narrow_plan(plan, Schedule(width_reduction=0.5), {})
+
+
+def test_narrowing_what_is_narrow_already() -> None:
+    """Scores then are those of the neurons that are left; the plan keeps the backbone's numbers."""
+    plan = Plan(layers=(LayerPlan(neurons=tuple(range(0, 64, 2))),))
+    narrower = narrow_plan(plan, Schedule(width_reduction=0.5), {0: np.arange(32)})
+    assert narrower.layers[0].neurons == tuple(range(32, 64, 2))
+    with pytest.raises(InputError, match="64 neuron scores; the plan keeps 32"):
+        narrow_plan(plan, Schedule(width_reduction=0.5), {0: np.arange(64)})
+
+
+def test_a_plan_within_what_is_left() -> None:
+    present = Plan(layers=(LayerPlan(attention=False, neurons=(1, 2, 3)), LayerPlan(mlp=False), LayerPlan()))
+    asked = Plan(layers=(LayerPlan(neurons=(2, 3, 4)), LayerPlan(), LayerPlan(mlp=False)))
+    assert within(asked, present).layers == (
+        LayerPlan(attention=False, neurons=(2, 3)),
+        LayerPlan(mlp=False),
+        LayerPlan(mlp=False),
+    )
+    assert within(Plan.full(3), present) == present
