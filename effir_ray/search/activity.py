@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,11 @@ def reporting(out: Path, trial: str, split: str) -> Iterator[Reporter]:
     finally:
         file.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
+
+
+def forget(out: Path) -> None:
+    """Remove what a killed run left."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 
 def current(out: Path) -> list[Activity]:

@@ -7,6 +7,8 @@ for but has none runs first.
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +25,7 @@ from effir_ray.search.space import OBJECTIVES, Candidate, SearchSpace, TrialConf
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_STUBBORN = 20  # proposals in a row that are known already, before the sampler is replaced by a random one
-_EXHAUSTED = 500  # and before the space counts as exhausted
+_STUBBORN = 10  # proposals in a row that are known already, before an untried combination is taken instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +135,32 @@ class Proposals:
             config = self.listed.popleft()
             if not self._known(config.id):
                 return config
-        for attempt in range(_EXHAUSTED if len(self.sampled) < self.space.trials else 0):
-            if attempt == _STUBBORN:
-                import optuna
+        return self._next_sample() if len(self.sampled) < self.space.trials else None
 
-                self.study.sampler = optuna.samplers.RandomSampler(seed=self.space.seed + attempt)
+    def _next_sample(self) -> TrialConfig | None:
+        for _ in range(_STUBBORN):
             proposed = self._ask()
             if proposed is not None:
                 return proposed
+        unseen = self._unseen()
+        if unseen is None:
+            return None
+        self.study.enqueue_trial(unseen)
+        return self._ask()
+
+    def _unseen(self) -> dict[str, Any] | None:
+        """Parameters of a combination that was never tried, the first in a seeded order; None when there is
+        none (or they cannot be listed, because a range is continuous)."""
+        axes = self.space.parameters.axes
+        if not all(axis.values() for axis in axes.values()):
+            return None
+        combinations = list(itertools.product(*(axis.values() for axis in axes.values())))
+        random.Random(self.space.seed).shuffle(combinations)
+        for values in combinations:
+            params = dict(zip(axes, values, strict=True))
+            config = self.space.trial(Candidate(**params))
+            if not self._known(config.id) and self._possible(config):
+                return params
         return None
 
     def _ask(self) -> TrialConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ def open_study(space: SearchSpace, out: Path) -> optuna.Study:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     study = optuna.create_study(
         storage=f"sqlite:///{out.resolve() / STORAGE}",
         study_name=space.name,

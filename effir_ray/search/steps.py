@@ -128,7 +128,7 @@ def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path) -
 
 def scores(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
     """Encode the queries, search the embedded corpus exactly, score."""
-    from effir_ray.retrieval.corpus_encoding import CorpusEmbeddings
+    from effir_ray.retrieval.embedding_shards import CorpusEmbeddings, ShardFolder
     from effir_ray.retrieval.encoder import Encoder
     from effir_ray.retrieval.evaluation import search_corpus
     from effir_ray.retrieval.metrics import score_run
@@ -139,7 +139,9 @@ def scores(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
     vectors = encoder.encode(
         list(queries.values()), "query", max_length=config.query_max_length, progress="Encoding queries"
     )
-    run = search_corpus(list(queries), vectors, CorpusEmbeddings(parents["embeddings"] / "shards"))
+    run = search_corpus(
+        list(queries), vectors, CorpusEmbeddings(ShardFolder(parents["embeddings"] / "shards"))
+    )
     (out / SCORES).write_text(json.dumps(score_run(run, dataset.qrels(split)).mean, indent=1))
 
 

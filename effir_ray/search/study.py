@@ -12,7 +12,7 @@ from effir_ray.cluster import connect
 from effir_ray.config import Config, load_yaml
 from effir_ray.errors import InputError
 from effir_ray.results import store
-from effir_ray.search.activity import reporting
+from effir_ray.search.activity import forget, reporting
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
 from effir_ray.search.folder import STAGES, alone, claim, finished_rows
@@ -55,6 +55,7 @@ def search(
     _check_splits(space)
     space = claim(folder, space, resume=resume)
     with alone(folder):
+        forget(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
         if not proposals.complete:

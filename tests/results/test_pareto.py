@@ -26,7 +26,7 @@ def table() -> pa.Table:
             "status": ["ok", "ok", "ok", "failed", "ok", "ok"],
             "ndcg_at_10": [0.6, 0.5, 0.4, 0.9, None, 0.5],
             "parameters": [100, 50, 60, 10, 10, 50],
-            "document_ms": pa.array([None] * 6, pa.float64()),
+            "document_speedup": pa.array([None] * 6, pa.float64()),
         }
     )
 

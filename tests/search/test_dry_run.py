@@ -1,0 +1,85 @@
+"""Previews and recipes: what would run, what is shared, how large everything comes out."""
+
+from pathlib import Path
+
+import pytest
+from search_examples import small_space
+
+from effir_ray.config import load_yaml
+from effir_ray.errors import InputError
+from effir_ray.search.dry_run import dry_run, named_sources
+from effir_ray.search.recipe import recipe
+from effir_ray.search.space import Candidate, SearchSpace
+
+SPACES = Path(__file__).parents[2] / "search_spaces"
+TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
+
+
+def stages(space: SearchSpace, split: str = "dev", **schedule: object) -> dict[str, str]:
+    """Stage name -> key."""
+    config = space.trial(Candidate(**schedule))
+    return {stage.name: stage.key for stage in recipe(config, named_sources(config), split).stages()}
+
+
+def test_the_papers_grid_has_the_papers_sizes() -> None:
+    preview = dry_run(load_yaml(SPACES / "mistral-7b.yaml", SearchSpace))
+    ratio = {trial.schedule: trial.parameter_ratio for trial in preview.trials}
+    assert ratio["16M-w30+ft"] == pytest.approx(0.48, abs=0.01)
+    assert ratio["full"] == 1.0
+    assert preview.stages["importance"] == 1
+    assert preview.stages["neurons"] == 2  # one for every depth: 16M and 16M8A
+
+
+def test_trials_share_every_stage_they_have_in_common() -> None:
+    space = small_space(
+        base_training=TRAINING,
+        recovery=TRAINING,
+        schedules=[
+            {"drop_mlp": 1},
+            {"drop_mlp": 1, "width_reduction": 0.25},
+            {"drop_mlp": 1, "width_reduction": 0.5},
+            {"drop_mlp": 1, "width_reduction": 0.5, "recover": True},
+        ],
+    )
+    preview = dry_run(space)
+    assert preview.stages == {
+        "backbone": 1,
+        "base": 1,
+        "embeddings": 5,
+        "scores": 5,
+        "timing": 5,
+        "importance": 1,
+        "pruned": 3,
+        "neurons": 1,
+        "recovered": 1,
+    }
+    assert preview.trials[-1].new_stages == ("recovered", "embeddings", "scores", "timing")
+
+
+def test_a_test_score_only_adds_the_test_split() -> None:
+    space = small_space()
+    dev, test = stages(space, "dev", drop_mlp=1), stages(space, "test", drop_mlp=1)
+    assert {name for name in dev if dev[name] != test[name]} == {"embeddings", "scores"}
+
+
+def test_whatever_changes_a_result_changes_its_stage() -> None:
+    before = stages(small_space(), drop_mlp=1, width_reduction=0.5)
+    changed = stages(small_space(calibration_texts=9), drop_mlp=1, width_reduction=0.5)
+    assert changed["backbone"] == before["backbone"]
+    assert all(
+        changed[name] != before[name] for name in ("importance", "neurons", "pruned", "scores", "timing")
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"drop_mlp": 5},
+        {"drop_attention": [4]},
+        {"drop_last_blocks": 3, "drop_block": 2},
+        {"drop_mlp": 4, "width_reduction": 0.5},
+    ],
+)
+def test_schedules_that_cannot_be_built_are_named(schedule: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"schedule .* of random:llama: "):
+        dry_run(small_space(schedules=[schedule]))

@@ -1,0 +1,94 @@
+"""Which trial is next, with every sampler, after failures and after kills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from search_examples import row, small_space
+
+from effir_ray.backbones.registry import load_config
+from effir_ray.search.proposals import Proposals, Work
+from effir_ray.search.space import SearchSpace
+
+AXES = {"drop_mlp": {"low": 0, "high": 3}, "drop_attention": [0, 1, 2], "width_reduction": [0.0, 0.5]}
+
+
+def proposals(space: SearchSpace, out: Path, rows: Any = ()) -> Proposals:
+    return Proposals(space, out, list(rows), load_config(space.backbone))
+
+
+def score(work: Work) -> Any:
+    """Fewer dropped sublayers score better and are larger: every trial is on the front but equal ones."""
+    dropped = int(work.config.schedule.drop_mlp) + int(work.config.schedule.drop_attention)
+    return row(work.config, 0.9 - 0.1 * dropped, split=work.split, parameters=100 - dropped)
+
+
+def finish(study: Proposals, *, stop_after: int | None = None) -> list[Work]:
+    done = []
+    while (stop_after is None or len(done) < stop_after) and (work := study.next()) is not None:
+        done.append(work)
+        study.finished(score(work))
+    return done
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+def test_listed_schedules_then_samples_then_the_front(tmp_path: Path, sampler: str) -> None:
+    space = small_space(sampler=sampler, parameters=AXES, trials=6, schedules=[{"drop_block": 2}])
+    study = proposals(space, tmp_path)
+    work = finish(study)
+    dev, test = ([w for w in work if w.split == split] for split in ("dev", "test"))
+    assert [w.config.name for w in dev[:2]] == ["full", "2B"]
+    assert len({w.config.id for w in dev}) == len(dev) == 8
+    assert [w.config.id for w in test] == [config.id for config in study.front()]
+    assert work == dev + test
+    assert study.complete
+
+
+def test_a_small_space_is_exhausted_not_repeated(tmp_path: Path) -> None:
+    study = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path)
+    names = [work.config.name for work in finish(study) if work.split == "dev"]
+    assert sorted(names) == ["1M", "2M", "full"]
+
+
+def test_test_scores_wait_for_running_trials_and_front_is_chosen_on_dev(tmp_path: Path) -> None:
+    study = proposals(small_space(schedules=[{"drop_mlp": 1}]), tmp_path)
+    full, pruned = study.next(), study.next()
+    assert full is not None and pruned is not None
+    study.finished(score(full))
+    assert study.next() is None
+    assert not study.exhausted
+    study.finished(row(pruned.config, 0.1, parameters=200))  # worse and larger: not on the front
+    final = study.next()
+    assert final == Work(config=full.config, split="test")
+
+
+def test_failed_trials_teach_nothing_and_are_not_repeated(tmp_path: Path) -> None:
+    study = proposals(small_space(parameters=AXES, trials=3, schedules=[{"drop_mlp": 2}]), tmp_path)
+    seen = []
+    while (work := study.next()) is not None and work.split == "dev":
+        seen.append(work.config.id)
+        study.finished(row(work.config, None))
+    assert len(seen) == len(set(seen)) == 5
+    assert study.front() == []
+
+
+@pytest.mark.parametrize("kill_at", [0, 2, 4, 6])
+@pytest.mark.parametrize("row_written", [True, False], ids=["after the row", "before the row"])
+def test_resume_runs_every_trial_exactly_once(tmp_path: Path, kill_at: int, row_written: bool) -> None:
+    space = small_space(parameters=AXES, trials=4, schedules=[{"drop_mlp": 1}, {"drop_block": 1}])
+    first = proposals(space, tmp_path)
+    done = finish(first, stop_after=kill_at)
+    interrupted = first.next()
+    rows = [score(work) for work in done]
+    if row_written and interrupted is not None:  # the process died between the row and telling Optuna
+        rows.append(score(interrupted))
+    second = proposals(space, tmp_path, rows)
+    later = finish(second)
+    ran = [work.key for work in done + ([interrupted] if row_written and interrupted else []) + later]
+    assert len(ran) == len(set(ran))
+    assert sum(split == "dev" for _, split in ran) == 7
+    assert second.complete
+    states = [trial.state.name for trial in second.study.get_trials()]
+    assert "RUNNING" not in states

@@ -1,0 +1,87 @@
+"""Search spaces: what a YAML may say, and what it becomes."""
+
+from pathlib import Path
+
+import pytest
+from search_examples import small_space
+
+from effir_ray.config import load_yaml
+from effir_ray.errors import InputError
+from effir_ray.search.space import Candidate, SearchSpace, TrialConfig
+
+SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
+TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "space.yaml"
+    file.write_text("name: s\nbackbone: random:llama\ndataset: stdlib\n" + text)
+    return file
+
+
+@pytest.mark.parametrize("file", SPACES, ids=lambda file: file.stem)
+def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> None:
+    space = load_yaml(file, SearchSpace)
+    assert space.name == file.stem
+    assert space.listed()[0] == Candidate()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedules:\n  - {drop_mpl: 2}\n", r"space.yaml:5: unknown key .*; did you mean 'drop_mlp'"),
+        ("parameters: {drop_mpl: [1, 2]}\n", r"space.yaml:4: unknown key .*; did you mean 'drop_mlp'"),
+        ("parameters: {drop_mlp: [-1]}\n", "drop_mlp: -1 is not possible"),
+        ("parameters: {width_reduction: {low: 0.5, high: 0.1}}\n", "low not above high"),
+        ("trials: 3\n", "gives nothing to vary"),
+        ("sampler: grid\ntrials: 3\nparameters: {drop_mlp: [1]}\n", "leave 'trials' out"),
+        ("sampler: grid\nparameters: {width_reduction: {low: 0.0, high: 0.5}}\n", "needs choices or a step"),
+        ("schedules: [{drop_mlp: 1, recover: true}]\n", "'recovery' .* is missing"),
+        ("dev: {queries: 3}\n", "given together"),
+        ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_yaml(write(tmp_path, text), SearchSpace)
+
+
+def test_training_takes_data_and_seed_of_the_study_unless_it_names_its_own() -> None:
+    space = small_space(seed=7, base_training=TRAINING, recovery=TRAINING | {"dataset": "other", "seed": 1})
+    assert (space.base_training.dataset, space.base_training.seed) == ("stdlib", 7)
+    assert (space.recovery.dataset, space.recovery.seed) == ("other", 1)
+
+
+def test_settings_that_change_nothing_do_not_make_another_trial() -> None:
+    space = small_space()
+    plain = space.trial(Candidate(drop_mlp=(1, 2)))
+    assert space.trial(Candidate(drop_mlp=(1, 2), width_method="random", importance="greedy")).id == plain.id
+    assert space.trial(Candidate(drop_mlp=2, importance="greedy")).id != space.trial(Candidate(drop_mlp=2)).id
+    twice = small_space(schedules=[{}, {"drop_mlp": 1}, {"drop_mlp": 1, "width_method": "random"}])
+    assert [candidate.name for candidate in twice.listed()] == ["full", "1M"]
+
+
+def test_grid_lists_every_combination_once() -> None:
+    axes = {"drop_mlp": {"low": 0, "high": 2}, "width_reduction": {"low": 0.0, "high": 0.2, "step": 0.1}}
+    space = small_space(sampler="grid", parameters=axes)
+    assert [c.name for c in space.listed()] == [
+        *("full", "w10", "w20"),
+        *("1M", "1M-w10", "1M-w20"),
+        *("2M", "2M-w10", "2M-w20"),
+    ]
+
+
+def test_layer_lists_are_choices() -> None:
+    space = small_space(sampler="grid", parameters={"drop_mlp": [[1, 3], [2], 1]})
+    assert [c.name for c in space.listed()] == ["full", "M[1,3]", "M[2]", "1M"]
+
+
+def test_a_trial_survives_json_and_only_trained_ones_carry_recovery() -> None:
+    space = small_space(recovery=TRAINING)
+    trained = space.trial(Candidate(drop_mlp=1, recover=True))
+    again = TrialConfig.model_validate_json(trained.model_dump_json())
+    assert again == trained
+    assert again.id == trained.id
+    assert trained.name == "1M+ft"
+    assert space.trial(Candidate(drop_mlp=1)).recovery is None
+    assert trained.full() == space.trial(Candidate())

@@ -1,0 +1,116 @@
+"""Whole studies on real text: Tune, Optuna, Train with two DeepSpeed workers, Data and FAISS."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from search_examples import small_space, write_corpus
+
+from effir_ray.cluster import connect
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.search.folder import STAGES
+from effir_ray.search.repeat import repeat
+from effir_ray.search.study import search
+
+TRAINING = {
+    "steps": 3,
+    "batch_size": 8,
+    "lora": None,
+    "workers": 2,
+    "query_max_length": 16,
+    "document_max_length": 32,
+}
+
+
+def builds(out: Path) -> list[str]:
+    """``stage key`` of every stage that was ever finished, in order."""
+    return [" ".join(line.split()[:2]) for line in (out / STAGES / "runs.log").read_text().splitlines()]
+
+
+@pytest.mark.integration
+def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Path) -> None:
+    space = small_space(
+        base_training=TRAINING,
+        recovery=TRAINING,
+        schedules=[{"drop_mlp": 1, "width_reduction": 0.5, "recover": True}],
+        parameters={"drop_attention": [1, 2], "drop_mlp": [0]},
+        trials=1,
+        threads=2,
+    )
+    connect(num_cpus=2)
+    try:
+        result = search(space, tmp_path / "study")
+        rows = store.read([tmp_path / "study"]).to_pylist()
+        dev = [row for row in rows if row["split"] == "dev"]
+        assert [row["status"] for row in rows] == ["ok"] * len(rows)
+        assert [row["schedule"] for row in dev[:2]] == ["full", "1M-w50+ft"]
+        assert len(dev) == result.trials == 3
+        assert {row["trial_id"] for row in rows if row["split"] == "test"} == set(result.front)
+        assert all(row["parameters"] and row["document_ms"] and row["document_speedup"] for row in dev)
+        assert dev[1]["parameter_ratio"] < 1 == dev[0]["parameter_ratio"]
+        stages = Counter(builds(tmp_path / "study"))
+        assert max(stages.values()) == 1
+        assert sum(stage.startswith("base ") for stage in stages) == 1
+
+        trained = dev[1]["trial_id"]
+        for then, now in repeat([tmp_path / "study"], trained, tmp_path / "again", split="dev"):
+            assert now.ndcg_at_10 == pytest.approx(then.ndcg_at_10, abs=1e-4)
+            assert now.map_at_100 == pytest.approx(then.map_at_100, abs=1e-4)
+        with pytest.raises(InputError, match="--resume"):
+            search(space, tmp_path / "study")
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.integration
+def test_a_killed_study_resumes_without_doing_anything_twice(tmp_path: Path) -> None:
+    data = write_corpus(tmp_path / "data")
+    schedules = [{"drop_mlp": 1}, {"drop_attention": 1}, {"drop_block": 1}]
+    space = small_space(dataset=str(data), dev={}, test={}, schedules=schedules)
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(space.model_dump(mode="json")))
+    out = tmp_path / "study"
+    code = "import sys; from effir_ray import run_search; run_search(sys.argv[1], sys.argv[2], resume=True)"
+    command = [sys.executable, "-c", code, str(file), str(out)]
+
+    for rows_before_kill in (0, 2):
+        _run_until(command, out, rows_before_kill)
+    subprocess.run(command, check=True, timeout=400)
+
+    rows = store.read([out]).to_pylist()
+    names = Counter(row["schedule"] for row in rows if row["split"] == "dev")
+    assert names == {"full": 1, "1M": 1, "1A": 1, "1B": 1}
+    assert all(row["status"] == "ok" for row in rows)
+    assert max(Counter((row["trial_id"], row["split"]) for row in rows).values()) == 1
+    assert max(Counter(builds(out)).values()) == 1
+    assert not list(out.glob("activity/*"))
+
+
+def _run_until(command: list[str], out: Path, rows: int) -> None:
+    """Start the study and kill it hard once it has written a stage more after ``rows`` rows."""
+    process = subprocess.Popen(command, start_new_session=True)
+    log, before = out / STAGES / "runs.log", 0
+    try:
+        deadline = time.monotonic() + 300
+        while len(list(out.glob("rows/*.parquet"))) < rows or not log.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = len(builds(out))
+        while len(builds(out)) == before:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
