@@ -30,6 +30,7 @@ class Batch:
     tokens: b lists of token ids of the queries, then b * k of the documents (k of the first query first).
     document_ids (b, k): a 64-bit hash a document; positive_ids: those of all known positives of a query.
     teacher_scores (b, k): NaN where there are none. texts: as ``tokens``, for a teacher's embeddings.
+    number: the 0-based step of the run.
     """
 
     tokens: list[list[int]]
@@ -37,6 +38,7 @@ class Batch:
     document_ids: Tensor
     positive_ids: list[Tensor]
     teacher_scores: Tensor
+    number: int = 0
 
     @property
     def n_queries(self) -> int:
@@ -63,7 +65,7 @@ class Batches:
             )
         self._pairs, self._config, self._tokenize = pairs, config, tokenize
         self._rank, self._world = rank, world
-        self._negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in pairs))
+        self.negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in pairs))
         self.epoch_steps = len(pairs) // config.batch_size
         self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
         self.has_teacher_scores = any(pair.teacher_scores is not None for pair in pairs)
@@ -72,8 +74,8 @@ class Batches:
         """The batches of steps ``start`` to ``steps``; the next one is tokenised while this one trains."""
         with ThreadPoolExecutor(1) as executor:
             upcoming = None
-            for examples in self._examples(start):
-                following = executor.submit(self._collate, examples)
+            for number, examples in enumerate(self._examples(start), start=start):
+                following = executor.submit(self._collate, examples, number)
                 if upcoming is not None:
                     yield upcoming.result()
                 upcoming = following
@@ -89,11 +91,11 @@ class Batches:
                 order = shuffled(self._pairs, seed=self._config.seed, epoch=epoch)
             at = step % self.epoch_steps * size
             random = np.random.default_rng((self._config.seed, 1, step))
-            batch = [_choose(pair, self._negatives, random) for pair in order[at : at + size]]
-            _fill(batch, self._negatives, random)
+            batch = [_choose(pair, self.negatives, random) for pair in order[at : at + size]]
+            _fill(batch, self.negatives, random)
             yield batch[self._rank :: self._world]
 
-    def _collate(self, examples: list[Example]) -> Batch:
+    def _collate(self, examples: list[Example], number: int) -> Batch:
         queries = [example.query for example in examples]
         documents = [text for example in examples for text in example.texts]
         return Batch(
@@ -102,6 +104,7 @@ class Batches:
             document_ids=torch.tensor([[hash64(name) for name in example.ids] for example in examples]),
             positive_ids=[torch.tensor([hash64(name) for name in example.positives]) for example in examples],
             teacher_scores=torch.tensor([example.scores for example in examples]),
+            number=number,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from effir_ray.config import Config
+from effir_ray.training.ladder import Ladder, check_nested
 
 
 class LoraConfig(Config):
@@ -41,9 +42,13 @@ class DistillationConfig(Config):
 
 
 class DevConfig(Config):
-    """Dev nDCG@10 on a fixed sample every ``every`` steps; the checkpoint with the best one is the result."""
+    """Dev nDCG@10 on a fixed sample every ``every`` steps; the weights with the best one are the result.
+
+    ``dataset``: None takes the one that is trained on.
+    """
 
     every: int = Field(ge=1)
+    dataset: str | None = None
     queries: int = Field(default=100, ge=1)
     documents: int = Field(default=1000, ge=1)
 
@@ -56,6 +61,7 @@ class TrainConfig(Config):
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.
+    elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
     """
 
     dataset: str
@@ -78,6 +84,7 @@ class TrainConfig(Config):
     temperature: float = Field(default=0.02, gt=0)
     distillation: DistillationConfig = DistillationConfig()
     matryoshka: tuple[int, ...] = ()
+    elastic: Annotated[Ladder, AfterValidator(check_nested)] = ()
     lora: LoraConfig | None = LoraConfig()
 
     workers: int = Field(default=1, ge=1)
@@ -89,7 +96,7 @@ class TrainConfig(Config):
 
     dev: DevConfig | None = None
     checkpoint_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=1, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)  # the best by dev score, or the newest; and the newest
     max_failures: int = Field(default=2, ge=0)
     storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
 

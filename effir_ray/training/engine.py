@@ -31,15 +31,21 @@ class TextEncoder(nn.Module):
         return self._pool(hidden, mask).float()
 
 
-class Engine(Protocol):
-    """Averages gradients over ranks. ``last`` marks the backward pass after which ``step`` follows."""
+class Passes(Protocol):
+    """Forward and backward passes. ``last`` marks the backward pass after which the optimizer steps."""
 
-    name: str
     device: torch.device
-    encoder: TextEncoder
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
+
+
+class Engine(Passes, Protocol):
+    """Averages gradients over ranks."""
+
+    name: str
+    encoder: TextEncoder
+
     def step(self, rate: float) -> float:
         """Clip, update at learning rate ``rate``, clear the gradients. Returns the norm before clipping."""
         ...

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from effir_ray.training.batches import Batch
 from effir_ray.training.distributed import gather_rows, largest, rank, world_size
-from effir_ray.training.engine import Engine
+from effir_ray.training.engine import Passes
 from effir_ray.training.losses import Objective, Targets
 
 CHUNK_TOKENS = 2048
@@ -50,7 +50,7 @@ class ContrastiveStep:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Passes,
         objective: Objective,
         *,
         pad_token: int,
@@ -58,7 +58,8 @@ class ContrastiveStep:
         teacher: TeacherEmbeddings | None = None,
     ) -> None:
         self._engine, self._objective = engine, objective
-        self._pad, self._budget, self._teacher = pad_token, token_budget, teacher
+        self._pad, self._teacher = pad_token, teacher
+        self.token_budget = token_budget
 
     def __call__(self, batch: Batch) -> StepOutcome:
         lengths = [len(tokens) for tokens in batch.tokens]
@@ -86,6 +87,14 @@ class ContrastiveStep:
             loss=loss, terms=terms, tokens=sum(lengths), computed=computed, mean_cosine=mean_cosine
         )
 
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> Tensor:
+        """Embeddings (b + b * k, d) of the batch's texts, without gradients."""
+        chunks, _ = self._chunks([len(tokens) for tokens in batch.tokens])
+        embeddings = torch.cat([self._encode(batch, rows) for rows in chunks])
+        order = torch.tensor([row for rows in chunks for row in rows], device=embeddings.device)
+        return embeddings[order.argsort()]
+
     def _backward_kept(self, pieces: Sequence[Tensor], cached: Sequence[Tensor], *, last: bool) -> None:
         self._engine.backward((torch.cat(list(pieces)) * torch.cat(list(cached))).sum(), last=last)
 
@@ -94,27 +103,19 @@ class ContrastiveStep:
 
         ZeRO exchanges weights and gradients inside the passes, so no rank may make one more than another.
         """
-        limit = min(self._budget or CHUNK_TOKENS, CHUNK_TOKENS)
+        limit = min(self.token_budget or CHUNK_TOKENS, CHUNK_TOKENS)
         chunks = plan_chunks(lengths, limit)
         chunks = split_chunks(chunks, int(largest(len(chunks), self._engine.device)))
         kept, used = 0, 0
         for rows in reversed(chunks):
             used += _padded(lengths, rows)
-            if self._budget is not None and used > self._budget:
+            if self.token_budget is not None and used > self.token_budget:
                 break
             kept += 1
         return chunks, max(1, -int(largest(-kept, self._engine.device)))
 
     def _encode(self, batch: Batch, rows: Sequence[int]) -> Tensor:
-        """Embeddings (len(rows), d) of some texts of the batch, padded on the right to the longest."""
-        tokens = [batch.tokens[row] for row in rows]
-        longest = max(len(ids) for ids in tokens)
-        ids = torch.full((len(rows), longest), self._pad)
-        mask = torch.zeros((len(rows), longest), dtype=torch.long)
-        for row, text in enumerate(tokens):
-            ids[row, : len(text)] = torch.tensor(text)
-            mask[row, : len(text)] = 1
-        return self._engine(ids.to(self._engine.device), mask.to(self._engine.device))
+        return encode_rows(self._engine, [batch.tokens[row] for row in rows], self._pad)
 
     def _loss(self, batch: Batch, local: Tensor) -> tuple[float, dict[str, float], Tensor, float]:
         """Loss and terms of the global batch, and the gradient for this rank's own embeddings.
@@ -150,6 +151,17 @@ class ContrastiveStep:
             teacher_queries=queries,
             teacher_documents=documents,
         )
+
+
+def encode_rows(engine: Passes, tokens: Sequence[list[int]], pad: int) -> Tensor:
+    """Embeddings (len(tokens), d) of some texts in one pass, padded on the right to the longest."""
+    longest = max(len(ids) for ids in tokens)
+    ids = torch.full((len(tokens), longest), pad)
+    mask = torch.zeros((len(tokens), longest), dtype=torch.long)
+    for row, text in enumerate(tokens):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
+    return engine(ids.to(engine.device), mask.to(engine.device))
 
 
 def plan_chunks(lengths: Sequence[int], limit: int) -> list[list[int]]:

@@ -13,7 +13,9 @@ from typing import Any
 from ray.train import UserCallback
 
 from effir_ray.progress import Progress, progress
+from effir_ray.training.monitoring import TensorBoard
 
+HISTORY = "history.jsonl"
 _POLL_SECONDS = 0.3
 
 
@@ -37,11 +39,11 @@ def read_history(file: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def follow(file: Path, description: str) -> Iterator[None]:
-    """Within this context the progress display shows the rows that arrive in ``file``."""
+def follow(out: Path, description: str) -> Iterator[None]:
+    """Within this context rows that arrive in ``out`` go to the progress display and to TensorBoard files."""
     stop = threading.Event()
     context = contextvars.copy_context()  # the display belongs to the caller's context
-    thread = threading.Thread(target=context.run, args=(_show, file, description, stop), daemon=True)
+    thread = threading.Thread(target=context.run, args=(_show, out, description, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -50,14 +52,19 @@ def follow(file: Path, description: str) -> Iterator[None]:
         thread.join()
 
 
-def _show(file: Path, description: str, stop: threading.Event) -> None:
+def _show(out: Path, description: str, stop: threading.Event) -> None:
+    file = out / HISTORY
+    known = read_history(file)
     at = file.stat().st_size if file.exists() else 0
-    with progress(description, unit="steps") as bar:
+    purge = known[-1]["step"] + 1 if known else None
+    tensorboard = TensorBoard(out / "tensorboard", purge_from=purge)
+    with progress(description, unit="steps") as bar, tensorboard as board:
         while True:
             ending = stop.wait(_POLL_SECONDS)
             rows, at = _lines(file, at)
             for row in rows:
                 _advance(bar, row)
+                board.on_row(row)
             if ending:
                 return
 
@@ -70,6 +77,7 @@ def _advance(bar: Progress, row: dict[str, Any]) -> None:
         learning_rate=row["learning_rate"],
         tokens_per_s=row["tokens_per_s"],
         engine=row["engine"],
+        **{name: row[name] for name in ("dev_ndcg_at_10", "note") if name in row},
     )
 
 

@@ -12,43 +12,58 @@ from typing import Any
 
 from effir_ray.cluster import connect
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.stages import StageStore
 from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.history import HistoryWriter, follow, read_history
+from effir_ray.training.history import HISTORY, HistoryWriter, follow, read_history
+from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget
 
-_SETTINGS, _RESULT, _HISTORY = "training.json", "result.json", "history.jsonl"
+_SETTINGS, _RESULT = "training.json", "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """``history``: one row a step. ``engine`` names what ran, and why if it is not DeepSpeed."""
+    """``history``: one row a step. ``engine`` names what ran, and why if it is not DeepSpeed.
+
+    ``step``: after how many steps the weights in ``checkpoint`` were taken (the best dev score's, or all).
+    """
 
     checkpoint: Path
+    step: int
     history: list[dict[str, Any]]
     seconds: float
     engine: str
 
 
 def train(
-    model: str | Path, config: TrainConfig, out: Path, *, address: str | None = None, resume: bool = True
+    model: str | Path,
+    config: TrainConfig,
+    out: Path,
+    *,
+    address: str | None = None,
+    resume: bool = True,
+    stages: StageStore | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` (any name or path that ``load_retriever`` takes) into ``out/checkpoint``.
 
     Run again with the same arguments it goes on from the newest training checkpoint, or returns at once when
     it had finished; ``resume=False`` starts over. Works in a script, a notebook and inside a Ray Tune trial.
+    ``stages`` keeps mined negatives and teacher embeddings (by default below ``out``).
 
     Raises InputError for data or settings that cannot work (a folder of another run included) and
     TrialFailure when the weights can no longer be trusted.
     """
     out = Path(out).absolute()
+    stages = stages or StageStore(out / "stages")
     job = _open(out, str(model), config, resume)
     if (out / _RESULT).is_file():
         return _finished(out)
     began = time.monotonic()
     connect(address)
+    job |= _prepare_data(config, stages)
     outcome = _fit(job, config, out)
     storage.fetch(job["saved"], out / "checkpoint")
-    result = {"engine": outcome["engine"], "seconds": time.monotonic() - began}
+    result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
     storage.remove(job["run"])
     return _finished(out)
@@ -61,7 +76,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     base = config.storage_path or str(out / "run")
     run = f"{base.rstrip('/')}/{name}"
     if not resume:
-        for file in (_SETTINGS, _RESULT, _HISTORY):
+        for file in (_SETTINGS, _RESULT, HISTORY):
             (out / file).unlink(missing_ok=True)
         storage.remove(run)
     known = out / _SETTINGS
@@ -72,21 +87,91 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
         )
     out.mkdir(parents=True, exist_ok=True)
     _write_json(known, settings)
-    job = {**settings, "pairs": config.dataset, "base": base, "name": name, "run": run}
-    return {**job, "saved": f"{run}/model"}
+    return {**settings, "base": base, "name": name, "run": run, "saved": f"{run}/model"}
+
+
+def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, str]:
+    """Mine negatives and run the teacher where the settings ask for it; workers then only read files."""
+    from effir_ray.training.pairs import load_pairs
+
+    pairs = config.dataset
+    if config.negatives != "given" and config.hard_negatives:
+        from effir_ray.training.negatives import mine
+
+        count = config.hard_negatives
+        pairs = str(
+            mine(config.dataset, by=config.negatives, stages=stages, split=config.split, negatives=count)
+        )
+    if config.distillation.teacher is not None:
+        from effir_ray.training.distillation import teacher_embeddings
+
+        teacher_embeddings(
+            config.distillation.teacher,
+            load_pairs(pairs, split=_split_of(pairs, config)),
+            stages=stages,
+            query_max_length=config.query_max_length,
+            document_max_length=config.document_max_length,
+        )
+    return {"pairs": pairs, "split": _split_of(pairs, config), "stages": str(stages.root)}
+
+
+def _split_of(pairs: str, config: TrainConfig) -> str:
+    """A file of mined pairs is all training data, whatever the split it was made from."""
+    return "train" if pairs != config.dataset else config.split
 
 
 def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
-    """Run the workers to the end; what they returned."""
+    """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    while True:
+        budget = halved_budget(job["run"])
+        try:
+            with follow(out, f"Training {Path(job['model']).name}"):
+                outcome = _trainer(job, config, out).fit().return_value
+            break
+        except SystemExit:
+            raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
+        except TrainingFailedError as error:
+            halved = _budget_after(error, job, config)
+            if halved is None or halved == budget:
+                raise
+            if halved < SMALLEST_BUDGET:
+                raise TrialFailure(f"out of memory even with a token budget of {halved * 2}") from error
+    if "error" in outcome:
+        kind = InputError if outcome["error"] == "InputError" else TrialFailure
+        raise kind(outcome["message"])
+    return dict(outcome)
+
+
+def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) -> int | None:
+    """The token budget for the next start after ``error``; None when memory was not the reason.
+
+    A worker that runs out of memory writes it; one that Ray's memory monitor killed could not.
+    """
+    text = str(error)
+    if "memory monitor" in text or "OutOfMemoryError" in text:
+        lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
+        everything = config.batch_size // config.workers * lengths
+        halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)
+    elif "OutOfMemory" not in text:
+        return None
+    return halved_budget(job["run"])
+
+
+def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
+    """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from effir_ray.training.loop import train_worker
 
     scaling, backend = _scaling(config)
-    trainer = TorchTrainer(
+    best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
+    keep = CheckpointConfig(num_to_keep=config.keep_checkpoints, **(best if config.dev else {}))
+    return TorchTrainer(
         train_worker,
         train_loop_config=job,
         torch_config=TorchConfig(backend=backend),
@@ -95,19 +180,10 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
             name=job["name"],
             storage_path=job["base"],
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            callbacks=[HistoryWriter(out / _HISTORY)],
+            checkpoint_config=keep,
+            callbacks=[HistoryWriter(out / HISTORY)],
         ),
     )
-    try:
-        with follow(out / _HISTORY, f"Training {Path(job['model']).name}"):
-            outcome = trainer.fit().return_value
-    except SystemExit:
-        raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
-    if "error" in outcome:
-        kind = InputError if outcome["error"] == "InputError" else TrialFailure
-        raise kind(outcome["message"])
-    return dict(outcome)
 
 
 def _scaling(config: TrainConfig) -> tuple[Any, str]:
@@ -146,7 +222,7 @@ def _in_worker() -> bool:
 
 def _finished(out: Path) -> TrainResult:
     result = json.loads((out / _RESULT).read_text(encoding="utf-8"))
-    return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / _HISTORY), **result)
+    return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
 
 
 def _write_json(file: Path, value: Any) -> None:

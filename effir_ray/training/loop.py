@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,24 +15,32 @@ from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.config import parse
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.stages import StageStore
+from effir_ray.training import survival
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.dev import DevScore
 from effir_ray.training.distributed import rank, total, world_size
+from effir_ray.training.elastic import ElasticStep
 from effir_ray.training.engine import Engine, build_engine
 from effir_ray.training.gradcache import ContrastiveStep, StepOutcome
 from effir_ray.training.lora import add_lora, plain_weights
 from effir_ray.training.losses import build_objective
+from effir_ray.training.monitoring import CollapseDetector
 from effir_ray.training.optim import learning_rate
-from effir_ray.training.pairs import load_pairs
+from effir_ray.training.pairs import Pair, load_pairs
 from effir_ray.training.storage import upload
-from effir_ray.training.survival import Reporter, restore
+
+if TYPE_CHECKING:
+    from effir_ray.training.distillation import TeacherEmbeddings
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
-    ``job``: model, config (JSON), pairs (their source), saved (where the trained checkpoint goes). Returns
-    {"engine", "steps"}, or {"error", "message"} for an end that no restart would change.
+    ``job``: model, config (JSON), pairs and split (their source), run (folder or URI of the run's state),
+    saved (where the trained checkpoint goes), stages. Returns {"engine", "step"}, or {"error", "message"}
+    for an end that no restart would change.
     """
     try:
         return Run(job).train()
@@ -45,47 +53,86 @@ class Run:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
-        self.saved = str(job["saved"])
+        self.run, self.saved = str(job["run"]), str(job["saved"])
         device, bfloat16 = _device(config)
+        # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
         self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
-        self.skeleton = _skeleton(self.retriever)
+        self.skeleton = hollow(self.retriever)
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
-        pairs = load_pairs(job["pairs"], split=config.split, hard_negatives=None)
+        pairs = load_pairs(job["pairs"], split=job["split"])
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
-        self.step = ContrastiveStep(
-            self.engine,
-            build_objective(config, has_teacher_scores=self.batches.has_teacher_scores),
-            pad_token=self.retriever.tokenizer.pad_token_id or 0,
-            token_budget=config.token_budget,
+        self.halved = survival.halved_budget(self.run)
+        pad_token = self.retriever.tokenizer.pad_token_id or 0
+        self.step = self._step(pad_token, _teacher(config, pairs, Path(job["stages"])))
+        self.dev_score = self._dev(pad_token)
+
+    def _step(self, pad_token: int, teacher: TeacherEmbeddings | None) -> ContrastiveStep | ElasticStep:
+        config, budget = self.config, self.halved or self.config.token_budget
+        objective = build_objective(config, has_teacher_scores=self.batches.has_teacher_scores)
+        if config.elastic:
+            return ElasticStep(
+                self.engine,
+                self.retriever,
+                objective,
+                config,
+                pad_token=pad_token,
+                token_budget=budget,
+                teacher=teacher,
+            )
+        return ContrastiveStep(
+            self.engine, objective, pad_token=pad_token, token_budget=budget, teacher=teacher
         )
 
     def _tokenize(self, texts: Any, kind: Any) -> list[list[int]]:
         limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
         return self.retriever.tokenize(texts, kind, max_length=limit)
 
+    def _dev(self, pad_token: int) -> DevScore | None:
+        dev = self.config.dev
+        if dev is None:
+            return None
+        from effir_ray.retrieval.datasets import load_dataset
+
+        dataset = load_dataset(dev.dataset or self.config.dataset)
+        return DevScore(self.engine, self._tokenize, pad_token, dataset, dev, self.config.seed)
+
     def train(self) -> dict[str, Any]:
-        reporter = Reporter(self.engine, self.config)
-        start = restore(self.engine)
+        reporter = survival.Reporter(self.engine, self.config)
+        step = start = survival.restore(self.engine)
+        detector = CollapseDetector(
+            candidates=self.config.batch_size * (1 + self.batches.negatives),
+            grace=start + max(10, int(self.config.warmup * self.batches.steps)),
+        )
         for row in self._rows(start):
-            check(row)
-            reporter(row, last=row["step"] == self.batches.steps)
-        self._save()
-        return {"engine": self.engine.name, "steps": self.batches.steps}
+            detector.on_row(row)
+            reporter(row)
+            step = row["step"]
+        if self.dev_score is not None:
+            step = survival.restore_best(self.engine) or step
+        write_checkpoint(self.engine, self.skeleton, self.saved)
+        return {"engine": self.engine.name, "step": step}
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
         """One row a step; ``step`` counts the finished ones."""
         steps, config = self.batches.steps, self.config
-        began = time.monotonic()
         for done, batch in enumerate(self.batches.run(start), start=start):
+            began = time.monotonic()
             rate = learning_rate(
                 done, total=steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
             )
-            outcome = self.step(batch)
-            norm = self.engine.step(rate)
-            now = time.monotonic()
-            yield self._row(done + 1, outcome, rate, norm, now - began)
-            began = time.monotonic()
+            torch.manual_seed(config.seed + 1 + rank() + world_size() * done)  # dropout, also after a restart
+            with survival.halving(self.run, self.step.token_budget or batch.n_tokens):
+                outcome = self.step(batch)
+                norm = self.engine.step(rate)
+            seconds = time.monotonic() - began
+            row = self._row(done + 1, outcome, rate, norm, seconds)
+            if done == start and self.halved is not None:
+                row["note"] = f"out of memory: token budget halved to {self.halved}"
+            dev = config.dev
+            if self.dev_score is not None and dev and ((done + 1) % dev.every == 0 or done + 1 == steps):
+                row[survival.DEV_SCORE] = self.dev_score()
+            yield row
 
     def _row(
         self, step: int, outcome: StepOutcome, rate: float, norm: float, seconds: float
@@ -104,13 +151,6 @@ class Run:
             "engine": self.engine.name,
         }
 
-    def _save(self) -> None:
-        """Rank 0 writes the trained model as an ordinary checkpoint: adapters merged, partitions gathered."""
-        weights = plain_weights(self.engine.encoder.model, self.engine.whole)
-        if rank() == 0:
-            self.skeleton.model.load_state_dict(weights, strict=False, assign=True)
-            upload(self.saved, lambda folder: save_checkpoint(self.skeleton, folder))
-
 
 def prepare(retriever: Retriever, config: TrainConfig, device: torch.device, *, bfloat16: bool) -> Engine:
     """Adapters and engine around a loaded model, which from here on is in training mode."""
@@ -121,18 +161,18 @@ def prepare(retriever: Retriever, config: TrainConfig, device: torch.device, *, 
     torch.manual_seed(config.seed)  # every rank draws the same adapters
     if config.lora is not None:
         add_lora(retriever, config.lora)
-    engine = build_engine(retriever, config, device, bfloat16=bfloat16)
-    torch.manual_seed(config.seed + 1 + rank())  # and its own dropout
-    return engine
+    return build_engine(retriever, config, device, bfloat16=bfloat16)
 
 
-def check(row: dict[str, Any]) -> None:
-    """Raises TrialFailure for a step after which no weight can be trusted."""
-    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-        raise TrialFailure(
-            f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-            "try a lower learning_rate or precision float32"
-        )
+def write_checkpoint(engine: Engine, skeleton: Retriever, target: str) -> None:
+    """Rank 0 writes the trained model as an ordinary checkpoint: adapters merged, partitions gathered.
+
+    Every rank calls it. ``skeleton`` is the ``hollow`` copy of the model; it is given the trained parameters.
+    """
+    weights = plain_weights(engine.encoder.model, engine.whole)
+    if rank() == 0:
+        skeleton.model.load_state_dict(weights, strict=False, assign=True)
+        upload(target, lambda folder: save_checkpoint(skeleton, folder))
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
@@ -149,11 +189,27 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     return torch.device("cpu"), wanted == "bfloat16"
 
 
-def _skeleton(retriever: Retriever) -> Retriever:
-    """The retriever with empty parameters: what the trained weights are put into for saving, whatever
-    adapters and engines have done to the original by then."""
-    hollow = {
+def hollow(retriever: Retriever) -> Retriever:
+    """The retriever with empty parameters: trained weights are put into it for saving, whatever adapters and
+    engines have done to the original by then.
+    """
+    empty = {
         id(parameter): torch.nn.Parameter(torch.empty_like(parameter, device="meta"))
         for parameter in retriever.model.parameters()
     }
-    return replace(retriever, model=copy.deepcopy(retriever.model, hollow))
+    return replace(retriever, model=copy.deepcopy(retriever.model, empty))
+
+
+def _teacher(config: TrainConfig, pairs: list[Pair], stages: Path) -> TeacherEmbeddings | None:
+    """The teacher's embeddings, which the driver had computed: only maps files."""
+    if config.distillation.teacher is None:
+        return None
+    from effir_ray.training.distillation import teacher_embeddings
+
+    return teacher_embeddings(
+        config.distillation.teacher,
+        pairs,
+        stages=StageStore(stages),
+        query_max_length=config.query_max_length,
+        document_max_length=config.document_max_length,
+    )

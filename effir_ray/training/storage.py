@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -35,6 +36,34 @@ def fetch(source: str, folder: Path) -> None:
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         new.rename(folder)
+
+
+def write_json(target: str, value: Any) -> None:
+    """One small file at a path or URI; the folder above is made where it is missing."""
+    text = json.dumps(value)
+    if "://" not in target:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(text, encoding="utf-8")
+        return
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(target)
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(text.encode())
+
+
+def read_json(source: str) -> Any:
+    """What ``write_json`` wrote; None where there is no file."""
+    if not exists(source):
+        return None
+    if "://" not in source:
+        return json.loads(Path(source).read_text(encoding="utf-8"))
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(source)
+    with filesystem.open_input_stream(path) as stream:
+        return json.loads(stream.read())
 
 
 def exists(source: str) -> bool:

@@ -1,13 +1,18 @@
-"""Rows and checkpoints on their way to the driver, and back into a run that starts again."""
+"""What lets a run outlive a dead worker, a dead driver or too large a micro-batch."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.distributed import largest, rank
 from effir_ray.training.engine import Engine
@@ -15,40 +20,47 @@ from effir_ray.training.engine import Engine
 REPORT_SECONDS = 1.0
 """Rows are sent in groups: a report waits until Ray Train's controller has taken the one before."""
 
+DEV_SCORE = "dev_ndcg_at_10"
+SMALLEST_BUDGET = 256
+"""Tokens: below this a machine without memory for one pass is out of memory for another reason."""
+
+_PROGRESS, _BUDGET = "progress.json", "token_budget.json"
+
 
 class Reporter:
-    """Sends rows to the driver about once a second, and a checkpoint every ``checkpoint_every`` steps."""
+    """Sends rows to the driver about once a second; with them a checkpoint where one is due.
+
+    A checkpoint is due every ``checkpoint_every`` steps and after every dev score. It holds weights and
+    optimizer state; the place in the data and all random draws follow from the step.
+    """
 
     def __init__(self, engine: Engine, config: TrainConfig) -> None:
         self._engine, self._every = engine, config.checkpoint_every
         self._rows: list[dict[str, Any]] = []
         self._sent = time.monotonic()
 
-    def __call__(self, row: dict[str, Any], *, last: bool) -> None:
+    def __call__(self, row: dict[str, Any]) -> None:
         """Every rank calls it after every step: reporting is a barrier, so rank 0's clock decides for all."""
         self._rows.append(row)
-        checkpoint = self._every is not None and row["step"] % self._every == 0 and not last
+        last = row["step"] == row["steps"]
+        periodic = self._every is not None and row["step"] % self._every == 0 and not last
         elapsed = time.monotonic() - self._sent if rank() == 0 else 0.0
         due = largest(elapsed, self._engine.device) >= REPORT_SECONDS
-        if checkpoint:
-            self._report_checkpoint(row)
+        if periodic or DEV_SCORE in row:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._engine.save(Path(scratch))
+                if rank() == 0:
+                    (Path(scratch) / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
+                self._report(row, scratch)
         elif due or last:
-            self._report(None)
+            self._report(row, None)
 
-    def _report_checkpoint(self, row: dict[str, Any]) -> None:
-        from ray.train import Checkpoint
-
-        with tempfile.TemporaryDirectory() as scratch:
-            self._engine.save(Path(scratch))
-            if rank() == 0:
-                (Path(scratch) / "progress.json").write_text(json.dumps({"step": row["step"]}))
-            self._report(Checkpoint.from_directory(scratch), row)
-
-    def _report(self, checkpoint: Any, row: dict[str, Any] | None = None) -> None:
+    def _report(self, row: dict[str, Any], folder: str | None) -> None:
         import ray.train
 
-        scores = {key: value for key, value in (row or {}).items() if key.startswith("dev_")}
-        ray.train.report({"rows": self._rows, **scores}, checkpoint=checkpoint)
+        metrics = {"rows": self._rows, DEV_SCORE: row.get(DEV_SCORE, -1.0), "step": row["step"]}
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
         self._rows, self._sent = [], time.monotonic()
 
 
@@ -57,9 +69,61 @@ def restore(engine: Engine) -> int:
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
+    return 0 if checkpoint is None else _load(engine, checkpoint)
+
+
+def restore_best(engine: Engine) -> int | None:
+    """Load the checkpoint with the best dev score; returns its step, None when no checkpoint has one."""
+    import ray.train
+
+    reported = [
+        (entry.metrics[DEV_SCORE], entry.metrics["step"], entry.checkpoint)
+        for entry in ray.train.get_all_reported_checkpoints()
+        if entry.metrics[DEV_SCORE] >= 0
+    ]
+    if not reported:
+        return None
+    _, _, best = max(reported, key=lambda entry: entry[:2])
+    return _load(engine, best)
+
+
+def _load(engine: Engine, checkpoint: Any) -> int:
     with checkpoint.as_directory() as folder:
         engine.load(Path(folder))
-        step = json.loads((Path(folder) / "progress.json").read_text())["step"]
-    return int(step)
+        return int(json.loads((Path(folder) / _PROGRESS).read_text())["step"])
+
+
+class OutOfMemory(RuntimeError):
+    """A worker ran out of memory; the run starts again from its newest checkpoint with a smaller budget."""
+
+
+@contextmanager
+def halving(run: str, budget: int) -> Iterator[None]:
+    """An out-of-memory error inside halves the token budget that the run's next start reads, and ends this
+    one.
+
+    Other ranks may be waiting inside a collective at that moment, so no rank can simply try again.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        halve(run, budget)
+        raise OutOfMemory(f"out of memory with a token budget of {budget}: {error}") from error
+
+
+def halve(run: str, budget: int) -> None:
+    storage.write_json(f"{run}/{_BUDGET}", {"token_budget": budget // 2})
+
+
+def halved_budget(run: str) -> int | None:
+    """The token budget that an earlier start of this run was brought down to; None when it never was."""
+    found = storage.read_json(f"{run}/{_BUDGET}")
+    return None if found is None else int(found["token_budget"])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an exception for it on GPUs, and only a message on CPUs."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text
