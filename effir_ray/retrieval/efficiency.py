@@ -1,0 +1,198 @@
+"""How fast, how large and how spread out: efficiency figures of encoders, measured side by side.
+
+All models are measured in turn within every round, so that whatever else the machine does hits them alike;
+reported are medians over rounds, and speed-ups are ratios taken inside a round.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from effir_ray.config import Config
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from effir_ray.retrieval.encoder import Encoder
+
+_PEAK_SIZE = {"cpu": 1536, "cuda": 8192}
+"""Side of the square matrices for ``gemm_peak``: large enough for the plateau, small enough to be quick."""
+_PEAK_REPEATS = 5
+
+
+class Efficiency(Config):
+    """One model's figures. ``*_speedup`` is relative to the reference, ``*_spread`` its range over rounds.
+
+    query_ms_*: latency of one query alone, tokenisation included. document_ms, documents_per_s, tokens_per_s:
+    throughput on all documents together. mfu: model FLOPs a second over ``gemm_peak``. peak_memory_bytes:
+    GPU memory, on CPUs weights plus what encoding adds to the process. isotropy: mean cosine between
+    different documents (0 is best spread, near 1 is collapsed).
+    """
+
+    query_ms_p50: float
+    query_ms_p95: float
+    documents_per_s: float
+    tokens_per_s: float
+    document_ms: float
+    query_speedup: float
+    query_speedup_spread: tuple[float, float]
+    document_speedup: float
+    document_speedup_spread: tuple[float, float]
+    mfu: float
+    peak_memory_bytes: int
+    isotropy: float
+
+
+def measure_efficiency(
+    models: Mapping[str, Encoder],
+    queries: Sequence[str],
+    documents: Sequence[str],
+    *,
+    rounds: int = 5,
+    reference: str,
+) -> dict[str, Efficiency]:
+    """Figures of every model, by name; ``reference`` names the one that speed-ups are relative to.
+
+    Raises InputError for a reference that is not among the models and for empty inputs.
+    """
+    if reference not in models:
+        raise InputError(f"reference '{reference}' is not measured; measured: {', '.join(models)}")
+    if not queries or not documents or rounds < 1:
+        raise InputError("measuring needs at least one query, one document and one round")
+    runs = {name: _Run(encoder, queries, documents) for name, encoder in models.items()}
+    names = list(runs)
+    for number in range(rounds):
+        shift = number % len(names)  # nobody always runs after the same neighbour
+        for name in names[shift:] + names[:shift]:
+            runs[name].round()
+    return {name: run.figures(runs[reference]) for name, run in runs.items()}
+
+
+class _Run:
+    """One model's measurements, a row a round."""
+
+    def __init__(self, encoder: Encoder, queries: Sequence[str], documents: Sequence[str]) -> None:
+        from effir_ray.compression.accounting import flops
+
+        self._encoder, self._queries, self._documents = encoder, queries, documents
+        retriever = encoder.retriever
+        lengths = [len(ids) for ids in retriever.tokenize(documents, "document")]
+        self._tokens = sum(lengths)
+        by_length = {n: flops(retriever.model.config, retriever.plan, n) for n in set(lengths)}
+        self._flops = sum(by_length[n] for n in lengths)
+        self._embeddings, self._memory = peak_memory(encoder, documents)  # also warms up
+        encoder.encode(queries[:1], "query")
+        self._query_seconds: list[list[float]] = []
+        self._document_seconds: list[float] = []
+        self._mfu: list[float] = []
+
+    def round(self) -> None:
+        model = self._encoder.retriever.model
+        peak = gemm_peak(model.device, model.dtype)
+        alone = [_seconds(partial(self._encoder.encode, [query], "query")) for query in self._queries]
+        self._query_seconds.append(alone)
+        seconds = _seconds(lambda: self._encoder.encode(self._documents, "document"))
+        self._document_seconds.append(seconds)
+        self._mfu.append(self._flops / seconds / peak)
+
+    def figures(self, reference: _Run) -> Efficiency:
+        latencies = np.median(self._query_seconds, axis=0)  # (queries,): the median over rounds of each
+        seconds = float(np.median(self._document_seconds))
+        query_ratios = np.sum(reference._query_seconds, axis=1) / np.sum(self._query_seconds, axis=1)
+        document_ratios = np.array(reference._document_seconds) / np.array(self._document_seconds)
+        return Efficiency(
+            query_ms_p50=1000 * float(np.quantile(latencies, 0.5)),
+            query_ms_p95=1000 * float(np.quantile(latencies, 0.95)),
+            documents_per_s=len(self._documents) / seconds,
+            tokens_per_s=self._tokens / seconds,
+            document_ms=1000 * seconds / len(self._documents),
+            query_speedup=float(np.median(query_ratios)),
+            query_speedup_spread=(float(query_ratios.min()), float(query_ratios.max())),
+            document_speedup=float(np.median(document_ratios)),
+            document_speedup_spread=(float(document_ratios.min()), float(document_ratios.max())),
+            mfu=float(np.median(self._mfu)),
+            peak_memory_bytes=self._memory,
+            isotropy=isotropy(self._embeddings),
+        )
+
+
+def gemm_peak(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float:
+    """FLOP/s of the best of a few large square matrix products (float32 unless ``dtype`` says else)."""
+    import torch
+
+    device = torch.device(device)
+    side = _PEAK_SIZE[device.type]
+    a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
+    b, out = torch.randn_like(a), torch.empty_like(a)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    multiply()
+    return 2 * side**3 / min(_seconds(multiply) for _ in range(_PEAK_REPEATS))
+
+
+def isotropy(embeddings: npt.NDArray[np.float32]) -> float:
+    """Mean cosine over all pairs of different rows of (n, d), in one pass: (|sum u|^2 - n) / (n (n - 1))."""
+    n = len(embeddings)
+    if n < 2:
+        raise InputError(f"isotropy needs at least 2 embeddings, found {n}")
+    units = embeddings.astype(np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    return float((np.square(units.sum(axis=0)).sum() - n) / (n * (n - 1)))
+
+
+def search_ms(
+    queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], *, k: int = 100, rounds: int = 5
+) -> float:
+    """Milliseconds of exact search for one query (q, d) over all documents (n, d): median over rounds."""
+    from effir_ray.retrieval.index import exact_search
+
+    depth = min(k, len(documents))
+    times = [
+        _seconds(lambda: exact_search(queries, documents, k=depth, backend="auto")) for _ in range(rounds)
+    ]
+    return 1000 * float(np.median(times)) / len(queries)
+
+
+def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
+    """Encode ``documents``: (their embeddings, the most bytes in use, see ``Efficiency``)."""
+    import torch
+
+    model = encoder.retriever.model
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        embeddings = encoder.encode(documents, "document")
+        return embeddings, int(torch.cuda.max_memory_allocated(model.device))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = _resident("VmRSS", reset=True)
+    embeddings = encoder.encode(documents, "document")
+    return embeddings, weights + max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str, *, reset: bool = False) -> int:
+    """Bytes of this process from /proc (VmRSS: now, VmHWM: most since the last reset); 0 without /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): sets VmHWM to the current size
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
