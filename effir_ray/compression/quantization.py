@@ -1,7 +1,8 @@
 """Quantisation on top of any retriever, compressed or not: the Linears inside the blocks.
 
 ``int8`` runs on CPUs: weights int8 an output channel, activations quantised a batch as they come (dynamic).
-``nf4`` and ``int8-cuda`` run on NVIDIA GPUs through bitsandbytes (NF4 is what the paper puts on EffiR).
+``nf4`` and ``llm-int8`` go through bitsandbytes: made for NVIDIA GPUs, also computed (slowly) on CPUs. NF4 is
+what the paper puts on EffiR; ``llm-int8`` is LLM.int8() (Dettmers et al., 2022).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from effir_ray.backbones.retriever import Retriever
 from effir_ray.errors import InputError
 
-Quantization = Literal["int8", "nf4", "int8-cuda"]
+Quantization = Literal["int8", "nf4", "llm-int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,8 @@ class Size:
 def quantize(retriever: Retriever, method: Quantization) -> Retriever:
     """Replace the Linears inside the blocks, in place; embeddings and norms keep their precision.
 
-    The result encodes but is not trained. Raises InputError when the method's device or package is missing,
-    or when ``int8`` is asked of a model that is not in float32 (its CPU kernels take nothing else).
+    The result encodes but is not trained. Raises InputError when bitsandbytes is missing, or when ``int8`` is
+    asked of a model that is not in float32 on the CPU (its kernels take nothing else).
     """
     if method == "int8":
         _dynamic_int8(retriever)
@@ -60,33 +61,24 @@ def _dynamic_int8(retriever: Retriever) -> None:
 
 
 def _bitsandbytes(retriever: Retriever, method: Quantization) -> None:
-    if not torch.cuda.is_available():
-        raise InputError(f"{method} quantisation needs an NVIDIA GPU, found none; on CPUs use int8")
     try:
         import bitsandbytes
     except ImportError:
-        raise InputError(
-            f"{method} quantisation needs bitsandbytes; run 'pip install bitsandbytes'"
-        ) from None
-    model = retriever.model
-    for name, linear in retriever.family.linears(model):
-        model.set_submodule(name, _bitsandbytes_linear(bitsandbytes.nn, linear, method))
-    model.to("cuda")  # bitsandbytes quantises as weights arrive on the GPU
+        raise InputError(f"{method} quantisation needs bitsandbytes: pip install bitsandbytes") from None
+    for name, linear in retriever.family.linears(retriever.model):
+        new = _bitsandbytes_linear(bitsandbytes.nn, linear, method)
+        retriever.model.set_submodule(name, new.to(linear.weight.device))
 
 
 def _bitsandbytes_linear(library: Any, linear: nn.Linear, method: Quantization) -> nn.Module:
-    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    if method == "nf4":
-        # The paper quantises QLoRA's way: NF4 with double quantisation, bfloat16 products.
-        new = library.Linear4bit(
-            *shape, bias=bias, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
-        )
-        new.weight = library.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-        )
+    """On the CPU and not quantised yet: bitsandbytes quantises weights when they move to their device."""
+    shape, weight = (linear.in_features, linear.out_features), linear.weight.data.cpu()
+    if method == "nf4":  # as in QLoRA: double quantisation; products in the model's own precision
+        new = library.Linear4bit(*shape, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+        new.weight = library.Params4bit(weight, requires_grad=False, quant_type="nf4")
     else:
-        new = library.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
-        new.weight = library.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        new = library.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
+        new.weight = library.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:
         new.bias = nn.Parameter(linear.bias.data, requires_grad=False)
     module: nn.Module = new

@@ -1,5 +1,6 @@
 """Whole retrievers made sparse or quantised."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,11 +134,24 @@ def test_int8_stays_close_and_is_a_quarter_of_the_blocks(kind: str, tmp_path: Pa
     assert not np.allclose(vectors(retriever, TEXTS), before, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8-cuda"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_methods_say_what_is_missing(method: str) -> None:
-    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
-        quantize(load_retriever("random:llama"), method)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "bits", "closeness"), [("nf4", 4, 0.85), ("llm-int8", 8, 0.99)])
+def test_bitsandbytes_stays_close_and_small(kind: str, method: str, bits: int, closeness: float) -> None:
+    pytest.importorskip("bitsandbytes")
+    retriever = load_retriever(f"random:{kind}")
+    before, full = vectors(retriever, TEXTS), measure_size(retriever).memory_bytes
+    weights_before = weights(retriever)
+    in_blocks = sum(weight.nbytes for weight in weights_before.values())
+    small = measure_size(quantize(retriever, method)).memory_bytes  # type: ignore[arg-type]  # parametrised literal
+    tables = 1500 * len(weights_before)  # code books and names: a fixed cost a matrix
+    assert full - in_blocks < small < full - in_blocks + in_blocks * bits / 32 * 1.1 + tables
+    assert torch.cosine_similarity(vectors(retriever, TEXTS), before).min() > closeness
+
+
+def test_a_missing_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        quantize(load_retriever("random:llama"), "nf4")
 
 
 def test_int8_takes_float32_only() -> None:
