@@ -73,20 +73,28 @@ def _pooling(settings: dict[str, Any], folder: Path) -> Any:
     return chosen[0]
 
 
-def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
-    """The plan of a loaded model. Without our own file, kept neurons count as a layer's first ones."""
-    own = read_json(folder / OWN_FILE) or {}
-    neurons = own.get("neurons", {})
-    layers = []
-    per_layer = overrides(config)
+def present_plan(config: PreTrainedConfig) -> Plan:
+    """What a configuration has left; it knows only how many neurons, so the first ones stand for them."""
+    layers, per_layer = [], overrides(config)
     for index in range(config.num_hidden_layers):
         entry = per_layer.get(index, {})
-        width = entry.get("intermediate_size")
-        kept = tuple(neurons.get(str(index), range(width))) if width is not None else None
-        if kept is not None and len(kept) != width:
+        skip, width = entry.get("skip", ()), entry.get("intermediate_size")
+        neurons = tuple(range(width)) if width is not None else None
+        layers.append(LayerPlan(attention="attention" not in skip, mlp="mlp" not in skip, neurons=neurons))
+    return Plan(layers=tuple(layers))
+
+
+def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
+    """The plan of a loaded model, with the neurons that our own file names."""
+    neurons = (read_json(folder / OWN_FILE) or {}).get("neurons", {})
+    layers = list(present_plan(config).layers)
+    for index, layer in enumerate(layers):
+        if layer.neurons is None or str(index) not in neurons:
+            continue
+        named, width = neurons[str(index)], len(layer.neurons)
+        if len(named) != width:
             raise InputError(
-                f"{folder / OWN_FILE}: layer {index} lists {len(kept)} neurons, config.json says {width}"
+                f"{folder / OWN_FILE}: layer {index} lists {len(named)} neurons, config.json says {width}"
             )
-        skip = entry.get("skip", ())
-        layers.append(LayerPlan(attention="attention" not in skip, mlp="mlp" not in skip, neurons=kept))
+        layers[index] = layer.model_copy(update={"neurons": tuple(named)})
     return Plan(layers=tuple(layers))

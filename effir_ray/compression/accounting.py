@@ -92,7 +92,8 @@ def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multip
     anatomy = anatomy_of(config)
     _check(anatomy, plan)
     slim = [index for index, layer in enumerate(plan.layers) if layer.mlp]
-    target = target_width(sum(anatomy.layers[index].width for index in slim), reduction, multiple)
+    present = sum(width(anatomy.layers[index], plan.layers[index]) for index in slim)
+    target = target_width(present, reduction, multiple)
     layers = list(plan.layers)
     for place, index in enumerate(slim):
         share = target // len(slim) + (1 if place < target % len(slim) else 0)

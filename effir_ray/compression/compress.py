@@ -12,6 +12,7 @@ from effir_ray.compression.schedule import Schedule
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    from transformers import PreTrainedConfig
 
     from effir_ray.backbones.retriever import Retriever
     from effir_ray.compression.importance_scores import ImportanceScores
@@ -53,34 +54,46 @@ def compress(
     Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
     documents of ``dataset``; neurons are ranked on ``gate_pairs`` of its train pairs (``gate_steps`` steps of
     self-slimming). With ``out`` None nothing is trained or written and the size is that of the schedule (a
-    dry run). Raises InputError for a schedule that the backbone has no room for.
+    dry run; weights are loaded only where counts need importance). Raises InputError for a schedule that the
+    backbone has no room for.
     """
+    from effir_ray.backbones.folder import present_plan
     from effir_ray.backbones.registry import load_config
     from effir_ray.backbones.retriever import load_retriever
-    from effir_ray.compression.accounting import uniform_width
     from effir_ray.compression.checkpoint import save_checkpoint
-    from effir_ray.compression.planning import make_plan, narrow_plan
+    from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
     from effir_ray.compression.surgery import apply_plan
     from effir_ray.hardware import detect
 
-    check_room(schedule, load_config(backbone, first_blocks=first_blocks).num_hidden_layers)
+    config = load_config(backbone, first_blocks=first_blocks)
+    check_room(schedule, config.num_hidden_layers)
+    if out is None and not needs_scores(schedule):
+        plan = within(make_plan(schedule, config.num_hidden_layers, None), present_plan(config))
+        return _result(backbone, config, schedule, _sized(config, schedule, plan), max_length, None)
     hardware = detect()
     retriever = load_retriever(
         backbone, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks
     )
     data = _Data(dataset=dataset, texts=calibration_texts, pairs=gate_pairs, max_length=max_length, seed=seed)
-    full = retriever.plan
-    plan = make_plan(schedule, len(full.layers), _importance(retriever, schedule, data))
+    scores = _importance(retriever, schedule, data)
+    plan = within(make_plan(schedule, config.num_hidden_layers, scores), retriever.plan)
     if out is None:
-        config = retriever.model.config
-        sized = uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
-        return _result(retriever, schedule, sized if schedule.width_reduction else plan, max_length, None)
+        return _result(backbone, config, schedule, _sized(config, schedule, plan), max_length, None)
     apply_plan(retriever, plan)
     if schedule.width_reduction:
         plan = narrow_plan(plan, schedule, _neuron_scores(retriever, schedule, data, gate_steps))
         apply_plan(retriever, plan)
     save_checkpoint(retriever, out)
-    return _result(retriever, schedule, plan, max_length, out)
+    return _result(backbone, config, schedule, plan, max_length, out)
+
+
+def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
+    """``plan`` as wide as the schedule asks, with no say in which neurons stay."""
+    from effir_ray.compression.accounting import uniform_width
+
+    if not schedule.width_reduction:
+        return plan
+    return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
 
 
 def check_room(schedule: Schedule, n_layers: int) -> None:
@@ -136,13 +149,18 @@ def _neuron_scores(
 
 
 def _result(
-    retriever: Retriever, schedule: Schedule, plan: Plan, tokens: int, checkpoint: Path | None
+    backbone: str,
+    config: PreTrainedConfig,
+    schedule: Schedule,
+    plan: Plan,
+    tokens: int,
+    checkpoint: Path | None,
 ) -> Compression:
     from effir_ray.compression.accounting import count_parameters, flops
 
-    config, full = retriever.model.config, Plan.full(len(plan.layers))
+    full = Plan.full(len(plan.layers))
     return Compression(
-        backbone=retriever.name,
+        backbone=backbone,
         schedule=schedule.name,
         plan=plan,
         parameters=count_parameters(config, plan),

@@ -1,4 +1,4 @@
-"""save -> load is bit-equal: through effir-ray, and without it through transformers and sentence-transformers."""
+"""save -> load is bit-equal: in effir-ray, and without it in transformers and sentence-transformers."""
 
 import json
 import os
@@ -198,7 +198,7 @@ assert not any(name.split(".")[0] == "effir_ray" for name in sys.modules)
 
 @pytest.mark.integration
 def test_without_effir_ray(tmp_path: Path) -> None:
-    """In a process where effir_ray cannot be imported: AutoModel and SentenceTransformer give the same bits."""
+    """Where effir_ray cannot be imported: AutoModel and SentenceTransformer give the same bits."""
     retrievers = {}
     for kind in RANDOM_MODELS:
         retriever = pruned(kind)

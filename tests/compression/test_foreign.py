@@ -81,7 +81,7 @@ def test_the_lists_excuse_no_other_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [[4], [-1], ["1"], [True, False]])
 def test_lists_that_name_no_layers(bad: list[int], tmp_path: Path) -> None:
     language_model(tmp_path / "model", {**LISTS, "drop_mlp_list": bad})
-    with pytest.raises(InputError, match="drop_mlp_list is .*expected layer indices below 4"):
+    with pytest.raises(InputError, match=r"drop_mlp_list is .*expected layer indices below 4"):
         load_retriever(tmp_path / "model")
 
 
@@ -160,5 +160,5 @@ def test_an_adapter_with_other_tensors(tmp_path: Path) -> None:
     adapter, _ = effir_release(tmp_path)
     file = adapter / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.score.weight": torch.zeros(1)}, file)
-    with pytest.raises(InputError, match="unexpected tensor base_model.model.score.weight"):
+    with pytest.raises(InputError, match=r"unexpected tensor base_model.model.score.weight"):
         load_retriever(adapter)
