@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 
@@ -50,8 +50,12 @@ def measure_importance(
     Texts are handled in padded batches of ``token_budget`` tokens; memory does not grow with their number.
     ``workers=None`` computes here; ``workers=N`` on N Ray actors with one result for every N (see
     sharding.mapper for ``scratch`` and ``address``). Sublayers that were already dropped score 0.
-    Raises InputError when the criterion's texts or pairs are missing.
+    Raises InputError for an unknown criterion or when its texts or pairs are missing.
     """
+    if criterion not in get_args(Criterion):
+        raise InputError(
+            f"importance criterion '{criterion}'; expected one of {', '.join(get_args(Criterion))}"
+        )
     if criterion == "random":
         scores = np.random.default_rng(seed).random(
             (len(UNITS), len(retriever.family.layers(retriever.model)))

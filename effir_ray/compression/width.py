@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from effir_ray.compression.calibration import (
 from effir_ray.compression.neurons import fresh_gates, frozen, gated, mlps, on_neurons, widths
 from effir_ray.compression.schedule import WidthMethod
 from effir_ray.compression.slimming import SlimmingConfig, train_gates
+from effir_ray.errors import InputError
 
 
 def rank_neurons(
@@ -46,8 +47,11 @@ def rank_neurons(
       loss change when the neuron goes (Molchanov et al., 2019);
     - ``random``: uniform, from ``seed``.
 
-    The model is not changed. Raises InputError when a method that needs pairs finds fewer than 2.
+    The model is not changed. Raises InputError for an unknown method or when one that needs pairs finds
+    fewer than 2.
     """
+    if method not in get_args(WidthMethod):
+        raise InputError(f"width method '{method}'; expected one of {', '.join(get_args(WidthMethod))}")
     if method == "random":
         generator = np.random.default_rng(seed)
         return {layer: generator.random(width) for layer, width in widths(retriever).items()}

@@ -166,6 +166,8 @@ def test_missing_texts_and_pairs_are_named() -> None:
     retriever = load_retriever("random:llama")
     with pytest.raises(InputError, match="needs calibration texts"):
         measure_importance(retriever, criterion="cosine")
+    with pytest.raises(InputError, match="expected one of cosine, pooled"):
+        measure_importance(retriever, TEXTS, criterion="cosin")  # type: ignore[arg-type]  # the point
     with pytest.raises(InputError, match="1 training pairs"):
         measure_importance(retriever, criterion="dev-loss", pairs=PAIRS[:1])
 

@@ -217,6 +217,11 @@ def test_sorting_refuses_what_it_cannot_do() -> None:
         sort_neurons(retriever, scores)
 
 
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(InputError, match="expected one of self-slimming, magnitude"):
+        rank_neurons(load_retriever("random:llama"), "slimming", PAIRS)  # type: ignore[arg-type]  # the point
+
+
 def test_dropped_mlps_have_no_neurons_to_rank() -> None:
     retriever = load_retriever("random:gemma2")
     layers = (
