@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shlex
 import tempfile
 import time
@@ -100,10 +101,17 @@ def stop_job(job: str, *, address: str | None = None) -> str:
 
 
 def _client(address: str | None) -> JobSubmissionClient:
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it reports every upload and closed connection
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise InputError(
+            f"the Ray cluster at '{address or 'this machine'}' asks for its token; set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(

@@ -52,11 +52,12 @@ def plain(value: Any) -> Any:
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
     """A table with numbers aligned right and nothing in it read as markup."""
     rows = [list(row) for row in rows]
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    heading = None if title is None else Text(title)  # as it is: rich reads ":llama:" as an emoji
+    table = Table(title=heading, title_justify="left", title_style="bold", header_style="bold")
     for index, name in enumerate(columns):
         cells = [figure(row[index]) for row in rows]
         numeric = any(cells) and all(cell[:1] in "-0123456789" for cell in cells)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(figure(value)) for value in row))
     console().print(table)

@@ -16,7 +16,10 @@ def parse_drop(value: Any) -> Any:
     """``8`` is a count; ``"3,5"`` and ``[3, 5]`` are layer indices; ``"5,"`` is the one layer 5."""
     if isinstance(value, str):
         parts = [part for part in value.split(",") if part.strip()]
-        return tuple(int(part) for part in parts) if "," in value else int(value)
+        try:
+            return tuple(int(part) for part in parts) if "," in value else int(value)
+        except ValueError:
+            raise ValueError("expected a count such as 4, or layer indices such as 3,5") from None
     if isinstance(value, list | tuple):
         return tuple(value)
     return value

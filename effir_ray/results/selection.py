@@ -14,6 +14,7 @@ from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
+from effir_ray.results.schema import DIRECTIONS
 
 TEST_COLUMN = "test_ndcg_at_10"
 
@@ -73,8 +74,8 @@ def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
         return rows.slice(int(np.linalg.norm(scaled, axis=1).argmin()), 1)
     conditions = [_condition(text) for text in pick.split(",")]
     for column, compare, value in conditions:
-        if column not in rows.schema.names:
-            raise InputError(f"--pick: unknown column '{column}'; objectives are {', '.join(objectives)}")
+        if column not in DIRECTIONS:
+            raise InputError(f"--pick: '{column}' is not measured; choose from {', '.join(DIRECTIONS)}")
         kept = [item is not None and compare(item, value) for item in rows[column].to_pylist()]
         rows = rows.filter(pa.array(kept, pa.bool_()))
     if len(rows) == 0:

@@ -1,0 +1,132 @@
+"""What every command promises: help with examples, JSON on request, fast start."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from effir_ray.cli import app
+from effir_ray.results import store
+from effir_ray.results.schema import TrialRow
+
+COMMANDS = [
+    (name,) if not hasattr(command, "commands") else (name, inner)
+    for name, command in get_command(app).commands.items()
+    for inner in getattr(command, "commands", [None])
+]
+NO_REPORT = {("demo",), ("logs",)}  # they show a running piece of work, not a result
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Three schedules on dev, the smallest of them also on test."""
+    base = {"study": "s", "trial": "{}", "backbone": "random:llama", "dataset": "stdlib"}
+    figures = [("full", 0.5, 1000), ("2M", 0.4, 700), ("4M", 0.1, 900)]
+    rows = [
+        TrialRow(**base, trial_id=name, schedule=name, split="dev", ndcg_at_10=score, parameters=size)
+        for name, score, size in figures
+    ]
+    rows.append(rows[1].model_copy(update={"split": "test", "ndcg_at_10": 0.35}))
+    store.append(tmp_path / "study", rows)
+    return tmp_path / "study"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_shows_how_to_use_the_command(command: tuple[str, ...]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert f"effir-ray {' '.join(command)}" in result.stdout.partition("Examples")[2]
+    assert ("--json" in result.stdout) == (command not in NO_REPORT)
+
+
+def test_start_up_imports_nothing_heavy() -> None:
+    heavy = [
+        "torch",
+        "transformers",
+        "ray",
+        "deepspeed",
+        "faiss",
+        "beir",
+        "optuna",
+        "duckdb",
+        "pyarrow",
+        "numpy",
+    ]
+    code = f"import sys, effir_ray.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_front_as_json_has_the_rows_and_their_test_scores(study: Path) -> None:
+    rows = json.loads(run("pareto", study, "--json").stdout)
+    found = [(row["schedule"], row["ndcg_at_10"], row["test_ndcg_at_10"]) for row in rows]
+    assert found == [("full", 0.5, None), ("2M", 0.4, 0.35)]
+
+
+def test_a_front_as_a_table_has_a_line_a_model(study: Path) -> None:
+    text = run("pareto", study).stdout
+    assert "random:llama on stdlib, dev queries" in text
+    assert [line.split("│")[2].strip() for line in text.splitlines() if line.startswith("│")] == [
+        "full",
+        "2M",
+    ]
+
+
+def test_pick_and_where_narrow_the_front(study: Path) -> None:
+    assert (
+        json.loads(run("pareto", study, "--pick", "ndcg_at_10>=0.3", "--json").stdout)[0]["schedule"] == "2M"
+    )
+    narrowed = run("pareto", study, "--where", "ndcg_at_10 > 0.4", "--json").stdout
+    assert [row["schedule"] for row in json.loads(narrowed)] == ["full"]
+
+
+def test_a_query_prints_a_table_or_json(study: Path) -> None:
+    sql = "SELECT schedule, parameters FROM rows WHERE split = 'test'"
+    assert json.loads(run("query", study, sql, "--json").stdout) == [{"schedule": "2M", "parameters": 700}]
+    assert "700" in run("query", study, sql).stdout
+
+
+def test_a_report_is_written_beside_the_study_unless_told_otherwise(study: Path, tmp_path: Path) -> None:
+    written = json.loads(run("report", study, "--json").stdout)["file"]
+    assert Path(written) == study / "report.html"
+    assert run("report", study, "--out", tmp_path / "front.svg").exit_code == 0
+    assert (tmp_path / "front.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_compress_previews_and_then_writes_the_same_plan(tmp_path: Path) -> None:
+    options = ("--backbone", "random:llama", "--drop-mlp", "1,2", "--drop-last-blocks", 1, "--json")
+    preview = json.loads(run("compress", *options, "--dry-run").stdout)
+    assert preview["checkpoint"] is None
+    written = json.loads(run("compress", *options, "--out", tmp_path / "small").stdout)
+    assert written == preview | {"checkpoint": str(tmp_path / "small")}
+    assert [layer["mlp"] for layer in written["plan"]["layers"]] == [True, False, False, False]
+    assert (tmp_path / "small" / "config.json").is_file()
+
+
+def test_a_dry_run_of_a_search_lists_every_schedule(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("name: t\nbackbone: random:llama\ndataset: stdlib\nschedules: [{drop_mlp: 2}]\n")
+    preview = json.loads(run("search", space, "--dry-run", "--json").stdout)
+    assert [trial["schedule"] for trial in preview["trials"]] == ["full", "2M"]
+    assert "2M" in run("search", space, "--dry-run").stdout
+
+
+def test_doctor_gives_a_reason_for_everything_it_found() -> None:
+    findings = json.loads(run("doctor", "--json").stdout)
+    assert {"device", "threads", "exact search", "training engine", "Ray"} <= {f["subject"] for f in findings}
+    assert all(finding["found"] and finding["reason"] for finding in findings)
+
+
+def test_data_sets_are_listed_with_their_sizes() -> None:
+    listed = {item["name"]: item for item in json.loads(run("data", "list", "--json").stdout)}
+    assert listed["scifact"]["documents"] == 5183
+    assert "stdlib" in listed

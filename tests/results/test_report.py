@@ -1,0 +1,76 @@
+"""The report: one file, complete, and safe against what rows contain."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.results.report import LABELS, report
+from effir_ray.results.schema import DIRECTIONS, TrialRow
+
+EVIL = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    base = {"study": f"s {EVIL}", "trial": "{}", "backbone": "b", "dataset": "scifact"}
+    rows = [
+        TrialRow(
+            **base, trial_id=str(i), schedule=f"{i}M", split=split, ndcg_at_10=0.6 - i / 10, parameters=90 - i
+        )
+        for i in range(3)
+        for split in ("test", "dev")
+    ]
+    failed = TrialRow(**base, trial_id="f", schedule="9M", split="dev", status="failed", reason=f"NaN {EVIL}")
+    store.append(tmp_path / "study", [*rows, failed])
+    return tmp_path / "study"
+
+
+def data_of(page: str) -> dict[str, list[dict[str, object]]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    data: dict[str, list[dict[str, object]]] = json.loads(found[1])
+    return data
+
+
+def test_the_page_holds_every_row_and_needs_no_network(study: Path, tmp_path: Path) -> None:
+    page = report([study], tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    data = data_of(page)
+    assert [(row["schedule"], row["split"]) for row in data["rows"]][:3] == [
+        (f"{i}M", "dev") for i in range(3)
+    ]
+    assert len(data["rows"]) == 6
+    assert data["failed"][0]["schedule"] == "9M"
+    assert {row["dataset"] for row in data["published"]} == {"SciFact"}
+    assert "default-src 'none'" in page
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', page)
+
+
+def test_text_of_rows_cannot_become_markup(study: Path, tmp_path: Path) -> None:
+    page = report([study], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert EVIL not in page
+    assert data_of(page)["failed"][0]["reason"] == f"NaN {EVIL}"
+
+
+def test_every_objective_has_a_label() -> None:
+    assert LABELS.keys() == DIRECTIONS.keys()
+
+
+def test_a_picture_is_the_same_for_the_same_rows(study: Path, tmp_path: Path) -> None:
+    first, second = (report([study], tmp_path / name).read_bytes() for name in ("a.svg", "b.svg"))
+    assert first == second
+    assert b"nDCG@10" in first
+    assert report([study], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_formats_and_empty_studies_are_refused(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"\.html, \.svg or \.png"):
+        report([study], tmp_path / "report.pdf")
+    failed = store.read([study]).slice(6)
+    (tmp_path / "failed").mkdir()
+    store.pq.write_table(failed, tmp_path / "failed" / "rows.parquet")
+    with pytest.raises(InputError, match="no successful trial"):
+        report([tmp_path / "failed"], tmp_path / "report.html")

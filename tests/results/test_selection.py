@@ -1,0 +1,100 @@
+"""From rows to a front, and from a front to one model."""
+
+from pathlib import Path
+
+import pytest
+
+from effir_ray.errors import InputError
+from effir_ray.results import store
+from effir_ray.results.schema import TrialRow
+from effir_ray.results.selection import TEST_COLUMN, pareto
+
+
+def row(name: str, score: float | None, size: int, **changes: object) -> TrialRow:
+    values = {
+        "study": "s",
+        "trial": "{}",
+        "backbone": "random:llama",
+        "dataset": "stdlib",
+        "split": "dev",
+        "trial_id": name,
+        "schedule": name,
+        "ndcg_at_10": score,
+        "parameters": size,
+    }
+    return TrialRow.model_validate(values | changes)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    rows = [
+        row("full", 0.60, 100),
+        row("small", 0.55, 60),
+        row("tiny", 0.20, 40),
+        row("bad", 0.30, 90),
+        row("broken", None, 10, status="failed", reason="NaN"),
+        row("small", 0.52, 60, split="test"),
+        row("bad", 0.99, 90, split="test"),
+    ]
+    store.append(tmp_path, rows)
+    return tmp_path
+
+
+def names(folder: Path, **options: object) -> list[str]:
+    found: list[str] = pareto([folder], **options)["schedule"].to_pylist()  # type: ignore[arg-type]  # kwargs
+    return found
+
+
+def test_the_front_is_chosen_on_dev_and_carries_test_scores(study: Path) -> None:
+    front = pareto([study])
+    assert front["schedule"].to_pylist() == ["full", "small", "tiny"]
+    assert front[TEST_COLUMN].to_pylist() == [None, 0.52, None]
+
+
+@pytest.mark.parametrize(
+    ("pick", "name"),
+    [
+        ("knee", "small"),
+        ("ndcg_at_10>=0.5", "small"),
+        ("ndcg_at_10 >= 0.56", "full"),
+        ("parameters<=6e1", "small"),
+        ("parameters<60", "tiny"),
+        ("ndcg_at_10>=0.1,parameters<=60", "small"),
+    ],
+)
+def test_pick_leaves_the_row_that_was_asked_for(study: Path, pick: str, name: str) -> None:
+    assert names(study, pick=pick) == [name]
+
+
+@pytest.mark.parametrize(
+    ("pick", "message"),
+    [
+        ("ndcg_at_10>=0.9", "no row of the front"),
+        ("best", "cannot read 'best'"),
+        ("ndcg_at_10>=.e", "cannot read"),
+        ("speed>1", "'speed' is not measured"),
+        ("schedule>1", "'schedule' is not measured"),
+    ],
+)
+def test_a_pick_that_fits_nothing_says_so(study: Path, pick: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pareto([study], pick=pick)
+
+
+def test_objectives_and_split_can_be_chosen(study: Path) -> None:
+    assert names(study, objectives=["parameters"]) == ["tiny"]
+    assert names(study, split="test") == ["bad", "small"]
+    with pytest.raises(InputError, match="no rows of split 'train'; there are dev, test"):
+        pareto([study], split="train")
+
+
+def test_data_sets_are_not_mixed(study: Path) -> None:
+    store.append(study, [row("other", 0.9, 50, dataset="scifact")])
+    with pytest.raises(InputError, match="2 data sets"):
+        pareto([study])
+    assert names(study, where="dataset = 'scifact'") == ["other"]
+
+
+def test_without_a_successful_trial_there_is_no_front(study: Path) -> None:
+    with pytest.raises(InputError, match="no successful trial among the 1 rows"):
+        pareto([study], where="status = 'failed'")
