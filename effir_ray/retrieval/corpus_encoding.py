@@ -9,6 +9,7 @@ always encoded as a whole.
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from array import array
 from collections.abc import Iterator
@@ -235,6 +236,7 @@ class _ShardEncoder:
             dimension=embeddings.shape[1],
             tokens=self._encoder.tokens_seen - before,
             seconds=time.perf_counter() - started,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         self._folder.write_shard(record, corpus.ids, embeddings, self._encoding.dtype)
         return record

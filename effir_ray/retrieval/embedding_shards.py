@@ -54,13 +54,14 @@ class Encoding(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """A shard's manifest."""
+    """A shard's manifest. ``peak_bytes``: the worker process's largest resident size so far."""
 
     shard: int
     documents: int
     dimension: int
     tokens: int
     seconds: float
+    peak_bytes: int
 
 
 class ShardFolder:
