@@ -1,7 +1,7 @@
 """Real learning: a decoder language model becomes a retriever on SQuAD's training questions.
 
-    D=DATA python benchmarks/squad_learning.py --squad $D/squad 100 250 \\
-        --also $D/scifact 50 150 --also $D/nfcorpus 15 520
+    D=DATA python benchmarks/squad_learning.py --squad $D/squad 100 200 \\
+        --also $D/scifact 40 120 --also $D/nfcorpus 10 381
     python benchmarks/squad_learning.py --squad DATA/squad 10 40 --steps 3    # a minute or two
 
 The model is scored untrained and trained, on test questions of SQuAD and zero-shot on the other sets, over
@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     sizes = ("FOLDER", "QUERIES", "DOCUMENTS")
     parser.add_argument("--squad", nargs=3, metavar=sizes, required=True, help="BEIR folder to train on")
     parser.add_argument("--also", nargs=3, metavar=sizes, action="append", default=[], help="zero-shot")
-    parser.add_argument("--steps", type=int, default=42)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--batch-size", type=int, default=12, help="questions a step")
     parser.add_argument("--max-length", type=int, default=80, help="tokens of a document")
     parser.add_argument(

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.pairs import Pair, shuffled
+from effir_ray.training.streaming import PairStream
 
 Tokenize = Callable[[Sequence[str], str], list[list[int]]]  # texts, "query" | "document" -> token ids
 
@@ -56,7 +58,13 @@ class Batches:
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], config: TrainConfig, tokenize: Tokenize, *, rank: int = 0, world: int = 1
+        self,
+        pairs: Sequence[Pair] | PairStream,
+        config: TrainConfig,
+        tokenize: Tokenize,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if len(pairs) < config.batch_size:
             raise InputError(
@@ -65,10 +73,11 @@ class Batches:
             )
         self._pairs, self._config, self._tokenize = pairs, config, tokenize
         self._rank, self._world = rank, world
-        self.negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in pairs))
+        sample = pairs.sample if isinstance(pairs, PairStream) else pairs
+        self.negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in sample))
         self.epoch_steps = len(pairs) // config.batch_size
         self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
-        self.has_teacher_scores = any(pair.teacher_scores is not None for pair in pairs)
+        self.has_teacher_scores = any(pair.teacher_scores is not None for pair in sample)
 
     def run(self, start: int = 0) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``steps``; the next one is tokenised while this one trains."""
@@ -84,16 +93,22 @@ class Batches:
 
     def _examples(self, start: int) -> Iterator[list[Example]]:
         """This rank's examples of every step."""
-        size, epoch, order = self._config.batch_size, -1, list(self._pairs)
+        size = self._config.batch_size
+        pairs: Iterator[Pair] = iter(())
         for step in range(start, self.steps):
-            if step // self.epoch_steps != epoch:
-                epoch = step // self.epoch_steps
-                order = shuffled(self._pairs, seed=self._config.seed, epoch=epoch)
-            at = step % self.epoch_steps * size
+            epoch, at = divmod(step, self.epoch_steps)
+            if step == start or at == 0:
+                pairs = self._epoch(epoch, at * size)
             random = np.random.default_rng((self._config.seed, 1, step))
-            batch = [_choose(pair, self.negatives, random) for pair in order[at : at + size]]
+            batch = [_choose(pair, self.negatives, random) for pair in islice(pairs, size)]
             _fill(batch, self.negatives, random)
             yield batch[self._rank :: self._world]
+
+    def _epoch(self, epoch: int, skip: int) -> Iterator[Pair]:
+        """The pairs of an epoch in its order, the same on every rank, without the first ``skip``."""
+        if isinstance(self._pairs, PairStream):
+            return self._pairs.epoch(seed=self._config.seed, epoch=epoch, skip=skip)
+        return iter(shuffled(self._pairs, seed=self._config.seed, epoch=epoch)[skip:])
 
     def _collate(self, examples: list[Example], number: int) -> Batch:
         queries = [example.query for example in examples]

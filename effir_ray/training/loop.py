@@ -28,8 +28,9 @@ from effir_ray.training.lora import add_lora, plain_weights
 from effir_ray.training.losses import build_objective
 from effir_ray.training.monitoring import CollapseDetector
 from effir_ray.training.optim import learning_rate
-from effir_ray.training.pairs import Pair, load_pairs
+from effir_ray.training.pairs import Pair
 from effir_ray.training.storage import upload
+from effir_ray.training.streaming import PairStream, open_pairs
 
 if TYPE_CHECKING:
     from effir_ray.training.distillation import TeacherEmbeddings
@@ -60,7 +61,7 @@ class Run:
         self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
         self.skeleton = hollow(self.retriever)
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
-        pairs = load_pairs(job["pairs"], split=job["split"])
+        pairs = open_pairs(job["pairs"], split=job["split"])
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = survival.halved_budget(self.run)
         pad_token = self.retriever.tokenizer.pad_token_id or 0
@@ -200,10 +201,15 @@ def hollow(retriever: Retriever) -> Retriever:
     return replace(retriever, model=copy.deepcopy(retriever.model, empty))
 
 
-def _teacher(config: TrainConfig, pairs: list[Pair], stages: Path) -> TeacherEmbeddings | None:
+def _teacher(config: TrainConfig, pairs: list[Pair] | PairStream, stages: Path) -> TeacherEmbeddings | None:
     """The teacher's embeddings, which the driver had computed: only maps files."""
     if config.distillation.teacher is None:
         return None
+    if isinstance(pairs, PairStream):
+        raise InputError(
+            f"{pairs.source} is streamed, and a teacher's embeddings of a stream are not kept; "
+            "annotate the pairs with a reranker's scores instead"
+        )
     from effir_ray.training.distillation import teacher_embeddings
 
     return teacher_embeddings(

@@ -35,7 +35,7 @@ def load_pairs(
             raise InputError(f"{path}: a JSONL file holds training pairs only; found split '{split}'")
         pairs = list(read_jsonl(path))
     elif path.suffix in (".json", ".parquet", ".tsv", ".csv"):
-        raise InputError(f"{path}: expected a .jsonl file, a BEIR folder or 'stdlib'")
+        raise InputError(f"{path}: expected a .jsonl file, a BEIR folder or 'stdlib' here")
     else:
         pairs = _from_dataset(str(source), split)
     if not pairs:

@@ -1,0 +1,199 @@
+"""Training pairs larger than memory, read by Ray Data: JSONL and Parquet files in folders, local or S3.
+
+Files are cut into chunks (line ranges, Parquet row groups). An epoch is a permutation of the chunks, each
+shuffled inside and all mixed through a window, so the order depends on (seed, epoch) alone. Ray tasks read,
+check and shuffle chunks ahead of the training; memory holds the window and a few chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from effir_ray.errors import InputError
+from effir_ray.training.pair_layouts import parse_pair
+from effir_ray.training.pairs import Pair, load_pairs, parse_line, to_json
+
+CHUNK_BYTES = 4 << 20  # of JSONL: a few thousand pairs
+WINDOW = 20_000  # pairs mixed at once
+IN_MEMORY_BYTES = 1 << 30  # a single JSONL file up to this size is simply loaded
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``rows`` pairs: ``size`` bytes from ``start`` of a JSONL file, the first one line ``line``; or the
+    row group ``line`` of a Parquet file."""
+
+    path: str
+    start: int
+    size: int
+    line: int
+    rows: int
+
+
+def is_stream(source: str) -> bool:
+    """Whether ``source`` is read as a stream: Parquet, an S3 URI, a folder of pair files, or a huge JSONL."""
+    if "://" in source or source.endswith(".parquet"):
+        return True
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        return path.is_file() and path.stat().st_size > IN_MEMORY_BYTES
+    return path.is_dir() and not (path / "corpus.jsonl").exists()
+
+
+def open_pairs(source: str, *, split: str = "train") -> list[Pair] | PairStream:
+    """The pairs of any source of training data: in memory where that is small enough, else as a stream."""
+    if not is_stream(source):
+        return load_pairs(source, split=split)
+    if split != "train":
+        raise InputError(f"{source}: pair files hold training pairs only; found split '{split}'")
+    return PairStream(source)
+
+
+class PairStream:
+    """All pairs of a file or of the ``.jsonl`` and ``.parquet`` files in a folder (layouts: pair_layouts).
+
+    Raises InputError for nothing to read; while reading, for a bad row, naming file and line.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.chunks = [chunk for path in _files(source) for chunk in _chunks(path)]
+        if not self.chunks:
+            raise InputError(f"{source}: no training pairs; expected .jsonl or .parquet files with rows")
+
+    def __len__(self) -> int:
+        return sum(chunk.rows for chunk in self.chunks)
+
+    @cached_property
+    def sample(self) -> list[Pair]:
+        """The first pairs: they say how many negatives there are, and whether they are scored."""
+        return list(islice(_read(self.chunks[0]), 100))
+
+    def epoch(self, *, seed: int, epoch: int, skip: int = 0) -> Iterator[Pair]:
+        """Every pair once, in the order of (seed, epoch), without the first ``skip``."""
+        return islice(_mixed(self._rows(seed, epoch), np.random.default_rng((seed, epoch, 1))), skip, None)
+
+    def _rows(self, seed: int, epoch: int) -> Iterator[Pair]:
+        import ray.data
+
+        from effir_ray.cluster import connect
+
+        connect()
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.chunks)).tolist()
+        items = [{**asdict(self.chunks[index]), "seed": [seed, epoch, index]} for index in order]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        dataset.context.execution_options.preserve_order = True
+        dataset.context.enable_progress_bars = False
+        # A training run may hold every CPU: reading must not wait for one.
+        for row in dataset.flat_map(_shuffled_lines, num_cpus=0).iter_rows():
+            if row["error"]:
+                raise InputError(row["error"])
+            yield parse_line(row["line"], self.source)
+
+
+def _shuffled_lines(item: dict[str, Any]) -> list[dict[str, str]]:
+    """Runs in a Ray task: the chunk's pairs, checked, as lines of one layout in a random order.
+
+    A bad row travels as data: Ray would wrap an exception and print it from every process.
+    """
+    seed = item.pop("seed")
+    try:
+        pairs = list(_read(Chunk(**item)))
+    except InputError as error:
+        return [{"line": "", "error": str(error)}]
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    return [{"line": to_json(pairs[index]), "error": ""} for index in order]
+
+
+def _mixed(pairs: Iterator[Pair], random: np.random.Generator) -> Iterator[Pair]:
+    """Each pair leaves the window at a random moment after it entered."""
+    window = list(islice(pairs, WINDOW))
+    for pair in pairs:
+        place = int(random.integers(len(window)))
+        yield window[place]
+        window[place] = pair
+    for place in random.permutation(len(window)):
+        yield window[place]
+
+
+def _files(source: str) -> list[str]:
+    """URIs or absolute paths of the pair files, in order."""
+    try:
+        system, path = pa.fs.FileSystem.from_uri(source if "://" in source else str(Path(source).resolve()))
+        info = system.get_file_info(path)
+        if info.type == pa.fs.FileType.File:
+            return [source]
+        found = [file.path for file in system.get_file_info(pa.fs.FileSelector(path))]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{source}: cannot be read: {error}") from None
+    scheme = source.partition("://")[0] + "://" if "://" in source else ""
+    return sorted(f"{scheme}{file}" for file in found if file.endswith((".jsonl", ".parquet")))
+
+
+def _open(path: str) -> Any:
+    system, inside = pa.fs.FileSystem.from_uri(path if "://" in path else str(Path(path).resolve()))
+    return system.open_input_file(inside)
+
+
+def _chunks(path: str) -> Iterator[Chunk]:
+    with _open(path) as file:
+        if path.endswith(".parquet"):
+            groups = pq.ParquetFile(file).metadata
+            for group in range(groups.num_row_groups):
+                yield Chunk(path, 0, 0, group, groups.row_group(group).num_rows)
+            return
+        start, line = 0, 1
+        while data := file.read(CHUNK_BYTES):
+            if not data.endswith(b"\n"):
+                data += _to_line_end(file)
+            rows = sum(1 for text in data.split(b"\n") if text.strip())
+            if rows:
+                yield Chunk(path, start, len(data), line, rows)
+            start, line = start + len(data), line + data.count(b"\n")
+
+
+def _to_line_end(file: Any) -> bytes:
+    """The rest of the line in which a read ended; the file is then at the next line."""
+    rest = b""
+    while data := bytes(file.read(1 << 16)):
+        end = data.find(b"\n")
+        if end >= 0:
+            file.seek(file.tell() - len(data) + end + 1)
+            return rest + data[: end + 1]
+        rest += data
+    return rest
+
+
+def _read(chunk: Chunk) -> Iterator[Pair]:
+    with _open(chunk.path) as file:
+        if chunk.path.endswith(".parquet"):
+            yield from _row_group(file, chunk)
+            return
+        file.seek(chunk.start)
+        lines = file.read(chunk.size).split(b"\n")
+    for number, line in enumerate(lines, start=chunk.line):
+        if line.strip():
+            where = f"{chunk.path}:{number}"
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where}: not UTF-8 text: {error}") from None
+            yield parse_line(text, where)
+
+
+def _row_group(file: Any, chunk: Chunk) -> Iterator[Pair]:
+    for number, record in enumerate(pq.ParquetFile(file).read_row_group(chunk.line).to_pylist()):
+        try:
+            yield parse_pair(record)
+        except ValueError as error:
+            raise InputError(f"{chunk.path}: row group {chunk.line}, row {number}: {error}") from None

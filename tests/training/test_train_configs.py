@@ -1,0 +1,28 @@
+"""The shipped training settings are valid, and are what their comments say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from effir_ray.config import load_yaml
+from effir_ray.training.config import LoraConfig, TrainConfig
+
+FILES = sorted((Path(__file__).parents[2] / "search_spaces" / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_settings_are_valid(file: Path) -> None:
+    config = load_yaml(file, TrainConfig)
+    assert config.hard_negatives >= 1
+    assert config.negatives == "bm25"
+
+
+def test_the_papers_recipe_is_the_papers() -> None:
+    (file,) = (file for file in FILES if file.stem == "mistral-7b-msmarco")
+    config = load_yaml(file, TrainConfig)
+    assert (config.epochs, config.temperature, config.hard_negatives) == (1.0, 0.02, 7)
+    assert config.lora == LoraConfig(r=32, alpha=64)
+    assert (config.learning_rate, config.query_max_length, config.document_max_length) == (1e-4, 512, 512)
+    assert config.workers == 8
