@@ -1,7 +1,7 @@
 """Which neurons to remove: self-slimming against training-free rankings at equal width, by dev loss.
 
     python benchmarks/slimming.py --data DATA/squad --first-blocks 6 --steps 100
-    python benchmarks/slimming.py --backbone random:llama --data stdlib --steps 5 --dev-pairs 64      # a minute
+    python benchmarks/slimming.py --backbone random:llama --data stdlib --steps 5 --dev-pairs 64
 
 Neurons are ranked on training pairs, the lowest share goes for good (physical narrowing, the paper's global
 ranking), and InfoNCE is measured on dev pairs without any training: over fixed batches of 32 in-batch
