@@ -1,0 +1,123 @@
+"""Searches as jobs of a real Ray head, which these tests start and end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from effir_ray.cluster_jobs import follow_job, job_logs, list_jobs, stop_job, submit_search
+from effir_ray.errors import InputError
+from effir_ray.results import store
+
+_ATTEMPTS = 3
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _corpus(folder: Path) -> Path:
+    """Eight documents, each found by one dev query and one test query."""
+    words = ["red", "green", "blue", "dark", "pale", "warm", "cold", "grey"]
+    (folder / "qrels").mkdir(parents=True)
+    documents = [f'{{"_id": "d{i}", "title": "", "text": "a {word} car"}}' for i, word in enumerate(words)]
+    (folder / "corpus.jsonl").write_text("\n".join(documents) + "\n")
+    queries = [
+        f'{{"_id": "{split}{i}", "text": "find {word}"}}'
+        for split in ("dev", "test")
+        for i, word in enumerate(words)
+    ]
+    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n")
+    for split in ("dev", "test"):
+        lines = [f"{split}{i}\td{i}\t1" for i in range(len(words))]
+        text = "\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n"
+        (folder / "qrels" / f"{split}.tsv").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Path:
+    file = tmp_path / "space.yaml"
+    file.write_text(
+        f"name: tiny\nbackbone: random:llama\ndataset: {_corpus(tmp_path / 'corpus')}\n"
+        "query_max_length: 16\ndocument_max_length: 32\nthreads: 1\n"
+        "timing: {queries: 4, documents: 4, rounds: 1}\n"
+        "schedules: [{drop_mlp: '1,'}]\n"
+    )
+    return file
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the job server of a Ray head on loopback, behind a token of its own."""
+    folder = Path(tmp_path_factory.mktemp("r"))
+    port, dashboard = _free_port(), _free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        # Jobs run the first `python` on the head's PATH: this one, with its packages.
+        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+        command += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=100000000"]
+        command += [f"--temp-dir={folder}", "--disable-usage-stats"]
+        process = _start(command, folder / "head.log")
+        try:
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            process.send_signal(signal.SIGTERM)  # with --block it ends its daemons too
+            process.wait(timeout=60)
+
+
+def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Ray gives its daemons 30 seconds and then gives up; a busy machine may need another try."""
+    for _ in range(_ATTEMPTS):
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        while process.poll() is None:
+            if "Ray runtime started" in log.read_text():
+                return process
+            time.sleep(0.5)
+    raise AssertionError(f"the Ray head did not start:\n{log.read_text()}")
+
+
+@pytest.mark.integration
+def test_a_search_runs_as_a_job_and_leaves_its_rows(head: str, space: Path, tmp_path: Path) -> None:
+    job = submit_search(space, str(tmp_path / "out"), address=head)
+    written: list[str] = []
+    assert follow_job(job, address=head, write=written.append) == "SUCCEEDED", "".join(written)
+    rows = store.read([tmp_path / "out"]).to_pylist()
+    assert {row["schedule"] for row in rows if row["split"] == "dev"} == {"full", "M[1]"}
+    (listed,) = [item for item in list_jobs(address=head) if item.id == job]
+    assert listed.status == "SUCCEEDED"
+    assert "search space.yaml" in listed.command
+    assert "effir-ray pareto" in job_logs(job, address=head)
+
+
+@pytest.mark.integration
+def test_a_job_can_be_stopped(head: str, space: Path, tmp_path: Path) -> None:
+    job = submit_search(space, str(tmp_path / "out"), address=head)
+    assert stop_job(job, address=head) == "STOPPED"
+
+
+@pytest.mark.integration
+def test_an_unknown_job_is_named(head: str) -> None:
+    with pytest.raises(InputError, match="no job 'nope'"):
+        job_logs("nope", address=head)
+
+
+def test_nobody_listening_is_said_at_once() -> None:
+    with pytest.raises(InputError, match="no Ray job server answers"):
+        list_jobs(address=f"http://127.0.0.1:{_free_port()}")
