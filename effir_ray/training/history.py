@@ -76,6 +76,7 @@ def _advance(bar: Progress, row: dict[str, Any]) -> None:
         loss=row["loss"],
         learning_rate=row["learning_rate"],
         tokens_per_s=row["tokens_per_s"],
+        mfu=row["mfu"],
         engine=row["engine"],
         **{name: row[name] for name in ("dev_ndcg_at_10", "note") if name in row},
     )

@@ -26,7 +26,7 @@ from effir_ray.training.engine import Engine, build_engine
 from effir_ray.training.gradcache import ContrastiveStep, StepOutcome
 from effir_ray.training.lora import add_lora, plain_weights
 from effir_ray.training.losses import build_objective
-from effir_ray.training.monitoring import CollapseDetector
+from effir_ray.training.monitoring import CollapseDetector, Utilization
 from effir_ray.training.optim import learning_rate
 from effir_ray.training.pairs import Pair
 from effir_ray.training.storage import upload
@@ -60,6 +60,7 @@ class Run:
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
         self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
         self.skeleton = hollow(self.retriever)
+        self.utilization = Utilization(self.retriever, device, torch.bfloat16 if bfloat16 else torch.float32)
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
         pairs = open_pairs(job["pairs"], split=job["split"])
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
@@ -128,6 +129,7 @@ class Run:
                 norm = self.engine.step(rate)
             seconds = time.monotonic() - began
             row = self._row(done + 1, outcome, rate, norm, seconds)
+            row["mfu"] = self.utilization([len(tokens) for tokens in batch.tokens], seconds)
             if done == start and self.halved is not None:
                 row["note"] = f"out of memory: token budget halved to {self.halved}"
             dev = config.dev

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from effir_ray.errors import TrialFailure
+
+if TYPE_CHECKING:
+    import torch
+
+    from effir_ray.backbones.retriever import Retriever
 
 
 class Watcher(Protocol):
@@ -41,13 +47,25 @@ class TensorBoard:
         self._writer.close()
 
 
-def mfu(forward_flops: float, seconds: float, peak: float) -> float:
-    """Model FLOPs utilisation of a training step: 3 x forward FLOPs / seconds / peak FLOP/s.
+class Utilization:
+    """Model FLOPs utilization (MFU) of a worker: 3 x forward FLOPs / seconds / the device's peak FLOP/s.
 
-    A backward pass costs twice a forward; recomputation (GradCache, checkpointing) is work the model did not
-    ask for and does not count. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
+    A backward pass costs twice a forward; padding and recomputation (GradCache, checkpointing) are work that
+    the model did not ask for and do not count. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
+    The peak is that of large matrix products on this device, measured once.
     """
-    return 3 * forward_flops / seconds / peak
+
+    def __init__(self, retriever: Retriever, device: torch.device, dtype: torch.dtype) -> None:
+        from effir_ray.compression.accounting import flops
+        from effir_ray.retrieval.efficiency import gemm_peak
+
+        config, plan = retriever.model.config, retriever.plan
+        self._flops = cache(lambda tokens: flops(config, plan, tokens))
+        self._peak = gemm_peak(device, dtype)
+
+    def __call__(self, lengths: Sequence[int], seconds: float) -> float:
+        """MFU of a step that trained on texts of ``lengths`` tokens in ``seconds``."""
+        return 3 * sum(self._flops(tokens) for tokens in lengths) / seconds / self._peak
 
 
 class CollapseDetector:

@@ -6,13 +6,30 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression.accounting import flops
+from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import TrialFailure
-from effir_ray.training.monitoring import CollapseDetector, TensorBoard, mfu
+from effir_ray.retrieval import efficiency
+from effir_ray.training.monitoring import CollapseDetector, TensorBoard, Utilization
 
 
-def test_mfu_counts_a_backward_as_two_forwards() -> None:
-    assert mfu(forward_flops=2e9, seconds=3.0, peak=4e9) == pytest.approx(0.5)
+def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(efficiency, "gemm_peak", lambda device, dtype: 4e9)
+    retriever = load_retriever("random:llama")
+    plan = Plan(
+        layers=(LayerPlan(mlp=False), LayerPlan(neurons=tuple(range(64))), *retriever.plan.layers[2:])
+    )
+    full = Utilization(retriever, torch.device("cpu"), torch.float32)([7, 7, 30], 0.5)
+    forward = sum(flops(retriever.model.config, retriever.plan, tokens) for tokens in (7, 7, 30))
+    assert full == pytest.approx(3 * forward / 0.5 / 4e9)
+    small = apply_plan(retriever, plan)
+    assert Utilization(small, torch.device("cpu"), torch.float32)([7, 7, 30], 0.5) < full
 
 
 def row(step: int, loss: float, cosine: float, norm: float = 1.0) -> dict[str, float]:
