@@ -23,26 +23,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    Gemma2Config,
-    Gemma2Model,
-    Gemma3TextConfig,
-    Gemma3TextModel,
-    LlamaConfig,
-    LlamaModel,
-    MistralConfig,
-    MistralModel,
-    ModernBertConfig,
-    ModernBertModel,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3Model,
-)
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_bidirectional_sliding_window_mask,
@@ -60,8 +42,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
 
-# --- blocks
-# -----------------------------------------------------------------------------------------------------------
+# --- blocks ---
 
 
 class SlimLayer:
@@ -69,8 +50,7 @@ class SlimLayer:
 
     attention_parts: tuple[str, ...]
     mlp_parts: tuple[str, ...]
-    # (dotted name of a Linear, axis of its weight that counts neurons, neurons a row: 2 for a fused gate and
-    # up)
+    # (name of a Linear, axis of its weight that counts neurons, rows a neuron: 2 for a fused gate and up)
     neuron_linears: tuple[tuple[str, int, int], ...]
 
     @property
@@ -132,21 +112,6 @@ class SlimSandwichLayer(SlimLayer):
         return hidden_states
 
 
-class EffirLlamaLayer(SlimPreNormLayer, LlamaDecoderLayer): ...
-
-
-class EffirMistralLayer(SlimPreNormLayer, MistralDecoderLayer): ...
-
-
-class EffirQwen2Layer(SlimPreNormLayer, Qwen2DecoderLayer): ...
-
-
-class EffirQwen3Layer(SlimPreNormLayer, Qwen3DecoderLayer): ...
-
-
-class EffirGemma2Layer(SlimSandwichLayer, Gemma2DecoderLayer): ...
-
-
 class EffirGemma3Layer(SlimSandwichLayer, Gemma3DecoderLayer): ...
 
 
@@ -189,8 +154,7 @@ class EffirBertLayer(SlimLayer, BertLayer):
         return hidden_states
 
 
-# --- models
-# -----------------------------------------------------------------------------------------------------------
+# --- models ---
 
 
 def restructure(model: SlimModel, overrides: Mapping[int, Mapping[str, Any]]) -> None:
@@ -209,7 +173,7 @@ class SlimModel:
 
     layer_class: type[nn.Module]
 
-    def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
+    def __init__(self, config: hf.PreTrainedConfig, **kwargs: Any) -> None:
         # transformers refuses to read config.intermediate_size while it differs by layer: set it aside.
         overrides = config._heterogeneity_spec.per_layer_overrides if config.is_heterogeneous else {}
         config.per_layer_config = None
@@ -223,9 +187,8 @@ class SlimModel:
         model.config.__class__ = cls.config_class
         model.config.architectures = [cls.__name__]
         model.__class__ = cls
-        _CAN_RECORD_REGISTRY[model] = (
-            cls._can_record_outputs
-        )  # what __init__ does; else no output_hidden_states
+        # PreTrainedModel.__init__ does this; without it there is no output_hidden_states.
+        _CAN_RECORD_REGISTRY[model] = cls._can_record_outputs
         restructure(model, {})
 
     @property
@@ -236,16 +199,22 @@ class SlimModel:
 class SlimDecoder(SlimModel):
     """One forward for every family with rotary embeddings (the encoder ModernBERT included)."""
 
+    rotary_by_kind = False
+
     def attention_kind(self, index: int) -> str:
-        """Which mask and rotary embedding a layer uses."""
-        return self.config.layer_types[index]
+        """Which mask and rotary embedding a layer uses; Llama and Mistral have one kind for all layers."""
+        if getattr(self.config, "layer_types", None):
+            return self.config.layer_types[index]
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        return "sliding_attention" if sliding else "full_attention"
 
     def build_mask(self, kind: str, **inputs: Any) -> Any:
         create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
         return create(config=self.config, past_key_values=None, **inputs)
 
     def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary_emb(hidden_states, position_ids)
+        by_kind = (kind,) if self.rotary_by_kind else ()
+        return self.rotary_emb(hidden_states, position_ids, *by_kind)
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -272,111 +241,81 @@ class SlimDecoder(SlimModel):
         x = self.embed(input_ids, inputs_embeds)
         if position_ids is None:
             position_ids = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
-        kinds = [
-            self.attention_kind(i) if layer.has_attention else None for i, layer in enumerate(self.layers)
-        ]
-        shared: dict[str | None, dict[str, Any]] = {None: {}}
-        for kind in dict.fromkeys(kinds):
-            if kind is not None:
-                mask = self.build_mask(
-                    kind, inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids
-                )
+        inputs = {"inputs_embeds": x, "attention_mask": attention_mask, "position_ids": position_ids}
+        shared: dict[str, dict[str, Any]] = {}
+        for index, layer in enumerate(self.layers):
+            kind = self.attention_kind(index) if layer.has_attention else ""
+            if kind and kind not in shared:
                 rotary = self.rotary(kind, x, position_ids)
-                shared[kind] = {"attention_mask": mask, "position_embeddings": rotary}
-        for layer, kind in zip(self.layers, kinds, strict=True):
-            x = layer(x, position_ids=position_ids, **shared[kind], **kwargs)
+                shared[kind] = {
+                    "attention_mask": self.build_mask(kind, **inputs),
+                    "position_embeddings": rotary,
+                }
+            x = layer(x, position_ids=position_ids, **shared.get(kind, {}), **kwargs)
         return BaseModelOutput(last_hidden_state=self.finish(x))
 
 
-class EffirLlamaConfig(LlamaConfig):
-    model_type = "effir_llama"
+def _plain_decoder(
+    name: str, slim_layer: type, layer: type, config: type, model: type
+) -> tuple[type, type, type]:
+    """Layer, configuration and model class of a decoder that SlimDecoder's forward fits as it is."""
+    here = {"__module__": __name__}
+    new_layer = type(f"Effir{name}Layer", (slim_layer, layer), dict(here))
+    new_config = type(f"Effir{name}Config", (config,), {**here, "model_type": f"effir_{config.model_type}"})
+    members = {**here, "config_class": new_config, "layer_class": new_layer}
+    return new_layer, new_config, type(f"Effir{name}Model", (SlimDecoder, model), members)
 
 
-class EffirLlamaModel(SlimDecoder, LlamaModel):
-    config_class = EffirLlamaConfig
-    layer_class = EffirLlamaLayer
-
-    def attention_kind(self, index: int) -> str:
-        return "full_attention"
-
-
-class EffirMistralConfig(MistralConfig):
-    model_type = "effir_mistral"
-
-
-class EffirMistralModel(SlimDecoder, MistralModel):
-    config_class = EffirMistralConfig
-    layer_class = EffirMistralLayer
-
-    def attention_kind(self, index: int) -> str:
-        return "full_attention" if self.config.sliding_window is None else "sliding_attention"
+EffirLlamaLayer, EffirLlamaConfig, EffirLlamaModel = _plain_decoder(
+    "Llama", SlimPreNormLayer, LlamaDecoderLayer, hf.LlamaConfig, hf.LlamaModel
+)
+EffirMistralLayer, EffirMistralConfig, EffirMistralModel = _plain_decoder(
+    "Mistral", SlimPreNormLayer, MistralDecoderLayer, hf.MistralConfig, hf.MistralModel
+)
+EffirQwen2Layer, EffirQwen2Config, EffirQwen2Model = _plain_decoder(
+    "Qwen2", SlimPreNormLayer, Qwen2DecoderLayer, hf.Qwen2Config, hf.Qwen2Model
+)
+EffirQwen3Layer, EffirQwen3Config, EffirQwen3Model = _plain_decoder(
+    "Qwen3", SlimPreNormLayer, Qwen3DecoderLayer, hf.Qwen3Config, hf.Qwen3Model
+)
+EffirGemma2Layer, EffirGemma2Config, EffirGemma2Model = _plain_decoder(
+    "Gemma2", SlimSandwichLayer, Gemma2DecoderLayer, hf.Gemma2Config, hf.Gemma2Model
+)
 
 
-class EffirQwen2Config(Qwen2Config):
-    model_type = "effir_qwen2"
-
-
-class EffirQwen2Model(SlimDecoder, Qwen2Model):
-    config_class = EffirQwen2Config
-    layer_class = EffirQwen2Layer
-
-
-class EffirQwen3Config(Qwen3Config):
-    model_type = "effir_qwen3"
-
-
-class EffirQwen3Model(SlimDecoder, Qwen3Model):
-    config_class = EffirQwen3Config
-    layer_class = EffirQwen3Layer
-
-
-class EffirGemma2Config(Gemma2Config):
-    model_type = "effir_gemma2"
-
-
-class EffirGemma2Model(SlimDecoder, Gemma2Model):
-    config_class = EffirGemma2Config
-    layer_class = EffirGemma2Layer
-
-
-class EffirGemma3TextConfig(Gemma3TextConfig):
+class EffirGemma3TextConfig(hf.Gemma3TextConfig):
     model_type = "effir_gemma3_text"
 
 
-class EffirGemma3TextModel(SlimDecoder, Gemma3TextModel):
+class EffirGemma3TextModel(SlimDecoder, hf.Gemma3TextModel):
     config_class = EffirGemma3TextConfig
     layer_class = EffirGemma3Layer
+    rotary_by_kind = True
 
     def build_mask(self, kind: str, **inputs: Any) -> Any:
         if self.config.use_bidirectional_attention:  # EmbeddingGemma
             window = _bidirectional_window_overlay(self.config.sliding_window)
-            everything = _attend_everywhere
-            inputs["or_mask_function"] = window if kind == "sliding_attention" else everything
+            inputs["or_mask_function"] = window if kind == "sliding_attention" else _attend_everywhere
         return super().build_mask(kind, **inputs)
-
-    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary_emb(hidden_states, position_ids, kind)
 
 
 def _attend_everywhere(*indices: Any) -> torch.Tensor:
     return torch.tensor(True, dtype=torch.bool)
 
 
-class EffirModernBertConfig(ModernBertConfig):
+class EffirModernBertConfig(hf.ModernBertConfig):
     model_type = "effir_modernbert"
 
 
-class EffirModernBertModel(SlimDecoder, ModernBertModel):
+class EffirModernBertModel(SlimDecoder, hf.ModernBertModel):
     config_class = EffirModernBertConfig
     layer_class = EffirModernBertLayer
+    rotary_by_kind = True
 
     def build_mask(self, kind: str, *, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> Any:
         sliding = kind == "sliding_attention"
         create = create_bidirectional_sliding_window_mask if sliding else create_bidirectional_mask
         return create(config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-
-    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary_emb(hidden_states, position_ids, kind)
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         return self.embeddings(input_ids=input_ids, inputs_embeds=inputs_embeds)
@@ -385,15 +324,15 @@ class EffirModernBertModel(SlimDecoder, ModernBertModel):
         return self.final_norm(hidden_states)
 
 
-class EffirBertConfig(BertConfig):
+class EffirBertConfig(hf.BertConfig):
     model_type = "effir_bert"
 
 
-class EffirBertModel(SlimModel, BertModel):
+class EffirBertModel(SlimModel, hf.BertModel):
     config_class = EffirBertConfig
     layer_class = EffirBertLayer
 
-    def __init__(self, config: PreTrainedConfig, add_pooling_layer: bool = False) -> None:
+    def __init__(self, config: hf.PreTrainedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config, add_pooling_layer=add_pooling_layer)
 
     @property

@@ -66,7 +66,7 @@ def batch(size: int, side: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", RANDOM_MODELS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     plan=plans(),
     size=st.sampled_from([1, 2, 5]),
