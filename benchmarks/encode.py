@@ -150,7 +150,7 @@ def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: in
     work = sum(flops(retriever.model.config, retriever.plan, length) for length in lengths)
     reference, rows = None, []
     for encode in encoders.values():  # warm-up: compilation, caches, thread pools
-        encode(texts[:BATCH])
+        encode(texts[:2])
     for number in range(rounds):
         for name, encode in encoders.items():
             peak = gemm_peak_cpu_time() * torch.get_num_threads()

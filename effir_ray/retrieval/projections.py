@@ -21,7 +21,7 @@ class Projection(Protocol):
         """(t, i) -> (t, o)."""
 
     def add_to(self, stream_to: Tensor, x_ti: Tensor) -> None:
-        """stream += project(x), in place."""
+        """stream += project(x), in place; ``x_ti`` is used up."""
 
 
 def fuse(
@@ -82,20 +82,26 @@ class Int8Projection:
         self._bias = bias_o
 
     def project(self, x_ti: Tensor) -> Tensor:
-        product, largest = self._product(x_ti)
+        largest = _largest(x_ti)
+        product = self._product(x_ti / largest)
         product *= largest
         return product if self._bias is None else product.add_(self._bias)
 
     def add_to(self, stream_to: Tensor, x_ti: Tensor) -> None:
-        product, largest = self._product(x_ti)
-        stream_to.addcmul_(product, largest)
+        largest = _largest(x_ti)
+        stream_to.addcmul_(self._product(x_ti.div_(largest)), largest)
         if self._bias is not None:
             stream_to += self._bias
 
-    def _product(self, x_ti: Tensor) -> tuple[Tensor, Tensor]:
-        """(x / largest) W^T (t, o) and ``largest`` (t, 1), the largest magnitude of each token's inputs."""
-        largest = torch.linalg.vector_norm(x_ti, ord=float("inf"), dim=1, keepdim=True).clamp_(min=1e-12)
+    def _product(self, scaled_ti: Tensor) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x_ti / largest, self._STEP, self._ZERO_POINT, self._weight
+            scaled_ti, self._STEP, self._ZERO_POINT, self._weight
         )
-        return product, largest
+        return product
+
+
+def _largest(x_ti: Tensor) -> Tensor:
+    """Largest magnitude of each row, (t, 1); several times faster than torch's (scalar) infinity norm."""
+    return torch.maximum(x_ti.amax(dim=1, keepdim=True), x_ti.amin(dim=1, keepdim=True).neg_()).clamp_(
+        min=1e-12
+    )
