@@ -32,37 +32,45 @@ def groups(scores: ImportanceScores) -> np.ndarray:
     return np.array([scores.attention, scores.mlp, scores.block])
 
 
-def stream(retriever: Retriever, tokens: list[int]) -> list[tuple[str, int, torch.Tensor, torch.Tensor]]:
-    """(unit, layer, x, x + F(x)) of one unpadded text, each (tokens, hidden), by cutting the model short.
+Change = tuple[str, int, torch.Tensor, torch.Tensor]
+
+
+def streams(name: str, texts: list[list[int]]) -> list[list[Change]]:
+    """(unit, layer, x, x + F(x)) of unpadded texts, each (tokens, hidden), by cutting the model short.
 
     The middle of block l is the output of that block in a model whose layer l has lost its MLP.
     """
-    found: list[tuple[str, int, torch.Tensor, torch.Tensor]] = []
-    ids = torch.tensor([tokens])
-    layers = retriever.family.layers(retriever.model)
+    full = load_retriever(name)
+    halves = [without(name, [("mlp", layer)]) for layer in range(4)]
+    found = []
+    for tokens in texts:
+        outputs = block_outputs(full, tokens)
+        changes: list[Change] = []
+        for layer, half in enumerate(halves):
+            middle = block_outputs(half, tokens)[layer + 1]
+            changes.append(("attention", layer, outputs[layer], middle))
+            changes.append(("mlp", layer, middle, outputs[layer + 1]))
+            changes.append(("block", layer, outputs[layer], outputs[layer + 1]))
+        found.append(changes)
+    return found
+
+
+def block_outputs(retriever: Retriever, tokens: list[int]) -> list[torch.Tensor]:
+    """What enters block 0 and what every block puts out, (tokens, hidden) each."""
     outputs: list[torch.Tensor] = []
+    layers = retriever.family.layers(retriever.model)
     handles = [layer.register_forward_hook(lambda m, a, out: outputs.append(out[0])) for layer in layers]
     handles.append(
         layers[0].register_forward_pre_hook(
             lambda m, a, k: outputs.append((a[0] if a else k["hidden_states"])[0]), with_kwargs=True
         )
     )
+    ids = torch.tensor([tokens])
     with torch.inference_mode():
         retriever.model(input_ids=ids, attention_mask=torch.ones_like(ids))
     for handle in handles:
         handle.remove()
-    for layer in range(len(layers)):
-        headless = without(retriever.name, [("mlp", layer)])
-        middle: list[torch.Tensor] = []
-        headless.family.layers(headless.model)[layer].register_forward_hook(
-            lambda m, a, out, middle=middle: middle.append(out[0])
-        )
-        with torch.inference_mode():
-            headless.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        found.append(("attention", layer, outputs[layer], middle[0]))
-        found.append(("mlp", layer, middle[0], outputs[layer + 1]))
-        found.append(("block", layer, outputs[layer], outputs[layer + 1]))
-    return found
+    return outputs
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -70,8 +78,9 @@ def test_cosine_is_the_mean_over_real_tokens(kind: str) -> None:
     retriever = load_retriever(f"random:{kind}")
     expected = np.zeros((3, 4))
     count = 0
-    for tokens in retriever.tokenize(TEXTS, "document"):
-        for unit, layer, before, after in stream(retriever, tokens):
+    texts = retriever.tokenize(TEXTS, "document")
+    for tokens, changes in zip(texts, streams(retriever.name, texts), strict=True):
+        for unit, layer, before, after in changes:
             turned = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
             expected[["attention", "mlp", "block"].index(unit), layer] += turned.sum().item()
         count += len(tokens)
@@ -85,9 +94,9 @@ def test_pooled_compares_text_vectors_of_queries_and_documents(kind: str) -> Non
     retriever = load_retriever(f"random:{kind}")
     expected = np.zeros((3, 4))
     texts = retriever.tokenize(TEXTS, "document") + retriever.tokenize(QUERIES, "query")
-    for tokens in texts:
+    for tokens, changes in zip(texts, streams(retriever.name, texts), strict=True):
         mask = torch.ones(1, len(tokens), dtype=torch.long)
-        for unit, layer, before, after in stream(retriever, tokens):
+        for unit, layer, before, after in changes:
             old, new = retriever.pool(before[None], mask), retriever.pool(after[None], mask)
             expected[["attention", "mlp", "block"].index(unit), layer] += (
                 1 - torch.cosine_similarity(old, new).item()
@@ -96,7 +105,7 @@ def test_pooled_compares_text_vectors_of_queries_and_documents(kind: str) -> Non
     np.testing.assert_allclose(groups(scores), expected / len(texts), atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "bert", "modernbert"])
+@pytest.mark.parametrize("kind", ["gemma3", "bert"])
 def test_greedy_is_the_order_found_by_physical_removal(kind: str) -> None:
     name = f"random:{kind}"
     full = vectors(load_retriever(name), TEXTS)
@@ -119,7 +128,7 @@ def test_greedy_is_the_order_found_by_physical_removal(kind: str) -> None:
         assert np.argsort(getattr(scores, unit))[:3].tolist() == order
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "bert"])
+@pytest.mark.parametrize("kind", ["qwen3", "modernbert"])
 def test_dev_loss_is_the_loss_increase_of_physical_removal(kind: str) -> None:
     name = f"random:{kind}"
 
