@@ -12,9 +12,9 @@ from effir_ray.retrieval.index import exact_search
 from effir_ray.retrieval.metrics import score_run
 from effir_ray.training.batches import Tokenize
 from effir_ray.training.config import DevConfig
-from effir_ray.training.distributed import gather_rows, largest, rank, world_size
+from effir_ray.training.distributed import gather_rows, rank, world_size
 from effir_ray.training.engine import Engine
-from effir_ray.training.gradcache import CHUNK_TOKENS, encode_rows, plan_chunks, split_chunks
+from effir_ray.training.gradcache import common_chunks, encode_rows
 
 if TYPE_CHECKING:
     from effir_ray.retrieval.datasets import Dataset
@@ -57,8 +57,7 @@ class DevScore:
         world = world_size()
         padding = -len(tokens) % world
         mine = [*tokens, *[tokens[0]] * padding][rank() :: world]
-        chunks = plan_chunks([len(ids) for ids in mine], CHUNK_TOKENS)
-        chunks = split_chunks(chunks, int(largest(len(chunks), self._engine.device)))
+        chunks = common_chunks([len(ids) for ids in mine], self._engine.device)
         pieces = [encode_rows(self._engine, [mine[row] for row in rows], self._pad) for rows in chunks]
         order = torch.tensor([row for rows in chunks for row in rows], device=self._engine.device)
         gathered = gather_rows(torch.cat(pieces)[order.argsort()])

@@ -25,8 +25,11 @@ from effir_ray.training.distributed import gather_rows, largest, rank, world_siz
 from effir_ray.training.engine import Passes
 from effir_ray.training.losses import Objective, Targets
 
-CHUNK_TOKENS = 2048
-"""Most tokens of one forward pass: matrix products gain nothing from more on CPUs, and padding only costs."""
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
+"""Most tokens of one pass. Matrix products gain nothing from more; memory and padding only grow."""
+
+WORTHWHILE_TOKENS = {"cpu": 256, "cuda": 8192}
+"""A pass with so many tokens is efficient by itself: a much shorter text is better in the next one."""
 
 TeacherEmbeddings = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
 
@@ -103,9 +106,7 @@ class ContrastiveStep:
 
         ZeRO exchanges weights and gradients inside the passes, so no rank may make one more than another.
         """
-        limit = min(self.token_budget or CHUNK_TOKENS, CHUNK_TOKENS)
-        chunks = plan_chunks(lengths, limit)
-        chunks = split_chunks(chunks, int(largest(len(chunks), self._engine.device)))
+        chunks = common_chunks(lengths, self._engine.device, self.token_budget)
         kept, used = 0, 0
         for rows in reversed(chunks):
             used += _padded(lengths, rows)
@@ -164,12 +165,28 @@ def encode_rows(engine: Passes, tokens: Sequence[list[int]], pad: int) -> Tensor
     return engine(ids.to(engine.device), mask.to(engine.device))
 
 
-def plan_chunks(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Row numbers in groups of similar length, each at most ``limit`` tokens when padded (or one text)."""
+def common_chunks(
+    lengths: Sequence[int], device: torch.device, token_budget: int | None = None
+) -> list[list[int]]:
+    """Rows of each forward pass, equally many passes on every rank (a collective)."""
+    limit = CHUNK_TOKENS[device.type]
+    chunks = plan_chunks(
+        lengths, min(token_budget or limit, limit), worthwhile=WORTHWHILE_TOKENS[device.type]
+    )
+    return split_chunks(chunks, int(largest(len(chunks), device)))
+
+
+def plan_chunks(lengths: Sequence[int], limit: int, *, worthwhile: int) -> list[list[int]]:
+    """Row numbers in groups of similar length, each at most ``limit`` tokens when padded (or one text).
+
+    A group of ``worthwhile`` tokens takes no text that would be a quarter padding.
+    """
     chunks: list[list[int]] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if chunks and longest * (len(chunks[-1]) + 1) <= limit:
+        padded = longest * (len(chunks[-1]) + 1) if chunks else 0
+        alike = lengths[row] >= 0.75 * longest or padded <= worthwhile
+        if chunks and alike and padded <= limit:
             chunks[-1].append(row)
         else:
             chunks.append([row])

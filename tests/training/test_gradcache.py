@@ -1,0 +1,99 @@
+"""The step in one process, without DeepSpeed; ``test_equality`` has every engine and several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.training.batches import Batch, Batches
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.engine import PlainEngine, TextEncoder
+from effir_ray.training.gradcache import ContrastiveStep, mean_cosine, plan_chunks, split_chunks
+from effir_ray.training.losses import build_objective
+from tests.training.equality_worker import training_pairs
+
+
+def gradients(model: str, budget: int | None, **settings: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    config = TrainConfig(dataset="d", hard_negatives=3, batch_size=8, lora=None, steps=1, **settings)
+    retriever = load_retriever(model)
+    retriever.model.train()
+    if config.gradient_checkpointing:
+        retriever.model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+
+    def tokenize(texts: Any, kind: Any) -> list[list[int]]:
+        return retriever.tokenize(texts, kind, max_length=64)
+
+    (batch,) = Batches(training_pairs(), config, tokenize).run()
+    objective = build_objective(config, has_teacher_scores=True)
+
+    def teacher(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randn(len(batch.texts), 64, generator=torch.Generator().manual_seed(1))
+        return rows[: batch.n_queries], rows[batch.n_queries :]
+
+    step = ContrastiveStep(engine, objective, pad_token=0, token_budget=budget, teacher=teacher)
+    torch.manual_seed(5)
+    outcome = step(batch)
+    return {
+        name: engine.gradient(value).clone() for name, value in retriever.model.named_parameters()
+    }, outcome
+
+
+@pytest.mark.parametrize("model", ["random:llama", "random:bert", "random:modernbert"])
+def test_a_token_budget_changes_the_memory_not_the_gradients(model: str) -> None:
+    settings: dict[str, Any] = {
+        "matryoshka": (16, 32),
+        "distillation": {"teacher": "t", "embedding": 0.3, "similarity": 0.7},
+    }
+    whole, expected = gradients(model, None, **settings)
+    cached, outcome = gradients(model, 100, **settings)
+    assert outcome.computed > expected.computed
+    assert outcome.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert outcome.terms == pytest.approx(expected.terms, rel=1e-4)
+    largest = max(float(value.abs().max()) for value in whole.values())
+    for name in whole:
+        assert float((whole[name] - cached[name]).abs().max()) < 1e-5 * max(1.0, largest), name
+
+
+def test_recomputed_passes_draw_the_dropout_they_drew_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout the gradient of a pass is only right if it is the gradient of that very pass."""
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    forward = TextEncoder.forward
+
+    def with_dropout(self: TextEncoder, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        embeddings = torch.nn.functional.dropout(forward(self, ids, mask), 0.5)
+        seen[torch.is_grad_enabled()].append(embeddings.detach())
+        return embeddings
+
+    monkeypatch.setattr(TextEncoder, "forward", with_dropout)
+    gradients("random:llama", 100)
+    again = seen[True][-len(seen[False]) :]
+    assert len(seen[False]) > 1
+    assert all(torch.equal(first, second) for first, second in zip(seen[False], again, strict=True))
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain, _ = gradients("random:llama", None)
+    checkpointed, _ = gradients("random:llama", None, gradient_checkpointing=True)
+    for name in plain:
+        assert torch.allclose(plain[name], checkpointed[name], atol=1e-5), name
+
+
+def test_chunks_hold_every_row_once_within_the_limit() -> None:
+    lengths = [5, 100, 7, 7, 30, 1, 64, 64, 64]
+    chunks = plan_chunks(lengths, 128, worthwhile=32)
+    assert sorted(row for rows in chunks for row in rows) == list(range(9))
+    for rows in chunks:
+        assert len(rows) == 1 or max(lengths[row] for row in rows) * len(rows) <= 128
+    padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in chunks)
+    assert padded <= sum(lengths) / 0.75 + 32
+    assert len(split_chunks(chunks, 9)) == 9
+    assert sorted(row for rows in split_chunks(chunks, 8) for row in rows) == list(range(9))
+
+
+def test_mean_cosine_is_one_for_collapsed_embeddings() -> None:
+    assert mean_cosine(torch.ones(5, 3)) == pytest.approx(1.0)
+    assert mean_cosine(torch.eye(4)) == pytest.approx(0.0, abs=1e-7)
