@@ -19,7 +19,6 @@ Shapes: B texts, T tokens, H hidden size, I intermediate neurons of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,10 +55,6 @@ class SlimLayer:
     @property
     def has_attention(self) -> bool:
         return getattr(self, self.attention_parts[0]) is not None
-
-    @property
-    def has_mlp(self) -> bool:
-        return getattr(self, self.mlp_parts[0]) is not None
 
     def skip(self, kind: str) -> None:
         """Remove the "attention" or "mlp" sublayer together with its norms."""
@@ -157,14 +152,14 @@ class EffirBertLayer(SlimLayer, BertLayer):
 # --- models ---
 
 
-def restructure(model: SlimModel, overrides: Mapping[int, Mapping[str, Any]]) -> None:
+def restructure(model: SlimModel, overrides: dict[int, dict[str, Any]]) -> None:
     """Give every block its compressed class and shape; what stays as it was keeps its weights."""
     for index, layer in enumerate(model.slim_layers):
         layer.__class__ = model.layer_class
         entry = overrides.get(index, {})
         for kind in entry.get("skip", ()):
             layer.skip(kind)
-        if "intermediate_size" in entry and layer.has_mlp:
+        if "intermediate_size" in entry and "mlp" not in entry.get("skip", ()):
             layer.set_width(entry["intermediate_size"])
 
 
@@ -212,10 +207,6 @@ class SlimDecoder(SlimModel):
         create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
         return create(config=self.config, past_key_values=None, **inputs)
 
-    def rotary(self, kind: str, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        by_kind = (kind,) if self.rotary_by_kind else ()
-        return self.rotary_emb(hidden_states, position_ids, *by_kind)
-
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
@@ -246,7 +237,7 @@ class SlimDecoder(SlimModel):
         for index, layer in enumerate(self.layers):
             kind = self.attention_kind(index) if layer.has_attention else ""
             if kind and kind not in shared:
-                rotary = self.rotary(kind, x, position_ids)
+                rotary = self.rotary_emb(x, position_ids, *((kind,) if self.rotary_by_kind else ()))
                 shared[kind] = {
                     "attention_mask": self.build_mask(kind, **inputs),
                     "position_embeddings": rotary,
@@ -255,9 +246,7 @@ class SlimDecoder(SlimModel):
         return BaseModelOutput(last_hidden_state=self.finish(x))
 
 
-def _plain_decoder(
-    name: str, slim_layer: type, layer: type, config: type, model: type
-) -> tuple[type, type, type]:
+def _decoder(name: str, slim_layer: type, layer: type, config: type, model: type) -> tuple[type, ...]:
     """Layer, configuration and model class of a decoder that SlimDecoder's forward fits as it is."""
     here = {"__module__": __name__}
     new_layer = type(f"Effir{name}Layer", (slim_layer, layer), dict(here))
@@ -266,19 +255,19 @@ def _plain_decoder(
     return new_layer, new_config, type(f"Effir{name}Model", (SlimDecoder, model), members)
 
 
-EffirLlamaLayer, EffirLlamaConfig, EffirLlamaModel = _plain_decoder(
+EffirLlamaLayer, EffirLlamaConfig, EffirLlamaModel = _decoder(
     "Llama", SlimPreNormLayer, LlamaDecoderLayer, hf.LlamaConfig, hf.LlamaModel
 )
-EffirMistralLayer, EffirMistralConfig, EffirMistralModel = _plain_decoder(
+EffirMistralLayer, EffirMistralConfig, EffirMistralModel = _decoder(
     "Mistral", SlimPreNormLayer, MistralDecoderLayer, hf.MistralConfig, hf.MistralModel
 )
-EffirQwen2Layer, EffirQwen2Config, EffirQwen2Model = _plain_decoder(
+EffirQwen2Layer, EffirQwen2Config, EffirQwen2Model = _decoder(
     "Qwen2", SlimPreNormLayer, Qwen2DecoderLayer, hf.Qwen2Config, hf.Qwen2Model
 )
-EffirQwen3Layer, EffirQwen3Config, EffirQwen3Model = _plain_decoder(
+EffirQwen3Layer, EffirQwen3Config, EffirQwen3Model = _decoder(
     "Qwen3", SlimPreNormLayer, Qwen3DecoderLayer, hf.Qwen3Config, hf.Qwen3Model
 )
-EffirGemma2Layer, EffirGemma2Config, EffirGemma2Model = _plain_decoder(
+EffirGemma2Layer, EffirGemma2Config, EffirGemma2Model = _decoder(
     "Gemma2", SlimSandwichLayer, Gemma2DecoderLayer, hf.Gemma2Config, hf.Gemma2Model
 )
 
