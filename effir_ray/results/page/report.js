@@ -111,10 +111,10 @@ function drawPlot() {
   const everything = view.published ? [...points, ...published()] : points;
   const across = everything.map((r) => r[view.x]);
   const wide = Math.min(...across) > 0 && Math.max(...across) / Math.min(...across) > 20;
-  const layout = { paper_bgcolor: color("--paper"), plot_bgcolor: color("--paper"), margin: { t: 20, r: 20, b: 40 },
+  const layout = { paper_bgcolor: color("--paper"), plot_bgcolor: color("--paper"), margin: { t: 32, r: 20, b: 40 },
     font: { color: color("--ink"), family: "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif", size: 14 },
     hoverlabel: { bgcolor: color("--shade"), bordercolor: color("--line"), font: { color: color("--ink") }, align: "left" },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hovermode: "closest",
+    legend: { orientation: "h", y: -0.16, yanchor: "top", x: 0 }, hovermode: "closest",
     xaxis: axis(view.x, wide ? { type: "log", dtick: "D2" } : { type: "linear" }), yaxis: axis(view.y),
     annotations: everything.length ? [] : [{ text: "Nothing was measured for these axes", showarrow: false }] };
   const named = distinct([...front, ...points.filter((r) => r.schedule === "full" && !r.recovered)]);
