@@ -21,6 +21,7 @@ def upload(target: str, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "folder"
         write(folder)
+        filesystem.create_dir(path, recursive=True)
         fs.copy_files(str(folder), path, destination_filesystem=filesystem)
 
 

@@ -1,0 +1,168 @@
+"""Whole runs through Ray Train and DeepSpeed, some of which are killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.history import read_history
+from effir_ray.training.launcher import TrainResult, train
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BEIR folder of 80 short documents, each with a query that asks for its number."""
+    folder = tmp_path_factory.mktemp("numbers")
+    (folder / "qrels").mkdir()
+    documents = ({"_id": f"d{i}", "title": "", "text": f"entry {i} of {i * 7 % 80}"} for i in range(80))
+    queries = ({"_id": f"q{i}", "text": f"which entry is number {i}"} for i in range(80))
+    for name, rows in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split, numbers in (("train", range(60)), ("dev", range(60, 70)), ("test", range(70, 80))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in numbers)]
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def settings(dataset: Path, **changes: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "dataset": str(dataset),
+            "hard_negatives": 0,
+            "steps": STEPS,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "lora": None,
+            "checkpoint_every": 3,
+            **changes,
+        }
+    )
+
+
+def losses(result: TrainResult) -> list[float]:
+    assert [row["step"] for row in result.history] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in result.history]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train("random:llama", settings(dataset), tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_a_run_learns_and_leaves_an_ordinary_checkpoint(uninterrupted: TrainResult) -> None:
+    assert uninterrupted.engine == "DeepSpeed ZeRO-2"
+    curve = losses(uninterrupted)
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+    assert load_retriever(str(uninterrupted.checkpoint)).plan.layers
+    assert not list(uninterrupted.checkpoint.parent.glob("run/*")), "the run's own checkpoints are left over"
+
+
+def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_worker() -> None:
+        for process in psutil.process_iter(["pid", "name", "cmdline"]):
+            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+                killed.append(process.pid)
+                process.kill()
+
+    config = settings(dataset)
+    with when_step(tmp_path / "out", 4, kill_worker):
+        result = train("random:llama", config, tmp_path / "out")
+    assert killed
+    assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+
+
+def test_a_killed_driver_goes_on_where_it_was(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", settings(dataset)
+    script = (
+        "import sys; from pathlib import Path; from effir_ray.training.launcher import train;"
+        "from effir_ray.training.config import TrainConfig;"
+        "train('random:llama', TrainConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, config.model_dump_json(), str(out)]
+    driver = subprocess.Popen(command, start_new_session=True)
+    wait_for_step(out, 4)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = len(read_history(out / "history.jsonl"))
+    assert not (out / "checkpoint").exists() and before < STEPS
+    result = train("random:llama", config, out)
+    assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    again = train("random:llama", config, out)
+    assert again.history == result.history
+
+
+def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: Path, tmp_path: Path) -> None:
+    config = settings(
+        dataset,
+        workers=2,
+        zero_stage=3,
+        lora={"r": 4, "alpha": 8},
+        negatives="bm25",
+        hard_negatives=2,
+        token_budget=128,
+        dev={"every": 6, "queries": 10, "documents": 40},
+        checkpoint_every=None,
+        keep_checkpoints=2,
+    )
+    result = train("random:llama", config, tmp_path / "out")
+    assert result.engine == "DeepSpeed ZeRO-3"
+    scores = {row["step"]: row["dev_ndcg_at_10"] for row in result.history if "dev_ndcg_at_10" in row}
+    assert list(scores) == [6, 12, 18, 24]
+    assert scores[result.step] == max(scores.values())
+    load_retriever(str(result.checkpoint))
+
+
+def test_a_diverging_run_fails_with_its_reason_and_is_not_repeated(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrialFailure, match=r"step .*loss"):
+        train("random:llama", settings(dataset, learning_rate=1e30), tmp_path / "out")
+
+
+def test_more_than_the_cluster_has_is_said_at_once(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="but the cluster has"):
+        train("random:llama", settings(dataset, cpus_per_worker=4000), tmp_path / "out")
+
+
+class when_step:
+    """Calls ``action`` in the background once ``out`` has a row of that step."""
+
+    def __init__(self, out: Path, step: int, action: Callable[[], None]) -> None:
+        import threading
+
+        self._thread = threading.Thread(target=lambda: (wait_for_step(out, step), action()), daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.join(timeout=60)
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    deadline = time.monotonic() + 500
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_history(out / "history.jsonl")):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"{out} never reached step {step}")

@@ -1,0 +1,65 @@
+"""What a run keeps and reads back; the runs that are really killed are in ``test_launcher``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from effir_ray.errors import InputError
+from effir_ray.training import storage
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.history import read_history
+from effir_ray.training.launcher import train
+from effir_ray.training.survival import OutOfMemory, halved_budget, halving
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("x: can't allocate memory: y")]
+)
+def test_out_of_memory_halves_the_budget_of_the_next_start(tmp_path: Path, error: Exception) -> None:
+    run = str(tmp_path / "run")
+    assert halved_budget(run) is None
+    with pytest.raises(OutOfMemory, match="token budget of 3000"), halving(run, 3000):
+        raise error
+    assert halved_budget(run) == 1500
+
+
+def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shape"), halving(str(tmp_path), 3000):
+        raise RuntimeError("shape mismatch")
+    assert halved_budget(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_storage_is_the_same_on_a_path_and_on_a_uri(tmp_path: Path, scheme: str) -> None:
+    base = f"{scheme}{tmp_path}/store"
+    assert storage.read_json(f"{base}/a.json") is None
+    storage.write_json(f"{base}/a.json", {"b": 1})
+    assert storage.read_json(f"{base}/a.json") == {"b": 1}
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w")
+
+    storage.upload(f"{base}/model", write)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    storage.fetch(f"{base}/model", tmp_path / "model")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["weights"]
+    storage.remove(base)
+    assert not storage.exists(base)
+    storage.remove(base)
+
+
+def test_steps_done_again_after_a_restart_replace_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "loss": 2.5}\n{"step": 3')
+    assert read_history(file) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
+    with pytest.raises(InputError, match="another model or other settings"):
+        train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
