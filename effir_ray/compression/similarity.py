@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from effir_ray.backbones.retriever import Retriever
 from effir_ray.compression.calibration import Batch, run
 from effir_ray.compression.masking import UNITS, Unit
+from effir_ray.errors import InputError, TrialFailure
 
 View = Callable[[Tensor], Tensor]
 """What of the stream is compared: (batch, tokens, hidden) -> (vectors, hidden)."""
@@ -31,8 +32,17 @@ class Sums:
 
 
 def mean(parts: list[Sums]) -> np.ndarray:
-    """(3, layers) float64. Parts come in batch order, so the result is the same for any number of workers."""
+    """(3, layers) float64. Parts come in batch order: one result for any number of workers.
+
+    Raises InputError when there was nothing to measure, TrialFailure when the model gave something not finite.
+    """
+    if not parts:
+        raise InputError("the calibration texts have no tokens; give texts of at least one character")
     totals: np.ndarray = np.sum([part.totals for part in parts], axis=0)
+    if not np.isfinite(totals).all():
+        raise TrialFailure(
+            "importance is not a finite number; the model's hidden states overflow or hold NaN"
+        )
     return totals / sum(part.weight for part in parts)
 
 

@@ -11,7 +11,7 @@ from effir_ray.compression.importance import measure_importance
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.surgery import apply_plan
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "bert", "modernbert"]
 
@@ -179,6 +179,13 @@ def test_missing_texts_and_pairs_are_named() -> None:
         measure_importance(retriever, TEXTS, criterion="cosin")  # type: ignore[arg-type]  # the point
     with pytest.raises(InputError, match="1 training pairs"):
         measure_importance(retriever, criterion="dev-loss", pairs=PAIRS[:1])
+
+
+def test_a_broken_model_is_a_failed_trial() -> None:
+    retriever = load_retriever("random:llama")
+    next(retriever.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(TrialFailure, match="not a finite number"):
+        measure_importance(retriever, TEXTS)
 
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:
