@@ -34,7 +34,7 @@ class Sums:
 def mean(parts: list[Sums]) -> np.ndarray:
     """(3, layers) float64. Parts come in batch order: one result for any number of workers.
 
-    Raises InputError when there was nothing to measure, TrialFailure when the model gave something not finite.
+    Raises InputError when there was nothing to measure, TrialFailure when a score is not finite.
     """
     if not parts:
         raise InputError("the calibration texts have no tokens; give texts of at least one character")
