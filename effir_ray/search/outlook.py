@@ -26,6 +26,7 @@ _START_SECONDS = {
     "embeddings": 8.0,
 }  # starting Ray Train and Ray Data workers
 _OTHER_START_SECONDS = 2.0
+_TRUST = 60.0
 _FRONT_SHARE = 0.5  # trials expected on the front, whose test scores follow
 
 
@@ -83,13 +84,15 @@ class Outlook:
                 self.actual[stage.key] = float(json.loads(record.read_text())["seconds"])
 
     def _predict(self, name: str, guess: float) -> float:
-        """The first guess, scaled as the guesses for finished stages (of this kind, else of all) had to
-        be."""
+        """The first guess, scaled as the guesses for finished stages of this kind had to be; without any, as
+        those for all finished stages, which count little until they add up to more than ``_TRUST``
+        seconds."""
         done = [key for key in self.actual if key in self.expected]
-        same = [key for key in done if self.expected[key][0] == name] or done
-        if not same:
-            return guess
-        return guess * sum(self.actual[key] for key in same) / sum(self.expected[key][1] for key in same)
+        same = [key for key in done if self.expected[key][0] == name]
+        trust = 0.0 if same else _TRUST
+        actual = trust + sum(self.actual[key] for key in same or done)
+        expected = trust + sum(self.expected[key][1] for key in same or done)
+        return guess * actual / expected
 
     def _guess_of(self, name: str) -> float | None:
         guesses = [

@@ -71,6 +71,10 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         store.append(self.out, [row])
         return row
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher into a checkpoint of its own, which no study is ever resumed from."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: rows and Optuna's storage hold the state."""
 

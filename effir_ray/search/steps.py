@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +153,10 @@ def timing(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
     dataset = sampled(config, "dev")
     queries = list(dataset.queries("dev").values())[: config.timing.queries]
     ids = dataset.corpus.ids[: config.timing.documents]
-    full = Encoder(load_model(parents["reference"]))
-    same = parents["reference"] == parents["model"]
-    encoders = {"full": full} if same else {"full": full, "trial": Encoder(load_model(parents["model"]))}
+    models = {"full": parents["reference"], "trial": parents["model"]}
+    if parents["model"] == parents["reference"]:
+        del models["trial"]
+    encoders = {name: Encoder(_shortened(load_model(place), config)) for name, place in models.items()}
     measured = measure_efficiency(
         encoders,
         queries,
@@ -163,7 +164,7 @@ def timing(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
         rounds=config.timing.rounds,
         reference="full",
     )
-    (out / TIMING).write_text(json.dumps(asdict(measured["full" if same else "trial"]), indent=1))
+    (out / TIMING).write_text(measured[list(models)[-1]].model_dump_json(indent=1))
 
 
 STEPS: dict[str, Step] = {
@@ -185,6 +186,12 @@ def sampled(config: TrialConfig, split: Split) -> Dataset:
 def load_model(folder: Path) -> Retriever:
     """The checkpoint of a model stage."""
     return _load(str(folder / CHECKPOINT))
+
+
+def _shortened(retriever: Retriever, config: TrialConfig) -> Retriever:
+    """The same retriever, cutting texts where this study cuts documents."""
+    spec = retriever.spec.model_copy(update={"max_length": config.document_max_length})
+    return replace(retriever, spec=spec)
 
 
 def _load(name: str, first_blocks: int | None = None) -> Retriever:

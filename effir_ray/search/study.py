@@ -120,7 +120,7 @@ def _split(name: str) -> Split:
 
 def _quiet() -> None:
     """Ray's own reports go to its log files; what matters is in the rows and on the display."""
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its newer output prints tables even when told to be silent
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in a search space stay valid
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):

@@ -1,0 +1,29 @@
+"""What trial processes tell the driver."""
+
+from pathlib import Path
+
+from effir_ray.progress import progress
+from effir_ray.search.activity import current, forget, reporting
+
+
+def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path) -> None:
+    assert current(tmp_path) == []
+    with reporting(tmp_path, "2M", "dev") as report:
+        report("embeddings")
+        with progress("Encoding", total=4, unit="docs") as bar:
+            bar.advance(4)
+        (activity,) = current(tmp_path)
+        assert (activity.trial, activity.split, activity.stage) == ("2M", "dev", "embeddings")
+        assert activity.detail.startswith("Encoding 4/4 docs")
+        report("scores")
+        (activity,) = current(tmp_path)
+        assert (activity.stage, activity.detail) == ("scores", "")
+    assert current(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_run_are_forgotten(tmp_path: Path) -> None:
+    killed = reporting(tmp_path, "2M", "dev")
+    killed.__enter__()("base")
+    assert len(current(tmp_path)) == 1
+    forget(tmp_path)
+    assert current(tmp_path) == []

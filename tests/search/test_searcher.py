@@ -1,0 +1,62 @@
+"""What the study makes of Tune's events."""
+
+from pathlib import Path
+
+import pytest
+from search_examples import row, small_space
+
+from effir_ray.backbones.registry import load_config
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.results import store
+from effir_ray.search.proposals import Proposals
+from effir_ray.search.searcher import ABORT, ROW, ScheduleSearcher
+from effir_ray.search.space import TrialConfig
+
+
+@pytest.fixture
+def searcher(tmp_path: Path) -> ScheduleSearcher:
+    space = small_space(schedules=[{"drop_mlp": 1}, {"drop_block": 1}])
+    proposals = Proposals(space, tmp_path, [], load_config(space.backbone))
+    return ScheduleSearcher(proposals, tmp_path, lambda work, row: None)
+
+
+def start(searcher: ScheduleSearcher, name: str) -> TrialConfig:
+    suggestion = searcher.suggest(name)
+    assert isinstance(suggestion, dict)
+    return TrialConfig.model_validate_json(suggestion["trial"])
+
+
+def end(searcher: ScheduleSearcher, name: str, config: TrialConfig, ndcg: float | None) -> None:
+    searcher.on_trial_complete(name, {ROW: row(config, ndcg).model_dump_json()})
+
+
+def test_a_process_that_dies_leaves_a_failed_row_and_the_study_goes_on(searcher: ScheduleSearcher) -> None:
+    end(searcher, "a", start(searcher, "a"), 0.5)
+    start(searcher, "b")
+    searcher.on_trial_complete("b", None, error=True)
+    (failed,) = store.read([searcher.out]).to_pylist()
+    assert failed["status"] == "failed"
+    assert "without a result" in failed["reason"]
+    assert start(searcher, "c").name == "1B"
+
+
+def test_a_failed_trial_is_passed_over(searcher: ScheduleSearcher) -> None:
+    end(searcher, "a", start(searcher, "a"), 0.5)
+    end(searcher, "b", start(searcher, "b"), None)
+    assert searcher.fatal is None
+    assert start(searcher, "c").name == "1B"
+
+
+def test_without_the_full_model_there_is_no_study(searcher: ScheduleSearcher) -> None:
+    end(searcher, "a", start(searcher, "a"), None)
+    assert isinstance(searcher.fatal, TrialFailure)
+    assert searcher.suggest("b") == ScheduleSearcher.FINISHED
+
+
+def test_wrong_input_stops_the_study_without_a_row(searcher: ScheduleSearcher) -> None:
+    end(searcher, "a", start(searcher, "a"), 0.5)
+    start(searcher, "b")
+    searcher.on_trial_complete("b", {ABORT: "no disk space left"})
+    assert isinstance(searcher.fatal, InputError)
+    assert searcher.suggest("c") == ScheduleSearcher.FINISHED
+    assert not searcher.proposals.done("dev") > 1
