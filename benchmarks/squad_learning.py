@@ -26,7 +26,7 @@ from effir_ray.errors import InputError
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
 from effir_ray.results.schema import TrialRow
-from effir_ray.results.store import append
+from effir_ray.results.store import append, latest, read
 from effir_ray.retrieval.datasets import Dataset, load_dataset
 from effir_ray.retrieval.evaluation import evaluate
 from effir_ray.search.provenance import git_commit, package_versions
@@ -86,6 +86,7 @@ def settings(options: argparse.Namespace) -> TrainConfig:
         zero_stage=0,
         cpus_per_worker=detect().threads,
         precision="float32",
+        checkpoint_every=12,
     )
 
 
@@ -109,11 +110,22 @@ def score(
     config: TrainConfig,
     seconds: float,
 ) -> None:
-    """Append a row a data set; ``name`` is ``untrained`` or ``trained``."""
+    """Append a row a data set unless it is there; ``name`` is ``untrained`` or ``trained``."""
     for dataset in samples:
+        if (name == "trained", dataset.name) in known(options.out):
+            continue
         evaluation = evaluate(model, dataset, query_max_length=64, document_max_length=options.max_length)
         append(options.out, [row(name, dataset, evaluation.scores.mean, options, config, seconds)])
         print(f"{name} {dataset.name}: nDCG@10 {evaluation.scores.mean['ndcg@10']:.4f}", file=sys.stderr)
+
+
+def known(out: Path) -> set[tuple[bool, str]]:
+    """(trained, data set) of the rows that are there: a run that was stopped goes on."""
+    try:
+        table = read([out])
+    except InputError:  # nothing yet
+        return set()
+    return set(zip(table["recovered"].to_pylist(), table["dataset"].to_pylist(), strict=True))
 
 
 def row(
@@ -164,8 +176,6 @@ def write_history(result: TrainResult, file: Path) -> None:
 def draw(out: Path) -> None:
     """The loss at every step, and nDCG@10 before and after: OUT/squad_learning.svg."""
     from matplotlib.figure import Figure
-
-    from effir_ray.results.store import latest, read
 
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     rows = latest(read([out])).to_pylist()
