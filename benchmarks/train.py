@@ -24,7 +24,6 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("LOCAL_RANK", "0")
 
 import torch
 import torch.distributed as dist
@@ -46,6 +45,7 @@ Step = tuple[float, float]  # seconds, loss
 
 
 def ours(model: Path, pairs: list[Pair], options: argparse.Namespace, budget: int | None) -> list[Step]:
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     group = f"file://{model.parent}/group-{os.getpid()}"
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=group)
     config = train_config(options, budget)
@@ -203,7 +203,9 @@ def main() -> None:
 def in_own_process(system: str, model: Path, out: Path) -> list[Step]:
     """Steps of one system, started afresh with this script's own options."""
     command = [sys.executable, __file__, *sys.argv[1:], "--system", system, "--model", model, "--out", out]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
     return [tuple(step) for step in json.loads(out.read_text(encoding="utf-8"))]
 
 

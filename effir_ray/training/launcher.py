@@ -124,6 +124,8 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
     """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # A busy machine needs more than the default minute until its workers have imported everything.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     while True:
