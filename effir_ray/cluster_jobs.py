@@ -21,6 +21,7 @@ from effir_ray.errors import InputError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_AGENT_TIMEOUT = 120.0  # seconds
 _STOP_TIMEOUT = 30.0  # seconds; Ray sends SIGTERM, then SIGKILL after 3 of them
 _SPACE_FILE = "space.yaml"
 _LEFT_OUT = ["**/__pycache__/**"]
@@ -54,7 +55,8 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
     arguments = ["search", _SPACE_FILE, "--out", out, *(["--resume"] if resume else [])]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _SPACE_FILE).write_text(space.read_text(encoding="utf-8"), encoding="utf-8")
-        job: str = client.submit_job(
+        return _submit(
+            client,
             entrypoint=shlex.join(["python", "-m", "effir_ray", *arguments]),
             submission_id=f"effir-ray-{loaded.name}-{uuid.uuid4().hex[:6]}",
             runtime_env={
@@ -63,7 +65,19 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
                 "excludes": _LEFT_OUT,
             },
         )
-    return job
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """Submit, waiting for a head that has only just started: its agent comes up after its job server."""
+    deadline = time.monotonic() + _AGENT_TIMEOUT
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                reason = next(iter(str(error).splitlines()), "no reason given")
+                raise InputError(f"the Ray cluster does not take the job: {reason}") from None
+            time.sleep(1)
 
 
 def list_jobs(*, address: str | None = None) -> list[Job]:

@@ -71,6 +71,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
         command += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=268435456"]
+        # Ports of its own: the defaults may belong to another cluster of this machine.
+        command += [
+            f"--ray-client-server-port={_free_port()}",
+            f"--dashboard-agent-listen-port={_free_port()}",
+        ]
         command += [f"--temp-dir={folder}", "--disable-usage-stats"]
         process = _start(command, folder / "head.log")
         try:
