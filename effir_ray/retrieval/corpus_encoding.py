@@ -142,6 +142,7 @@ def _encode_missing(
     from ray.data import ActorPoolStrategy, DataContext
 
     workers = min(workers, len(missing))
+    nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     tasks = ray.data.from_items(
@@ -155,7 +156,7 @@ def _encode_missing(
             "folder": folder,
             "encoding": encoding,
             "path": corpus.path,
-            "workers": workers,
+            "workers_a_node": -(-workers // nodes),
         },
         **_resources(workers),
     )
@@ -194,13 +195,13 @@ def _resources(workers: int) -> dict[str, float]:
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
-    def __init__(self, folder: ShardFolder, encoding: Encoding, path: Path, workers: int) -> None:
-        self._folder, self._encoding, self._path, self._workers = folder, encoding, path, workers
+    def __init__(self, folder: ShardFolder, encoding: Encoding, path: Path, workers_a_node: int) -> None:
+        self._folder, self._encoding, self._path = folder, encoding, path
+        self._workers_a_node = workers_a_node
 
     @cached_property
     def _encoder(self) -> Encoder:
         """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
-        import ray
         import torch
 
         from effir_ray.backbones.retriever import load_retriever
@@ -208,8 +209,7 @@ class _ShardEncoder:
         from effir_ray.retrieval.encoder import Encoder
 
         hardware = detect()
-        nodes = max(1, len([node for node in ray.nodes() if node["Alive"]]))
-        torch.set_num_threads(max(1, hardware.threads // -(-self._workers // nodes)))
+        torch.set_num_threads(max(1, hardware.threads // self._workers_a_node))
         retriever = load_retriever(self._encoding.model, dtype=hardware.dtype, device=hardware.device)
         return Encoder(retriever, quantize=self._encoding.quantize)
 

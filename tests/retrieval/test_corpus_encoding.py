@@ -17,9 +17,9 @@ import pytest
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.errors import InputError
 from effir_ray.retrieval import corpus_encoding
-from effir_ray.retrieval.corpus_encoding import encode_corpus
+from effir_ray.retrieval.corpus_encoding import _ShardEncoder, encode_corpus
 from effir_ray.retrieval.datasets import load_dataset
-from effir_ray.retrieval.embedding_shards import ShardFolder
+from effir_ray.retrieval.embedding_shards import Encoding, ShardFolder
 from effir_ray.retrieval.encoder import Encoder
 
 MODEL = "random:llama"
@@ -49,6 +49,34 @@ def undisturbed(beir_folder, tmp_path_factory):
 
 def forbidden(*arguments, **options):
     raise AssertionError("a finished encoding must not start any work")
+
+
+def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_folder, tmp_path):
+    dataset, folder = load_dataset(beir_folder), ShardFolder(tmp_path)
+    encoding = Encoding(
+        model=MODEL,
+        model_fingerprint="m",
+        dataset=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        documents=DOCUMENTS,
+        shard_size=50,
+        max_length=20,
+        dtype="float32",
+        quantize=None,
+    )
+    folder.write_header(encoding)
+    rows = {"shard": [2], "ids": [dataset.corpus.ids[100:150]], "offsets": [dataset.corpus.offsets[100:150]]}
+    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, workers_a_node=1)(rows)
+    assert figures["documents"] == [50] and figures["problem"] == [""] and folder.finished() == {2}
+    ids, vectors = folder.read_shard(2)
+    texts = dataset.corpus.texts(ids)
+    assert ids == dataset.corpus.ids[100:150] and figures["tokens"][0] <= 50 * 20
+    expected = Encoder(load_retriever(MODEL)).encode(texts, "document", max_length=20)
+    np.testing.assert_array_equal(vectors, expected)
+
+    unsuitable = encoding.model_copy(update={"model": "random:gemma2", "quantize": "int8"})
+    figures = _ShardEncoder(folder, unsuitable, dataset.corpus.path, workers_a_node=1)(rows)
+    assert "int8 is for" in figures["problem"][0]
 
 
 @pytest.mark.integration
