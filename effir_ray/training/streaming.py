@@ -7,6 +7,7 @@ check and shuffle chunks ahead of the training; memory holds the window and a fe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -89,13 +90,15 @@ class PairStream:
         from effir_ray.cluster import connect
 
         connect()
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         order = np.random.default_rng((seed, epoch)).permutation(len(self.chunks)).tolist()
         items = [{**asdict(self.chunks[index]), "seed": [seed, epoch, index]} for index in order]
         dataset = ray.data.from_items(items, override_num_blocks=len(items))
         dataset.context.execution_options.preserve_order = True
         dataset.context.enable_progress_bars = False
-        # A training run may hold every CPU: reading must not wait for one.
-        for row in dataset.flat_map(_shuffled_lines, num_cpus=0).iter_rows():
+        # A training run may hold every CPU: reading must not wait for one, nor start a process a chunk.
+        two = ray.data.TaskPoolStrategy(size=2)
+        for row in dataset.flat_map(_shuffled_lines, num_cpus=0, compute=two).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
             yield parse_line(row["line"], self.source)
