@@ -79,8 +79,8 @@ def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
     killed: list[int] = []
 
     def kill_worker() -> None:
-        for process in psutil.process_iter(["pid", "name", "cmdline"]):
-            if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+        for process in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
                 killed.append(process.pid)
                 process.kill()
 
