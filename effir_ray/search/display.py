@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _LATEST_ROWS = 12
 _LIVE_INTERVAL = 0.5  # seconds
 _LINE_INTERVAL = 20.0
+_IDLE = "starting a trial process"
 
 STAGE_WORDS = {
     "backbone": "loading the backbone",
@@ -86,13 +87,13 @@ class StudyDisplay:
     def _lines(self) -> None:
         """A line when a stage begins, and every ``_LINE_INTERVAL`` seconds what is being done."""
         shown: set[tuple[str, str, float]] = set()
-        last = time.monotonic()
+        last = -_LINE_INTERVAL
         while not self._stop.wait(_LIVE_INTERVAL):
             running = current(self.out)
             now = {(activity.trial, activity.stage, activity.since) for activity in running}
             if now - shown or time.monotonic() - last >= _LINE_INTERVAL:
-                for activity in running:
-                    self._print(f"{self._headline()} | {_activity_line(activity)}")
+                for line in [_activity_line(activity) for activity in running] or [_IDLE]:
+                    self._print(f"{self._headline()} | {line}")
                 shown, last = now, time.monotonic()
 
     def _print(self, line: str) -> None:
@@ -123,7 +124,8 @@ class StudyDisplay:
         for row in list(self.rows):
             table.add_row(row.schedule, row.split, *_cells(row))
         bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
-        running = [Text(_activity_line(activity), style="cyan") for activity in current(self.out)]
+        lines = [_activity_line(activity) for activity in current(self.out)] or [_IDLE]
+        running = [Text(line, style="cyan") for line in lines]
         return Group(Text(self._headline(), style="bold"), bar, *running, table)
 
 

@@ -84,11 +84,11 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def finished_rows(out: Path) -> list[TrialRow]:
-    """The last row of every trial and split."""
+    """The last row of every trial and split, failed ones left out: a resumed study tries them again."""
     if not any((out / store.ROWS_FOLDER).glob("*.parquet")):
         return []
     table = store.latest(store.read([out]))
-    return [TrialRow.model_validate(row) for row in table.to_pylist()]
+    return [TrialRow.model_validate(row) for row in table.to_pylist() if row["status"] == "ok"]
 
 
 def _read(file: Path) -> StudyRecord:

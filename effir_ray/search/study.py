@@ -84,6 +84,7 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
             num_samples=_ALL,
             max_concurrent_trials=space.concurrency,
             reuse_actors=True,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0),
     )

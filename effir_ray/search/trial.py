@@ -151,6 +151,9 @@ def _data_fingerprint(name: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """One line. Our own errors speak for themselves; others are named by their class."""
-    text = " ".join(str(error).split()) or "no message"
-    return text if isinstance(error, InputError | TrialFailure) else f"{type(error).__name__}: {text}"
+    """One line. Our own errors speak for themselves; others are named by their class, and of a traceback
+    that came from another process only its last line, the error there, is kept."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    if isinstance(error, InputError | TrialFailure):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"

@@ -37,9 +37,11 @@ def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_the_last_row_of_a_trial_counts(tmp_path: Path) -> None:
+def test_the_last_row_of_a_trial_counts_and_failed_ones_run_again(tmp_path: Path) -> None:
     assert finished_rows(tmp_path) == []
     config = small_space().trial(Candidate())
     store.append(tmp_path, [row(config, 0.1)])
     store.append(tmp_path, [row(config, 0.2)])
     assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
+    store.append(tmp_path, [row(config, None)])
+    assert finished_rows(tmp_path) == []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -112,5 +110,5 @@ def _run_until(command: list[str], out: Path, rows: int) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
