@@ -66,12 +66,14 @@ def test_a_broken_data_set_is_named_by_file_and_line(
 def test_a_model_with_missing_weights_is_refused_by_tensor(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    assert run("compress", "--backbone", "random:llama", "--drop-mlp", "1,", "--out", tmp_path).exit_code == 0
-    weights = load_file(tmp_path / "model.safetensors")
+    model = tmp_path / "model"
+    assert run("compress", "--backbone", "random:llama", "--drop-mlp", "1,", "--out", model).exit_code == 0
+    weights = load_file(model / "model.safetensors")
     gone = next(name for name in weights if "o_proj" in name)
     del weights[gone]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    line = one_line(run("compress", "--backbone", tmp_path, "--drop-mlp", "2,", "--dry-run"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    line = one_line(run("compress", "--backbone", model, "--drop-mlp", "2,", "--out", tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
     assert gone.removeprefix("model.") in line
 
 
