@@ -14,6 +14,8 @@ _LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
 
 _REACH_TIMEOUT = 10.0  # seconds
 
+_START_ATTEMPTS = 3
+
 _WORKER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",  # DeepSpeed otherwise probes for accelerators at import
     "OMP_WAIT_POLICY": "passive",  # spinning OpenMP threads slow FAISS and neighbouring workers
@@ -42,21 +44,39 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         "runtime_env": {"env_vars": worker_environment()},
     }
     if target is None:
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": num_cpus,
-            "object_store_memory": _LOCAL_OBJECT_STORE_BYTES,
-        }
-    else:
-        _check_reachable(target)
-        options["address"] = target
+        os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 starves workers beside any other program
+        _start_local(num_cpus, options)
+        return
+    _check_reachable(target)
     try:
-        ray.init(**options)
+        ray.init(address=target, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        if target is None:
-            raise
         raise _no_cluster(target, error) from None
+
+
+def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
+    """Ray gives its own processes 30 seconds, which a busy machine may not keep: try again, then say so."""
+    import ray
+
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=num_cpus,
+                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                **options,
+            )
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == _START_ATTEMPTS - 1:
+                raise InputError(
+                    f"Ray did not start on this machine within 30 s, {_START_ATTEMPTS} times over; "
+                    "stop other programs, or give --address of a running cluster"
+                ) from None
 
 
 def worker_environment() -> dict[str, str]:

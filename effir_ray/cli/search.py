@@ -32,7 +32,7 @@ def search(
     effir-ray search search_spaces/demo.yaml --dry-run
     effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2
     effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2 --resume
-    effir-ray search search_spaces/mistral-7b.yaml --out s3://bucket/mistral --address auto
+    effir-ray search search_spaces/mistral-7b.yaml --out /shared/mistral --address auto
     """
     from effir_ray import run_search
     from effir_ray.progress import show_progress

@@ -6,7 +6,6 @@ in it comes from the configuration's seed. Model folders hold ``checkpoint`` and
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -55,11 +54,13 @@ def base(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None
 
 
 def importance(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+    from effir_ray.compression.calibration_data import draw_texts
     from effir_ray.compression.importance import measure_importance
+    from effir_ray.retrieval.datasets import load_dataset
     from effir_ray.training.pairs import load_pairs
 
     criterion = config.schedule.importance
-    texts = _calibration_texts(config)
+    texts = draw_texts(load_dataset(config.dataset), config.calibration_texts, config.seed)
     pairs = load_pairs(config.dataset)[: config.gates.pairs] if criterion == "dev-loss" else ()
     scores = measure_importance(
         load_model(parents["model"]),
@@ -207,16 +208,6 @@ def _train(training: TrainConfig, model: Path, out: Path) -> None:
 
     train(model / CHECKPOINT, training, out)
     _write_plan(out, read_plan(model))
-
-
-def _calibration_texts(config: TrialConfig) -> list[str]:
-    """Documents of the corpus, drawn by hash of their id: task-agnostic text, no labels (paper section
-    3.1)."""
-    from effir_ray.retrieval.datasets import load_dataset
-
-    corpus = load_dataset(config.dataset).corpus
-    drawn = sorted(corpus.ids, key=lambda name: hashlib.sha256(f"{config.seed}:{name}".encode()).digest())
-    return corpus.texts(drawn[: config.calibration_texts])
 
 
 def _depth_plan(config: TrialConfig, full: Plan, parents: Parents) -> Plan:

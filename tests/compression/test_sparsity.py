@@ -72,7 +72,7 @@ def test_a_block_is_calibrated_on_the_pruned_blocks_before_it(kind: str, method:
             if isinstance(statistic, InputNorms)
             else sparsegpt(module.weight, statistic.matrix(), TWO_FOUR)
         )
-        # Batches are cut differently here, so that sums differ in the last bits and near-ties may go the other way.
+        # Batches are cut differently here: sums differ in the last bits, and near-ties may go the other way.
         agree = ((expected == 0) == (done[name] == 0)).float().mean()
         assert agree > 0.99
         assert (expected - done[name]).abs().mean() < 1e-3
