@@ -35,7 +35,7 @@ def train(
     \b
     [bold]Examples[/bold]
     effir-ray train search_spaces/train/smollm2-stdlib.yaml --model small --out runs/small-trained
-    effir-ray train search_spaces/train/mistral-7b-msmarco.yaml --model pruned --out /shared/run --address auto
+    effir-ray train search_spaces/train/mistral-7b-msmarco.yaml --model pruned --out /shared/run
     """
     from effir_ray import TrainConfig
     from effir_ray import train as run
