@@ -1,7 +1,11 @@
-"""Searches as jobs of a real Ray head, which these tests start and end."""
+"""Searches as jobs of a real Ray head, which these tests start and end.
+
+The commands run in processes of their own, as users run them: Ray reads its token once a process.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -10,11 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from effir_ray.cluster_jobs import follow_job, job_logs, list_jobs, stop_job, submit_search
+from effir_ray.cluster_jobs import list_jobs
 from effir_ray.errors import InputError
 from effir_ray.results import store
 
@@ -58,38 +63,45 @@ def space(tmp_path: Path) -> Path:
     return file
 
 
+@dataclass(frozen=True)
+class Head:
+    """Job server of a Ray head on loopback, behind a token of its own."""
+
+    address: str
+    token: str
+
+    def run(self, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "effir_ray", *arguments, "--address", self.address]
+        environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or self.token}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of the job server of a Ray head on loopback, behind a token of its own."""
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = Path(tmp_path_factory.mktemp("r"))
-    port, dashboard = _free_port(), _free_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
-        # Jobs run the first `python` on the head's PATH: this one, with its packages.
-        patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-        command += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=268435456"]
-        # Ports of its own: the defaults may belong to another cluster of this machine.
-        command += [
-            f"--ray-client-server-port={_free_port()}",
-            f"--dashboard-agent-listen-port={_free_port()}",
-        ]
-        command += [f"--temp-dir={folder}", "--disable-usage-stats"]
-        process = _start(command, folder / "head.log")
-        try:
-            yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            process.send_signal(signal.SIGTERM)  # with --block it ends its daemons too
-            process.wait(timeout=60)
+    port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(16)
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    environment.pop("RAY_ADDRESS", None)
+    # Jobs run the first `python` on the head's PATH: this one, with its packages.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=268435456"]
+    # Ports of its own: the defaults may belong to another cluster of this machine.
+    command += [f"--ray-client-server-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}"]
+    command += [f"--temp-dir={folder}", "--disable-usage-stats"]
+    process = _start(command, environment, folder / "head.log")
+    try:
+        yield Head(f"http://127.0.0.1:{dashboard}", token)
+    finally:
+        process.send_signal(signal.SIGTERM)  # with --block it ends its daemons too
+        process.wait(timeout=60)
 
 
-def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
     """Ray gives its daemons 30 seconds and then gives up; a busy machine may need another try."""
     for _ in range(_ATTEMPTS):
         with log.open("w") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream)
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
         while process.poll() is None:
             if "Ray runtime started" in log.read_text():
                 return process
@@ -98,28 +110,34 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.integration
-def test_a_search_runs_as_a_job_and_leaves_its_rows(head: str, space: Path, tmp_path: Path) -> None:
-    job = submit_search(space, str(tmp_path / "out"), address=head)
-    written: list[str] = []
-    assert follow_job(job, address=head, write=written.append) == "SUCCEEDED", "".join(written)
+def test_a_search_runs_as_a_job_and_leaves_its_rows(head: Head, space: Path, tmp_path: Path) -> None:
+    submitted = head.run("submit", str(space), "--out", str(tmp_path / "out"), "--follow")
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    job = submitted.stdout.splitlines()[0].removeprefix("Job: ")
     rows = store.read([tmp_path / "out"]).to_pylist()
     assert {row["schedule"] for row in rows if row["split"] == "dev"} == {"full"}
-    (listed,) = [item for item in list_jobs(address=head) if item.id == job]
-    assert listed.status == "SUCCEEDED"
-    assert "search space.yaml" in listed.command
-    assert "effir-ray pareto" in job_logs(job, address=head)
+    (listed,) = [item for item in json.loads(head.run("jobs", "--json").stdout) if item["id"] == job]
+    assert listed["status"] == "SUCCEEDED"
+    assert "search space.yaml" in listed["command"]
+    assert "effir-ray pareto" in head.run("logs", job).stdout
 
 
 @pytest.mark.integration
-def test_a_job_can_be_stopped(head: str, space: Path, tmp_path: Path) -> None:
-    job = submit_search(space, str(tmp_path / "out"), address=head)
-    assert stop_job(job, address=head) == "STOPPED"
+def test_a_job_can_be_stopped(head: Head, space: Path, tmp_path: Path) -> None:
+    job = json.loads(head.run("submit", str(space), "--out", str(tmp_path / "out"), "--json").stdout)["job"]
+    stopped = head.run("stop", job, "--json")
+    assert json.loads(stopped.stdout) == {"job": job, "status": "STOPPED"}, stopped.stderr
 
 
 @pytest.mark.integration
-def test_an_unknown_job_is_named(head: str) -> None:
-    with pytest.raises(InputError, match="no job 'nope'"):
-        job_logs("nope", address=head)
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "no job 'nope'"), ("0" * 32, "asks for its token")], ids=["job", "token"]
+)
+def test_an_unknown_job_and_a_wrong_token_are_named(head: Head, token: str | None, said: str) -> None:
+    refused = head.run("logs", "nope", token=token)
+    assert refused.returncode == 2
+    assert said in " ".join(refused.stderr.split())
+    assert "Traceback" not in refused.stderr
 
 
 def test_nobody_listening_is_said_at_once() -> None:
