@@ -4,24 +4,27 @@ All tokens of a batch lie in one (tokens, hidden) matrix, so every linear layer 
 attention knows where texts begin. Query, key and value projections are fused, gate and up too; RMSNorm
 weights are folded into the projection that follows. The weights are a snapshot of the model's.
 
-Shapes: t tokens of all texts, h hidden, q query heads, k key-value heads, d channels a head.
+Where pooling takes one token of a text, tokens meet for the last time in the last layer that has attention:
+its queries, and all that follows, are computed for those n tokens alone.
+
+Shapes: t tokens of all n texts (n after the last attention), h hidden, q query heads, k key-value heads,
+d channels a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
 from effir_ray.backbones.retriever import Retriever
 from effir_ray.retrieval.padded import PaddedForward
-from effir_ray.retrieval.projections import fuse
-from effir_ray.retrieval.varlen_attention import Packing, attend, pool
-
-Quantize = Literal["int8"] | None
+from effir_ray.retrieval.projections import GatedProjection, Quantize, fuse
+from effir_ray.retrieval.varlen_attention import Packing, attend, attend_once, mean_pool
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
 
@@ -29,8 +32,8 @@ _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on
 class _Model(Protocol):
     window: int | None  # longest text for which attention is full
 
-    def hidden(self, ids_t: Tensor, packing: Packing) -> Tensor:
-        """Last hidden states (t, h)."""
+    def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
+        """Last hidden states of all tokens, (t, h), or of those at ``rows_n`` alone, (n, h)."""
 
 
 class PackedForward:
@@ -52,7 +55,15 @@ class PackedForward:
         if device.type == "cuda":
             ids = ids.pin_memory().to(device, non_blocking=True)
         packing = Packing.of(lengths, device)
-        pooled = pool(self._model.hidden(ids, packing), packing, self._retriever.spec.pooling)
+        how = self._retriever.spec.pooling
+        rows = packing.pooled_rows(how)
+        # A causal model's first token sees itself alone: not what the last attention for `rows` computes.
+        early = rows if how == "last" or not self._retriever.family.causal else None
+        pooled = self._model.hidden(ids, packing, early)
+        if rows is None:
+            pooled = mean_pool(pooled, packing)
+        elif early is None:
+            pooled = pooled[rows]
         return F.normalize(pooled, dim=-1) if self._retriever.spec.normalize else pooled
 
 
@@ -76,15 +87,19 @@ class _Llama:
         model: Any = retriever.model
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm
         self._layers = [_LlamaLayer(layer, quantize) for layer in retriever.family.layers(model)]
+        self._last_attention = _last_with_attention(self._layers)
         self.window = _window(model.config)
 
-    def hidden(self, ids_t: Tensor, packing: Packing) -> Tensor:
+    def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         x_th = self._embed(ids_t)
         cos, sin = self._rotary(x_th[None], packing.positions_t[None])  # (1, t, d), both halves alike
         half = cos.shape[-1] // 2
         rotation = cos[0, :, None, :half], sin[0, :, None, :half]  # (t, 1, d / 2)
-        for layer in self._layers:
-            layer.update(x_th, packing, rotation)
+        if rows_n is not None and self._last_attention is None:
+            x_th = x_th[rows_n]
+        for number, layer in enumerate(self._layers):
+            rows = rows_n if number == self._last_attention else None
+            x_th = layer.update(x_th, packing, rotation, rows)
         normed: Tensor = self._norm(x_th)
         return normed
 
@@ -92,7 +107,7 @@ class _Llama:
 class _LlamaLayer:
     def __init__(self, layer: Any, quantize: Quantize) -> None:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        self._has_attention, self._has_mlp = attention is not None, mlp is not None
+        self.has_attention, self._has_mlp = attention is not None, mlp is not None
         if attention is not None:
             norm = layer.input_layernorm
             self._attention_eps = norm.variance_epsilon
@@ -107,22 +122,35 @@ class _LlamaLayer:
         if mlp is not None:
             norm = layer.post_attention_layernorm
             self._mlp_eps = norm.variance_epsilon
-            self._gate_up = fuse([mlp.gate_proj, mlp.up_proj], scale=norm.weight, quantize=quantize)
+            self._gate_up = GatedProjection(mlp.gate_proj, mlp.up_proj, norm.weight, quantize)
             self._down = fuse([mlp.down_proj], quantize=quantize)
 
-    def update(self, x_th: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> None:
-        """Run the layer on the residual stream, in place. rotation: cos and sin, (t, 1, d / 2)."""
-        if self._has_attention:
+    def update(
+        self, x_th: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor], rows_n: Tensor | None
+    ) -> Tensor:
+        """The new residual stream, of the tokens at ``rows_n`` alone if given; ``x_th`` is used up.
+
+        rotation: cos and sin, (t, 1, d / 2).
+        """
+        if self.has_attention:
             together = self._qkv.project(_rms_normalise(x_th, self._attention_eps))
             heads = together.view(len(x_th), -1, self._channels)
             query, key, value = torch.split(heads, self._heads, dim=1)
+            query_rotation = rotation
+            if rows_n is not None:
+                x_th, query = x_th[rows_n], query[rows_n]
+                query_rotation = rotation[0][rows_n], rotation[1][rows_n]
             if self._norm_query is not None and self._norm_key is not None:
                 query, key = self._norm_query(query), self._norm_key(key)
-            query, key = _rotate(query, *rotation), _rotate(key, *rotation)
-            self._out.add_to(x_th, attend(query, key, value, packing, causal=True))
+            query, key = _rotate(query, *query_rotation), _rotate(key, *rotation)
+            if rows_n is None:
+                attended = attend(query, key, value, packing, causal=True)
+            else:
+                attended = attend_once(query, key, value, packing)
+            x_th = self._out.add_to(x_th, attended)
         if self._has_mlp:
-            gate, up = self._gate_up.project(_rms_normalise(x_th, self._mlp_eps)).chunk(2, dim=1)
-            self._down.add_to(x_th, F.silu(gate, inplace=True).mul_(up))
+            x_th = self._down.add_to(x_th, self._gate_up(_rms_normalise(x_th, self._mlp_eps)))
+        return x_th
 
 
 def _rms_normalise(x_th: Tensor, eps: float) -> Tensor:
@@ -161,18 +189,21 @@ class _Bert:
         model: Any = retriever.model
         self._embeddings = model.embeddings
         self._layers = [_BertLayer(layer, quantize) for layer in retriever.family.layers(model)]
+        self._last_attention = _last_with_attention(self._layers)
 
-    def hidden(self, ids_t: Tensor, packing: Packing) -> Tensor:
+    def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         x_th: Tensor = self._embeddings(input_ids=ids_t[None], position_ids=packing.positions_t[None])[0]
-        for layer in self._layers:
-            x_th = layer.update(x_th, packing)
+        if rows_n is not None and self._last_attention is None:
+            x_th = x_th[rows_n]
+        for number, layer in enumerate(self._layers):
+            x_th = layer.update(x_th, packing, rows_n if number == self._last_attention else None)
         return x_th
 
 
 class _BertLayer:
     def __init__(self, layer: Any, quantize: Quantize) -> None:
         attention, inner = getattr(layer, "attention", None), getattr(layer, "intermediate", None)
-        self._has_attention, self._has_mlp = attention is not None, inner is not None
+        self.has_attention, self._has_mlp = attention is not None, inner is not None
         if attention is not None:
             part = attention.self
             self._qkv = fuse([part.query, part.key, part.value], quantize=quantize)
@@ -180,18 +211,27 @@ class _BertLayer:
             self._out = fuse([attention.output.dense], quantize=quantize)
             self._attention_norm: nn.LayerNorm = attention.output.LayerNorm
         if inner is not None:
-            self._up, self._activation = fuse([inner.dense], quantize=quantize), inner.intermediate_act_fn
+            self._up, activation = fuse([inner.dense], quantize=quantize), inner.intermediate_act_fn
+            self._has_gelu = isinstance(activation, GELUActivation)
+            self._activation: nn.Module = nn.Identity() if self._has_gelu else activation
             self._down = fuse([layer.output.dense], quantize=quantize)
             self._mlp_norm: nn.LayerNorm = layer.output.LayerNorm
 
-    def update(self, x_th: Tensor, packing: Packing) -> Tensor:
-        """The new residual stream (t, h); ``x_th`` is used up."""
-        if self._has_attention:
+    def update(self, x_th: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
+        """The new residual stream, of the tokens at ``rows_n`` alone if given; ``x_th`` is used up."""
+        if self.has_attention:
             heads = self._qkv.project(x_th).view(len(x_th), -1, self._channels)
             query, key, value = torch.split(heads, self._heads, dim=1)
-            self._out.add_to(x_th, attend(query, key, value, packing, causal=False))
-            x_th = self._attention_norm(x_th)
+            if rows_n is None:
+                attended = attend(query, key, value, packing, causal=False)
+            else:
+                x_th, attended = x_th[rows_n], attend_once(query[rows_n], key, value, packing)
+            x_th = self._attention_norm(self._out.add_to(x_th, attended))
         if self._has_mlp:
-            self._down.add_to(x_th, self._activation(self._up.project(x_th)))
-            x_th = self._mlp_norm(x_th)
+            inner = self._activation(self._up.project(x_th, "gelu" if self._has_gelu else "none"))
+            x_th = self._mlp_norm(self._down.add_to(x_th, inner))
         return x_th
+
+
+def _last_with_attention(layers: Sequence[_LlamaLayer | _BertLayer]) -> int | None:
+    return max((number for number, layer in enumerate(layers) if layer.has_attention), default=None)

@@ -1,7 +1,6 @@
 """Linear layers as the packed forward passes use them: fused, norm weights folded in, float or int8.
 
-Both kinds offer ``project(x)`` = x W^T + b and ``add_to(stream, x)``, which adds that to the residual stream
-in place. Weights are copies: the model they come from stays as it is.
+Weights are copies: the model they come from stays as it is.
 
 Shapes: t tokens, i inputs, o outputs.
 """
@@ -13,19 +12,23 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Literal["none", "gelu", "silu"]
+Quantize = Literal["int8"] | None
 
 
 class Projection(Protocol):
-    def project(self, x_ti: Tensor) -> Tensor:
-        """(t, i) -> (t, o)."""
+    def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
+        """then(x W^T + b), (t, o)."""
 
-    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> None:
-        """stream += project(x), in place; ``x_ti`` is used up."""
+    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> Tensor:
+        """stream + project(x); both arguments are used up."""
 
 
 def fuse(
-    linears: Sequence[nn.Linear], *, scale: Tensor | None = None, quantize: Literal["int8"] | None = None
+    linears: Sequence[nn.Linear], *, scale: Tensor | None = None, quantize: Quantize = None
 ) -> Projection:
     """One projection whose outputs are those of ``linears`` side by side.
 
@@ -38,25 +41,88 @@ def fuse(
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias.detach() for linear in linears])  # (o,)
-    return Int8Projection(weight, bias) if quantize else FloatProjection(weight, bias)
+    if quantize:
+        return Int8Projection(weight, bias)
+    return OneDnnProjection(weight, bias) if _has_one_dnn(weight) else FloatProjection(weight, bias)
+
+
+class GatedProjection:
+    """silu(gate(x)) * up(x): the first half of a gated MLP."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, scale: Tensor, quantize: Quantize) -> None:
+        self._both: Projection | None = None
+        if quantize or not _has_one_dnn(gate.weight):
+            self._both = fuse([gate, up], scale=scale, quantize=quantize)
+            return
+        gate_projection, up_projection = fuse([gate], scale=scale), fuse([up], scale=scale)
+        assert isinstance(gate_projection, OneDnnProjection)
+        assert isinstance(up_projection, OneDnnProjection)
+        self._gate, self._up = gate_projection, up_projection
+
+    def __call__(self, x_ti: Tensor) -> Tensor:
+        if self._both is None:
+            return self._up.multiply_by(self._gate.project(x_ti, "silu"), x_ti)
+        gate, up = self._both.project(x_ti).chunk(2, dim=1)
+        return F.silu(gate, inplace=True).mul_(up)
+
+
+def _has_one_dnn(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return False
+    built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built_in and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _activate(x_to: Tensor, then: Activation) -> Tensor:
+    if then == "gelu":
+        return F.gelu(x_to)
+    return F.silu(x_to, inplace=True) if then == "silu" else x_to
+
+
+class OneDnnProjection:
+    """float32 on CPUs: weights in oneDNN's own layout, activation or sum computed while a tile is in cache.
+
+    A tenth to a sixth faster than torch's addmm for hundreds of tokens, up to three times for a few.
+    """
+
+    def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_oi.contiguous())
+        self._bias = bias_o
+
+    def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_ti, self._weight, self._bias, "swish" if then == "silu" else then, [], "none"
+        )
+        return product
+
+    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> Tensor:
+        return self._with(stream_to, x_ti, "add")
+
+    def multiply_by(self, other_to: Tensor, x_ti: Tensor) -> Tensor:
+        """other * project(x), (t, o)."""
+        return self._with(other_to, x_ti, "mul")
+
+    def _with(self, other_to: Tensor, x_ti: Tensor, how: str) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            x_ti, other_to, self._weight, self._bias, how
+        )
+        return result
 
 
 class FloatProjection:
-    """Keeps W^T row by row: on CPUs a product with few tokens is two to three times faster that way round."""
+    """Any device and type. Keeps W^T row by row, the faster way round for few tokens."""
 
     def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
         self._weight = weight_oi.t().contiguous()  # (i, o)
         self._bias = bias_o
 
-    def project(self, x_ti: Tensor) -> Tensor:
-        if self._bias is None:
-            return x_ti @ self._weight
-        return torch.addmm(self._bias, x_ti, self._weight)
+    def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
+        product = x_ti @ self._weight if self._bias is None else torch.addmm(self._bias, x_ti, self._weight)
+        return _activate(product, then)
 
-    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> None:
+    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> Tensor:
         stream_to.addmm_(x_ti, self._weight)
-        if self._bias is not None:
-            stream_to += self._bias
+        return stream_to if self._bias is None else stream_to.add_(self._bias)
 
 
 class Int8Projection:
@@ -81,17 +147,15 @@ class Int8Projection:
             self._weight = torch.ops.quantized.linear_prepack(rows, None)
         self._bias = bias_o
 
-    def project(self, x_ti: Tensor) -> Tensor:
+    def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
         largest = _largest(x_ti)
-        product = self._product(x_ti / largest)
-        product *= largest
-        return product if self._bias is None else product.add_(self._bias)
+        product = self._product(x_ti / largest).mul_(largest)
+        return _activate(product if self._bias is None else product.add_(self._bias), then)
 
-    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> None:
+    def add_to(self, stream_to: Tensor, x_ti: Tensor) -> Tensor:
         largest = _largest(x_ti)
         stream_to.addcmul_(self._product(x_ti.div_(largest)), largest)
-        if self._bias is not None:
-            stream_to += self._bias
+        return stream_to if self._bias is None else stream_to.add_(self._bias)
 
     def _product(self, scaled_ti: Tensor) -> Tensor:
         product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(

@@ -33,6 +33,11 @@ class Packing:
         moved = [_to(part, device) for part in (lengths_n, bounds.int(), positions_t)]
         return cls(tuple(lengths), *moved)
 
+    def pooled_rows(self, how: str) -> Tensor | None:
+        """Index (n,) of the one token of each text that pooling takes; None where it takes the mean."""
+        rows = {"last": self.bounds[1:].long() - 1, "cls": self.bounds[:-1].long()}
+        return rows.get(how)
+
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copies from pinned memory do not wait for the GPU."""
@@ -44,23 +49,40 @@ def attend(
 ) -> Tensor:
     """Softmax attention inside each text, (t, q * d)."""
     if query_tqd.is_cuda:
-        return _attend_flash(query_tqd, key_tkd, value_tkd, packing, causal)
-    return _attend_by_length(query_tqd, key_tkd, value_tkd, packing, causal)
+        longest = max(packing.lengths)
+        return _attend_flash(query_tqd, packing.bounds, longest, key_tkd, value_tkd, packing, causal)
+    return _attend_by_length(query_tqd, packing.lengths, key_tkd, value_tkd, packing, causal)
 
 
-def _attend_flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> Tensor:
+def attend_once(query_nqd: Tensor, key_tkd: Tensor, value_tkd: Tensor, packing: Packing) -> Tensor:
+    """Softmax attention of one query a text over that whole text, (n, q * d)."""
+    n = len(packing.lengths)
+    if query_nqd.is_cuda:
+        bounds = torch.arange(n + 1, dtype=torch.int32, device=query_nqd.device)
+        return _attend_flash(query_nqd, bounds, 1, key_tkd, value_tkd, packing, causal=False)
+    return _attend_by_length(query_nqd, (1,) * n, key_tkd, value_tkd, packing, causal=False)
+
+
+def _attend_flash(
+    query: Tensor,
+    query_bounds: Tensor,
+    longest_query: int,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    causal: bool,
+) -> Tensor:
     """torch's varlen kernel, half precision only. ``num_splits=1``: no text's bits depend on its batch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(packing.lengths)
     output = varlen_attn(
         query,
         key,
         value,
+        query_bounds,
         packing.bounds,
-        packing.bounds,
-        longest,
-        longest,
+        longest_query,
+        max(packing.lengths),
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=query.shape[1] != key.shape[1],
         num_splits=1,
@@ -69,29 +91,29 @@ def _attend_flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, c
     return output.flatten(1)
 
 
-def _attend_by_length(query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool) -> Tensor:
-    """One call for each run of texts of equal length (batches are ordered by it): views, no mask."""
+def _attend_by_length(
+    query: Tensor, queries: Sequence[int], key: Tensor, value: Tensor, packing: Packing, causal: bool
+) -> Tensor:
+    """One call for each run of texts of equal length (batches are ordered by it): views, no mask.
+
+    ``queries``: how many rows of ``query`` each text has.
+    """
     grouped = query.shape[1] != key.shape[1]
-    parts, start = [], 0
-    for length, run in groupby(packing.lengths):
+    parts, query_start, start = [], 0, 0
+    for (rows, length), run in groupby(zip(queries, packing.lengths, strict=True)):
         count = sum(1 for _ in run)
-        stop = start + count * length
-        q, k, v = (
-            x[start:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)
-        )
+        query_stop, stop = query_start + count * rows, start + count * length
+        q = query[query_start:query_stop].view(count, rows, *query.shape[1:]).transpose(1, 2)
+        k, v = (x[start:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (key, value))
         output = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal and length > 1, enable_gqa=grouped
-        )  # (count, q, length, d)
-        parts.append(output.transpose(1, 2).reshape(stop - start, -1))
-        start = stop
+        )  # (count, q, rows, d)
+        parts.append(output.transpose(1, 2).reshape(count * rows, -1))
+        query_start, start = query_stop, stop
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def pool(hidden_th: Tensor, packing: Packing, how: str) -> Tensor:
-    """(t, h) -> (n, h): the last or first token of each text, or the mean over its tokens."""
-    if how == "last":
-        return hidden_th[packing.bounds[1:].long() - 1]
-    if how == "cls":
-        return hidden_th[packing.bounds[:-1].long()]
+def mean_pool(hidden_th: Tensor, packing: Packing) -> Tensor:
+    """(t, h) -> (n, h): the mean over the tokens of each text."""
     pooled: Tensor = torch.segment_reduce(hidden_th, "mean", lengths=packing.lengths_n, axis=0)
     return pooled

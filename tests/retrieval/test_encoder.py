@@ -63,6 +63,19 @@ def test_compressed_models(family):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+@pytest.mark.parametrize("with_attention", [(), (0,), (1, 2), (0, 3)])
+def test_layers_after_the_last_attention(family, pooling, with_attention):
+    """What pooling does not read is not computed from there on."""
+    retriever = load_retriever(f"random:{family}")
+    plan = Plan(layers=tuple(LayerPlan(attention=n in with_attention, mlp=n != 2) for n in range(4)))
+    retriever = apply_plan(retriever, plan)
+    retriever.spec = retriever.spec.model_copy(update={"pooling": pooling})
+    got = Encoder(retriever, token_budget=200).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_packed_pooling(family, pooling, normalize):
