@@ -8,7 +8,8 @@ import numpy as np
 
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import Plan
-from effir_ray.compression.planning import make_plan, narrow_plan
+from effir_ray.compression.planning import make_plan, narrow_plan, within
+from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
 from effir_ray.errors import InputError
 from effir_ray.search.recipe import Sources, recipe
@@ -97,17 +98,38 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:
     """A plan of the size the trial will have: which layers and neurons go is not known yet, how many is.
 
+    Of a backbone that is compressed already, what is gone counts as least important, as it does in trials.
     Raises InputError when the schedule cannot be built on this backbone.
     """
-    n_layers = backbone.num_hidden_layers
-    level = (0.0,) * n_layers
-    scores = ImportanceScores(criterion="none", attention=level, mlp=level, block=level)
+    from effir_ray.backbones.folder import present_plan
+    from effir_ray.compression import accounting
+
+    present = present_plan(backbone)
+    scores = ImportanceScores(
+        criterion="none",
+        attention=tuple(float(layer.attention) for layer in present.layers),
+        mlp=tuple(float(layer.mlp) for layer in present.layers),
+        block=tuple(float(layer.attention or layer.mlp) for layer in present.layers),
+    )
     try:
-        plan = make_plan(config.schedule, n_layers, scores)
-        neurons = {layer: np.zeros(backbone.intermediate_size) for layer in range(n_layers)}
+        _check_names(config.schedule)
+        plan = within(make_plan(config.schedule, len(present.layers), scores), present)
+        parts = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
+        neurons = {index: np.zeros(accounting.width(*layer)) for index, layer in enumerate(parts)}
         return narrow_plan(plan, config.schedule, neurons)
     except InputError as error:
         raise InputError(f"schedule {config.name} of {config.backbone}: {error}") from None
+
+
+def _check_names(schedule: Schedule) -> None:
+    """A counted block may turn out to be one that is named for its attention or MLP as well."""
+    drops = {"drop_attention": schedule.drop_attention, "drop_mlp": schedule.drop_mlp}
+    named = [name for name, drop in drops.items() if isinstance(drop, tuple) and drop]
+    if isinstance(schedule.drop_block, int) and schedule.drop_block and named:
+        raise InputError(
+            f"drop_block is a count ({schedule.drop_block}) beside layers named in {named[0]}, and which "
+            "blocks go is known only after measuring; name the blocks too, or give counts for both"
+        )
 
 
 def named_sources(config: TrialConfig) -> Sources:

@@ -7,7 +7,8 @@ in it comes from the configuration's seed. Model folders hold ``checkpoint`` and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import Plan
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.search.recipe import Split
 from effir_ray.search.space import TrialConfig
 
@@ -104,7 +106,9 @@ def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
     plan = _depth_plan(config, retriever.plan, parents)
     if "neurons" in parents:
         with np.load(parents["neurons"] / "neurons.npz") as file:
-            plan = narrow_plan(plan, config.schedule, {int(layer): file[layer] for layer in file.files})
+            ranked = {int(layer): file[layer] for layer in file.files}
+        with _only_this_trial():
+            plan = narrow_plan(plan, config.schedule, ranked)
     save_checkpoint(apply_plan(retriever, plan), out / CHECKPOINT)
     _write_plan(out, plan)
 
@@ -210,14 +214,25 @@ def _train(training: TrainConfig, model: Path, out: Path) -> None:
     _write_plan(out, read_plan(model))
 
 
-def _depth_plan(config: TrialConfig, full: Plan, parents: Parents) -> Plan:
-    from effir_ray.compression.planning import make_plan
+def _depth_plan(config: TrialConfig, present: Plan, parents: Parents) -> Plan:
+    """What depth leaves of a model that has ``present``; TrialFailure when there is no room for it."""
+    from effir_ray.compression.planning import make_plan, within
 
     scores = None
     if "importance" in parents:
         text = (parents["importance"] / "importance.json").read_text()
         scores = ImportanceScores.model_validate_json(text)
-    return make_plan(config.schedule, len(full.layers), scores)
+    with _only_this_trial():
+        return within(make_plan(config.schedule, len(present.layers), scores), present)
+
+
+@contextmanager
+def _only_this_trial() -> Iterator[None]:
+    """A schedule that its own measurements do not fit is no reason to end the study."""
+    try:
+        yield
+    except InputError as error:
+        raise TrialFailure(str(error)) from None
 
 
 def _write_plan(out: Path, plan: Plan) -> None:

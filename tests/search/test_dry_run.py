@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from search_examples import small_space
 
+from effir_ray.compression.compress import compress
+from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.dry_run import dry_run, named_sources
@@ -83,3 +85,28 @@ def test_whatever_changes_a_result_changes_its_stage() -> None:
 def test_schedules_that_cannot_be_built_are_named(schedule: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"schedule .* of random:llama: "):
         dry_run(small_space(schedules=[schedule]))
+
+
+def test_what_a_compressed_backbone_lost_already_is_not_lost_again(tmp_path: Path) -> None:
+    """Sizes of schedules on a checkpoint are those that its own plan leaves."""
+    small = str(tmp_path / "small")
+    done = compress("random:llama", Schedule(drop_mlp=(1,), drop_attention=(2,)), tmp_path / "small")
+    schedules = [{"drop_mlp": [1]}, {"drop_mlp": 1}, {"drop_mlp": [3]}, {"width_reduction": 0.5}]
+    preview = dry_run(small_space(backbone=small, schedules=schedules))
+    sizes = {trial.schedule: trial.parameters for trial in preview.trials}
+    assert sizes["full"] == sizes["M[1]"] == sizes["1M"] == done.parameters < done.full_parameters
+    for schedule, name in ((Schedule(drop_mlp=(3,)), "M[3]"), (Schedule(width_reduction=0.5), "w50")):
+        assert sizes[name] == compress(small, schedule, None).parameters < done.parameters
+
+
+def test_a_narrowed_backbone_has_no_single_width(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    schedule = Schedule(width_reduction=0.5, width_method="magnitude", width_multiple=8)
+    done = compress("random:llama", schedule, small)
+    assert dry_run(small_space(backbone=str(small))).trials[0].parameters == done.parameters
+
+
+@pytest.mark.parametrize("name", ["drop_attention", "drop_mlp"])
+def test_counted_blocks_beside_named_layers_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"drop_block is a count \(2\) beside layers named in {name}"):
+        dry_run(small_space(schedules=[{"drop_block": 2, name: [0]}]))
