@@ -1,11 +1,12 @@
 """Reading the three files of a BEIR folder, distrustfully: every complaint names file and line.
 
     corpus.jsonl     {"_id": "31715818", "title": "...", "text": "..."}    title may be missing or empty
+    corpus.parquet   the same as columns, instead of corpus.jsonl
     queries.jsonl    {"_id": "1", "text": "..."}
     qrels/test.tsv   header, then query-id <tab> corpus-id <tab> score
 
-Files are read once, as a stream of bytes: a line longer than ``MAX_LINE_BYTES`` is refused before it is in
-memory.
+Text files are read once, as a stream of bytes: a line longer than ``MAX_LINE_BYTES`` is refused before it
+is in memory.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effir_ray.errors import InputError
+from effir_ray.retrieval.parquet_corpus import ParquetRows, part_files
 
 MAX_LINE_BYTES = (
     10 * 2**20
@@ -47,16 +49,17 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CorpusScan:
-    """What one validating pass over ``corpus.jsonl`` learns: enough to stream any part of it later."""
+    """What one validating pass over a corpus learns: enough to stream any part of it later."""
 
     ids: list[str]
-    offsets: array[int]  # byte offset of every document's line
+    offsets: array[int]  # byte offset of every document's line; in Parquet, its row
     sha256: str
     warnings: tuple[str, ...]
 
 
 def scan_corpus(path: Path) -> CorpusScan:
-    """Validate ``corpus.jsonl``; memory grows by an id and an offset a document, never by its text.
+    """Validate ``corpus.jsonl`` or ``corpus.parquet``; memory grows by an id and an offset a document, never
+    by its text.
 
     Raises InputError for a missing or empty file, a line that is too long, not UTF-8, not a JSON object,
     lacks ``_id`` or ``text``, repeats an id, and for more than ``MAX_EMPTY_SHARE`` documents without any
@@ -65,9 +68,7 @@ def scan_corpus(path: Path) -> CorpusScan:
     first_line: dict[str, int] = {}
     offsets, empty_lines = array("q"), []
     digest = hashlib.sha256()
-    for number, offset, raw in _lines(path):
-        digest.update(raw)
-        document = parse_document(raw, path, number)
+    for number, offset, document in _documents(path, digest):
         _check_new(document.id, first_line, path, number)
         offsets.append(offset)
         if not document.document_text:
@@ -88,9 +89,39 @@ def scan_corpus(path: Path) -> CorpusScan:
     return CorpusScan(list(first_line), offsets, digest.hexdigest(), warnings)
 
 
-def parse_document(raw: bytes, path: Path, number: int) -> Document:
-    """One line of ``corpus.jsonl``."""
-    record = _json_object(raw, path, number)
+def read_documents(path: Path, offsets: Sequence[int]) -> Iterator[Document]:
+    """The documents at ``offsets`` (see ``CorpusScan``) of a corpus that was scanned before."""
+    if path.suffix == ".parquet":
+        for row, record in zip(offsets, ParquetRows(path).read(offsets), strict=True):
+            yield _document(record, path, row + 1)
+        return
+    with path.open("rb") as file:
+        for offset in offsets:
+            if file.tell() != offset:
+                file.seek(offset)
+            raw = file.readline()
+            try:
+                yield _document(_json_object(raw, path, 0), path, 0)
+            except InputError:  # it was valid when it was scanned
+                raise InputError(f"{path}: changed while it was in use; load the data set again") from None
+
+
+def _documents(path: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int, Document]]:
+    """(line or row from 1, offset, document) of a whole corpus; ``digest`` takes in all that was read."""
+    if path.suffix != ".parquet":
+        for number, offset, raw in _lines(path):
+            digest.update(raw)
+            yield number, offset, _document(_json_object(raw, path, number), path, number)
+        return
+    for part in part_files(path):
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    rows = ParquetRows(path)
+    for row, record in enumerate(rows.read(range(len(rows)))):
+        yield row + 1, row, _document(record, path, row + 1)
+
+
+def _document(record: dict[str, Any], path: Path, number: int) -> Document:
     return Document(
         id=_identifier(record, path, number),
         title=_text(record, "title", path, number, default=""),
@@ -148,7 +179,7 @@ def read_qrels(path: Path, queries: dict[str, str], documents: set[str]) -> Judg
             unmatched.append((number, f"query '{query_id}' is not in queries.jsonl"))
             continue
         if document_id not in documents:
-            unmatched.append((number, f"document '{document_id}' is not in corpus.jsonl"))
+            unmatched.append((number, f"document '{document_id}' is not in the corpus"))
         qrels.setdefault(query_id, {})[document_id] = score
     if not rows:
         raise InputError(

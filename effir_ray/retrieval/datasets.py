@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from effir_ray.errors import InputError
-from effir_ray.retrieval.beir_files import Document, parse_document, read_qrels, read_queries, scan_corpus
+from effir_ray.retrieval.beir_files import Document, read_documents, read_qrels, read_queries, scan_corpus
 
 DEV_SHARE = 0.1
 _SPLITS = ("train", "dev", "test")
@@ -30,7 +30,7 @@ class Corpus:
 
     path: Path
     ids: list[str]
-    offsets: array[int]  # byte offset in ``path`` of each document's line
+    offsets: array[int]  # byte offset in ``path`` of each document's line; in Parquet, its row
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,17 +46,19 @@ class Corpus:
 
     def texts(self, ids: Sequence[str]) -> list[str]:
         """The texts (title and text) of these documents. Raises KeyError for an unknown id."""
-        return [document.document_text for document in self._read([self.position[i] for i in ids])]
+        indices = [self.position[i] for i in ids]
+        ascending = sorted(set(indices))  # a file is read fastest from front to back
+        found = {
+            i: document.document_text for i, document in zip(ascending, self._read(ascending), strict=True)
+        }
+        return [found[i] for i in indices]
 
     def _read(self, indices: Sequence[int]) -> Iterator[Document]:
-        with self.path.open("rb") as file:
-            for index in indices:
-                if file.tell() != self.offsets[index]:
-                    file.seek(self.offsets[index])
-                document = parse_document(file.readline(), self.path, index + 1)
-                if document.id != self.ids[index]:
-                    raise InputError(f"{self.path}: changed while it was in use; load the data set again")
-                yield document
+        documents = read_documents(self.path, [self.offsets[i] for i in indices])
+        for index, document in zip(indices, documents, strict=True):
+            if document.id != self.ids[index]:
+                raise InputError(f"{self.path}: changed while it was in use; load the data set again")
+            yield document
 
     def subset(self, indices: Sequence[int]) -> Corpus:
         """The documents at ``indices``, in that order."""
@@ -156,11 +158,14 @@ def read_beir_folder(folder: Path, *, name: str | None = None) -> Dataset:
     folder = folder.resolve()
     files = {split: folder / "qrels" / f"{split}.tsv" for split in _SPLITS}
     files = {split: path for split, path in files.items() if path.is_file()}
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists() and (folder / "corpus.parquet").exists():
+        corpus = folder / "corpus.parquet"
     parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl"))
-    if parts and not (folder / "corpus.jsonl").exists():
+    if parts and not corpus.exists():
         names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
         raise InputError(f"{folder}: holds several data sets; name one of its parts: {names}")
-    scan = scan_corpus(folder / "corpus.jsonl")
+    scan = scan_corpus(corpus)
     queries = read_queries(folder / "queries.jsonl")
     if not files:
         raise InputError(f"{folder / 'qrels'}: no train.tsv, dev.tsv or test.tsv; at least one is needed")
@@ -171,7 +176,7 @@ def read_beir_folder(folder: Path, *, name: str | None = None) -> Dataset:
     return Dataset(
         name=name or folder.name,
         folder=folder,
-        corpus=Corpus(folder / "corpus.jsonl", scan.ids, scan.offsets),
+        corpus=Corpus(corpus, scan.ids, scan.offsets),
         fingerprint=_digest(scan.sha256, *files, *contents),
         warnings=tuple(warnings),
         all_queries=queries,

@@ -106,7 +106,7 @@ def _replace_line(path: Path, number: int, line: bytes) -> None:
         ("qrels/test.tsv", 1, b"q20\td20\t1", "expected the header"),
         ("qrels/test.tsv", 3, b"q21\t0\td21\t1", "4 tab-separated fields"),
         ("qrels/test.tsv", 3, b"q21\td21\thigh", "score is 'high'"),
-        ("qrels/test.tsv", 3, b"q21\td999\t1", "document 'd999' is not in corpus.jsonl"),
+        ("qrels/test.tsv", 3, b"q21\td999\t1", "document 'd999' is not in the corpus"),
         ("qrels/test.tsv", 3, b"q999\td21\t1", "query 'q999' is not in queries.jsonl"),
     ],
 )
@@ -152,7 +152,7 @@ def test_few_blemishes_are_kept_with_a_warning(tmp_path: Path, write_folder: Wri
     rows = "".join(f"q{i % 30}\td{i}\t0\n" for i in range(1000))
     (folder / "qrels/test.tsv").write_text(f"{HEADER}{rows}q29\tlost\t1\n")
     dataset = load_dataset(folder)
-    assert "document 'lost' is not in corpus.jsonl (1 of 1001 judgements)" in dataset.warnings[1]
+    assert "document 'lost' is not in the corpus (1 of 1001 judgements)" in dataset.warnings[1]
     assert dataset.qrels("test")["q29"]["lost"] == 1
 
 
