@@ -17,7 +17,6 @@ _REACH_TIMEOUT = 10.0  # seconds
 _START_ATTEMPTS = 3
 
 _WORKER_ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",  # DeepSpeed otherwise probes for accelerators at import
     "OMP_WAIT_POLICY": "passive",  # spinning OpenMP threads slow FAISS and neighbouring workers
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -80,12 +79,8 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of every worker process. A cluster with GPUs keeps DeepSpeed's own choice."""
-    import torch
-
+    """Environment of every worker process, whatever its node has: the driver's devices are not theirs."""
     environment = dict(_WORKER_ENVIRONMENT)
-    if torch.cuda.is_available():
-        del environment["DS_ACCELERATOR"]
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         environment["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
     return environment

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from effir_ray.cluster import worker_environment
 
 _LOCAL = """
 from effir_ray.cluster import connect
@@ -33,6 +36,25 @@ def _run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
+
+
+def test_only_a_training_worker_without_gpu_tells_deepspeed_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver may stand on a head without GPUs, and its workers on nodes with them."""
+    from effir_ray.hardware import detect
+    from effir_ray.training.config import TrainConfig
+    from effir_ray.training.loop import _device
+
+    assert "DS_ACCELERATOR" not in worker_environment()
+    if detect().device == "cuda":
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    threads = torch.get_num_threads()
+    try:
+        _device(TrainConfig(dataset="stdlib"))
+    finally:
+        torch.set_num_threads(threads)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 @pytest.mark.integration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -188,6 +189,7 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
         from ray.train.torch import get_device
 
         return get_device(), wanted == "bfloat16"
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
     return torch.device("cpu"), wanted == "bfloat16"
 
