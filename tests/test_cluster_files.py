@@ -1,6 +1,7 @@
 """What cluster/ ships runs commands that exist on search spaces that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import yaml
@@ -9,24 +10,47 @@ ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 
 
-def test_manifests_are_yaml_and_run_a_shipped_search_space() -> None:
-    for file in CLUSTER.glob("*.yaml"):
-        assert all(yaml.safe_load_all(file.read_text())), file
+def test_manifests_are_yaml_and_run_a_shipped_search_space_on_data_they_fetch() -> None:
+    for name in ("rayjob", "ray-cluster"):
+        file = CLUSTER / f"{name}.yaml"
+        assert yaml.safe_load(file.read_text()), file
+        assert "effir-ray data get msmarco" in file.read_text()
         spaces = set(re.findall(r"search_spaces/[\w.-]+\.yaml", file.read_text()))
         assert spaces, file
         assert all((ROOT / space).is_file() for space in spaces)
 
 
 def test_ray_job_resumes_on_the_shared_volume_with_the_version_of_the_image() -> None:
-    job, claim = yaml.safe_load_all((CLUSTER / "rayjob.yaml").read_text())
-    entry = job["spec"]["entrypoint"].split()
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())
+    shell, option, script = shlex.split(job["spec"]["entrypoint"])
+    assert (shell, option) == ("bash", "-c")
+    fetch, entry = (command.split() for command in script.split("&&"))
+    assert fetch == ["effir-ray", "data", "get", "msmarco"]
     assert entry[:2] == ["effir-ray", "search"]
     assert "--resume" in entry
     assert entry[entry.index("--out") + 1].startswith("/shared/")
     image = re.search(r"rayproject/ray:([\d.]+)", (CLUSTER / "Dockerfile").read_text())
     assert image is not None
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == image[1]
+
+
+def test_the_volume_outlives_the_job() -> None:
+    claim = yaml.safe_load((CLUSTER / "volume.yaml").read_text())
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (volume,) = {
+        item["persistentVolumeClaim"]["claimName"]
+        for item in yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"][
+            "headGroupSpec"
+        ]["template"]["spec"]["volumes"]
+        if "persistentVolumeClaim" in item
+    }
+    assert volume == claim["metadata"]["name"]
+
+
+def test_the_cluster_begins_with_a_gpu_worker() -> None:
+    """A search looks at the GPUs there are: with none, nothing would ever ask for more."""
+    cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
+    assert cluster["available_node_types"]["gpu"]["min_workers"] >= 1
 
 
 def test_every_file_the_image_copies_exists() -> None:
