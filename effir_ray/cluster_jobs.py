@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import effir_ray
@@ -44,13 +44,18 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
 
     The search space and the code of this effir_ray travel with the job; ``out`` and data sets must be paths
     that the cluster sees, and its Python needs the packages effir-ray depends on. Raises InputError for a
-    space that cannot run or when no job server answers.
+    space that cannot run, for a relative ``out`` and when no job server answers.
     """
     from effir_ray.search.dry_run import dry_run
     from effir_ray.search.space import SearchSpace
 
     loaded = load_yaml(space, SearchSpace)
     dry_run(loaded)
+    if not PurePosixPath(out).is_absolute():
+        raise InputError(
+            f"--out {out}: a job's own folder is gone when it ends; give the absolute path of a folder that "
+            "every node of the cluster sees"
+        )
     client = _client(address)
     arguments = ["search", _SPACE_FILE, "--out", out, *(["--resume"] if resume else [])]
     with tempfile.TemporaryDirectory() as folder:

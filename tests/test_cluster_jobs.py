@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray.cluster_jobs import list_jobs
+from effir_ray.cluster_jobs import list_jobs, submit_search
 from effir_ray.errors import InputError
 from effir_ray.results import store
 
@@ -143,3 +143,8 @@ def test_an_unknown_job_and_a_wrong_token_are_named(head: Head, token: str | Non
 def test_nobody_listening_is_said_at_once() -> None:
     with pytest.raises(InputError, match="no Ray job server answers"):
         list_jobs(address=f"http://127.0.0.1:{_free_port()}")
+
+
+def test_a_relative_folder_would_end_with_the_job(space: Path) -> None:
+    with pytest.raises(InputError, match=r"--out runs/tiny: .* absolute path"):
+        submit_search(space, "runs/tiny")

@@ -30,7 +30,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         envvar="RAY_ADDRESS",
-        help="Ray cluster to run on, e.g. 'auto' or ray://host:10001; this machine when left out.",
+        help="Ray cluster to run on: 'auto' on one of its nodes, or host:6379; this machine when left out.",
     ),
 ]
 JobAddress = Annotated[

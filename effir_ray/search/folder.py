@@ -34,39 +34,43 @@ class StudyRecord(Config):
     threads: int
 
 
-def claim(out: Path, space: SearchSpace, *, resume: bool) -> SearchSpace:
-    """Make ``out`` the folder of ``space``, or check that it is; returns the space with its threads fixed.
+def find(out: Path, space: SearchSpace, *, resume: bool) -> StudyRecord | None:
+    """What ``out`` says of this study; None for a new folder. Writes nothing.
 
     Raises InputError when the folder holds something else, or this study already and ``resume`` is False.
     """
     file = out / STUDY_FILE
-    if file.exists():
-        record = _read(file)
-        if record.space != space:
-            raise InputError(
-                f"{out} holds another study ('{record.space.name}'{_difference(record.space, space)}); "
-                "choose another --out, or give back the search space that study was started with"
-            )
-        if not resume:
-            raise InputError(
-                f"{out} holds this study already; add --resume to go on, or choose another --out"
-            )
-    else:
+    if not file.exists():
         if out.exists() and any(out.iterdir()):
             raise InputError(f"{out} is not empty and holds no study; choose another --out")
+        return None
+    record = _read(file)
+    if record.space != space:
+        raise InputError(
+            f"{out} holds another study ('{record.space.name}'{_difference(record.space, space)}); "
+            "choose another --out, or give back the search space that study was started with"
+        )
+    if not resume:
+        raise InputError(f"{out} holds this study already; add --resume to go on, or choose another --out")
+    return record
+
+
+def claim(out: Path, space: SearchSpace, *, resume: bool) -> SearchSpace:
+    """Make ``out`` the folder of ``space``, or check that it is; returns the space with its threads fixed.
+
+    Raises InputError as ``find`` does.
+    """
+    record = find(out, space, resume=resume)
+    if record is None:
         out.mkdir(parents=True, exist_ok=True)
         record = StudyRecord(
             space=space, threads=space.threads or max(1, available_cores() // space.concurrency)
         )
+        file = out / STUDY_FILE
         aside = file.with_suffix(f".tmp{os.getpid()}")
         aside.write_text(record.model_dump_json(indent=1) + "\n")
         aside.replace(file)
     return space.model_copy(update={"threads": record.threads})
-
-
-def read_space(out: Path) -> SearchSpace:
-    """The search space of the study in ``out``. Raises InputError when there is none."""
-    return _read(out / STUDY_FILE).space
 
 
 @contextmanager
@@ -94,8 +98,6 @@ def finished_rows(out: Path) -> list[TrialRow]:
 def _read(file: Path) -> StudyRecord:
     try:
         return StudyRecord.model_validate_json(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; expected the --out folder of a search") from None
     except ValueError:
         raise InputError(f"{file}: not readable as a study of this version of effir-ray") from None
 

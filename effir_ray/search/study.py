@@ -15,7 +15,7 @@ from effir_ray.results import store
 from effir_ray.search.activity import forget, reporting
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
-from effir_ray.search.folder import STAGES, alone, claim, finished_rows
+from effir_ray.search.folder import STAGES, alone, claim, find, finished_rows
 from effir_ray.search.outlook import Outlook
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.recipe import Split
@@ -46,13 +46,16 @@ def search(
     """Run every trial of ``space`` that has no row in ``out`` yet, then the test scores of the front.
 
     Raises InputError for a space that cannot run and for a folder that belongs to another study, is in use,
-    or holds this study already while ``resume`` is False; TrialFailure when the full model cannot be
-    measured.
+    or holds this study already while ``resume`` is False, and for an ``address`` that cannot be used;
+    TrialFailure when the full model cannot be measured.
     """
     space = space if isinstance(space, SearchSpace) else load_yaml(Path(space), SearchSpace)
     folder = Path(out).resolve()
+    _check_address(address)
     dry_run(space)
     _check_splits(space)
+    if find(folder, space, resume=resume) is None:
+        connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     space = claim(folder, space, resume=resume)
     with alone(folder):
         forget(folder)
@@ -126,6 +129,15 @@ def _quiet() -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _check_address(address: str | None) -> None:
+    target = address or os.environ.get("RAY_ADDRESS") or ""
+    if target.startswith("ray://"):
+        raise InputError(
+            f"{target}: a search does not run through the Ray client; use --address auto on a node of the "
+            "cluster, or effir-ray submit from elsewhere"
+        )
 
 
 def _check_splits(space: SearchSpace) -> None:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from search_examples import row, small_space
+from search_examples import row, small_space, write_corpus
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.search.folder import alone, claim, finished_rows
 from effir_ray.search.space import Candidate
+from effir_ray.search.study import search
 
 
 def test_a_study_is_resumed_only_when_asked_and_keeps_its_threads(tmp_path: Path) -> None:
@@ -45,3 +46,15 @@ def test_the_last_row_of_a_trial_counts_and_failed_ones_run_again(tmp_path: Path
     assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
     store.append(tmp_path, [row(config, None)])
     assert finished_rows(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("ray://127.0.0.1:10001", "effir-ray submit"), ("127.0.0.1:1", "no Ray cluster answers")],
+)
+def test_an_address_that_cannot_be_used_leaves_no_folder(tmp_path: Path, address: str, message: str) -> None:
+    space = small_space(dataset=str(write_corpus(tmp_path / "data")), dev={}, test={})
+    with pytest.raises(InputError, match=message) as refused:
+        search(space, tmp_path / "study", address=address)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "study").exists()
