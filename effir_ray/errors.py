@@ -1,4 +1,11 @@
-"""The two ways a run ends that are not bugs."""
+"""The two ways a run ends that are not bugs, and the one resource whose end has many names."""
+
+from __future__ import annotations
+
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_IN_WORDS = ("no space left on device", "os error 28", "database or disk is full")
 
 
 class InputError(Exception):
@@ -13,3 +20,20 @@ class TrialFailure(Exception):
 
     The study records a failed row with this message as its reason and goes on.
     """
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether ``error``, or one it came from, says that the disk or a quota is full.
+
+    Not only OSErrors do: safetensors and SQLite raise types of their own, which are known by their words.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if getattr(link, "errno", None) in _FULL or any(
+            words in str(link).lower() for words in _FULL_IN_WORDS
+        ):
+            return True
+        link = link.__cause__ or link.__context__
+    return False

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 import effir_ray
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, is_disk_full
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -56,8 +56,8 @@ class StageStore:
             with FileLock(place.with_name(f"{place.name}.lock")):
                 if not (place / "stage.json").exists():
                     self._build(stage, inputs, build, version, place)
-        except OSError as error:
-            if error.errno in _NO_SPACE:
+        except Exception as error:
+            if is_disk_full(error):
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None
@@ -113,6 +113,3 @@ def fingerprint(path: Path) -> str:
 def _digest(identity: Mapping[str, Any]) -> str:
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-_NO_SPACE = frozenset({28, 122})  # ENOSPC, EDQUOT

@@ -78,9 +78,10 @@ def test_a_killed_build_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("slow/*.tmp-*"))
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("(os error 28)")])
+def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
     def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     with pytest.raises(InputError, match="no disk space left while building stage 's'"):
         StageStore(tmp_path).run("s", {}, full)

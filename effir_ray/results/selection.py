@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ def pareto(
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one. ``where`` is an SQL condition, ``objectives`` are columns (by default
     the search's), ``pick`` leaves one row: see ``pick_row``. Raises InputError when the rows are of
-    more than one data set (their scores cannot be compared) or none is left.
+    more than one data set or sample of it (their scores cannot be compared) or none is left.
     """
     table = store.latest(store.read(folders))
     if where:
@@ -46,7 +48,8 @@ def pareto(
 
 
 def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
-    """The successful rows a front is chosen from: one split (dev, where there is one), one data set."""
+    """The successful rows a front is chosen from: one split (dev, where there is one), one data set, one
+    sample of it."""
     chosen = _of_split(_successful(table), split)
     datasets = sorted(set(chosen["dataset"].to_pylist()))
     if len(datasets) > 1:
@@ -54,7 +57,36 @@ def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
             f"the rows are of {len(datasets)} data sets ({', '.join(datasets)}): no comparison; "
             f"choose one, for example --where \"dataset = '{datasets[0]}'\""
         )
+    _check_one_sample(chosen)
     return chosen
+
+
+def _check_one_sample(rows: pa.Table) -> None:
+    """Scores over other queries or fewer documents are higher or lower for that alone."""
+    records = rows.select(["trial", "split", "dataset", "study", "seed"]).to_pylist()
+    found = {_sample(record): record for record in records}
+    if len(found) < 2:
+        return
+    (one, first), (other, second) = list(found.items())[:2]
+    column = next((name for name in ("study", "seed") if first[name] != second[name]), None)
+    fix = (
+        f'--where "{column} = {first[column]!r}"'
+        if column
+        else "the folder of one study, or a --where on `trial`"
+    )
+    raise InputError(
+        f"the rows are of {len(found)} samples of {first['dataset']} ({one}; {other}): no comparison; "
+        f"choose one, for example {fix}"
+    )
+
+
+def _sample(record: dict[str, Any]) -> str:
+    """In words, which part of its split a row was measured on."""
+    trial = json.loads(record["trial"])
+    sample = trial.get(record["split"]) or {}
+    if sample.get("queries") is None:
+        return f"all of {record['split']}"
+    return f"{sample['queries']} queries, {sample['documents']} documents, seed {trial.get('seed', 0)}"
 
 
 def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:

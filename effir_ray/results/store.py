@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, is_disk_full
 from effir_ray.results.schema import ARROW_SCHEMA, SCHEMA_VERSION, TrialRow
 
 ROWS_FOLDER = "rows"
@@ -30,9 +30,9 @@ def append(folder: Path | str, rows: Sequence[TrialRow]) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, aside)
         aside.rename(target / name)
-    except OSError as error:
+    except Exception as error:
         aside.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise InputError(f"{target}: no disk space left to write results; free some and resume") from None
         raise
     return target / name
@@ -45,7 +45,9 @@ def read(folders: Iterable[Path | str]) -> pa.Table:
     is nothing to read, a file is no table of rows, or it was written by a newer effir-ray.
     """
     files = [file for folder in folders for file in _files(Path(folder))]
-    return pa.concat_tables([_read_file(file) for file in dict.fromkeys(files)])
+    table = pa.concat_tables([_read_file(file) for file in dict.fromkeys(files)])
+    begun = pa.scalar(datetime.fromtimestamp(0, UTC), ARROW_SCHEMA.field("created_at").type)
+    return table.take(pc.sort_indices(table["created_at"].fill_null(begun)))
 
 
 def latest(table: pa.Table) -> pa.Table:
@@ -59,7 +61,7 @@ def _files(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
     if not place.exists():
-        raise InputError(f"{place}: no such folder; give the --out folder of a search or evaluation")
+        raise InputError(f"{place}: no such folder; give the --out folder of a search")
     nested = place / ROWS_FOLDER
     files = sorted((nested if nested.is_dir() else place).glob("*.parquet"))
     if not files:

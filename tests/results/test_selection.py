@@ -1,5 +1,6 @@
 """From rows to a front, and from a front to one model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,37 @@ def test_data_sets_are_not_mixed(study: Path) -> None:
 def test_without_a_successful_trial_there_is_no_front(study: Path) -> None:
     with pytest.raises(InputError, match="no successful trial among the 1 rows"):
         pareto([study], where="status = 'failed'")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fix"),
+    [
+        ({"study": "t"}, "study = 's'"),
+        ({"seed": 1}, "seed = 0"),
+        ({}, "the folder of one study"),
+    ],
+)
+def test_samples_of_a_data_set_are_not_mixed(tmp_path: Path, changes: dict[str, object], fix: str) -> None:
+    """The same number on fewer documents is another number."""
+    trials = [json.dumps({"dev": {"queries": 8, "documents": count}, "seed": 0}) for count in (24, 50)]
+    rows = [row("a", 0.5, 10, trial=trials[0]), row("b", 0.6, 10, trial=trials[1], **changes)]
+    store.append(tmp_path, rows)
+    samples = "8 queries, 24 documents, seed 0; 8 queries, 50 documents, seed 0"
+    with pytest.raises(InputError, match=f"2 samples of stdlib \\({samples}\\)") as refused:
+        pareto([tmp_path])
+    assert fix in str(refused.value)
+    if changes:
+        assert names(tmp_path, where=fix) == ["a"]
+    assert names(tmp_path, where="trial LIKE '%: 50%'") == ["b"]
+
+
+def test_another_seed_draws_another_sample_but_only_of_samples(tmp_path: Path) -> None:
+    def trial(seed: int, queries: int | None) -> str:
+        return json.dumps({"dev": {"queries": queries, "documents": queries}, "seed": seed})
+
+    for queries in (None, 8):
+        rows = [row(f"{seed}", 0.5, 10, trial=trial(seed, queries), seed=seed) for seed in (0, 1)]
+        store.append(tmp_path / str(queries), rows)
+    assert names(tmp_path / "None") == ["0", "1"]
+    with pytest.raises(InputError, match="seed = 0"):
+        pareto([tmp_path / "8"])

@@ -3,6 +3,7 @@
 import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,6 +85,16 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
         store.read([tmp_path / "absent"])
     with pytest.raises(InputError, match="no results here"):
         store.read([tmp_path])
+
+
+def test_rows_of_several_folders_come_oldest_first(tmp_path: Path) -> None:
+    """A study measured again in another folder replaces the older row, whatever folder is named first."""
+    days = [datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2, 3)]
+    store.append(tmp_path / "new", [row("a", created_at=days[2]), row("b", created_at=days[0])])
+    store.append(tmp_path / "old", [row("a", created_at=days[1], ndcg_at_10=0.1)])
+    table = store.read([tmp_path / "new", tmp_path / "old"])
+    assert table["created_at"].to_pylist() == days
+    assert store.latest(table)["ndcg_at_10"].to_pylist() == [0.5, 0.5]
 
 
 def test_latest_keeps_the_last_row_of_a_trial_and_split(tmp_path: Path) -> None:
