@@ -77,7 +77,7 @@ class Timing(Config):
     """Speed is measured on dev texts, the full model and the trial's taking turns ``rounds`` times."""
 
     queries: int = Field(default=64, ge=1)
-    documents: int = Field(default=64, ge=1)
+    documents: int = Field(default=64, ge=2)  # how alike embeddings are takes two
     rounds: int = Field(default=5, ge=1)
 
 
@@ -205,6 +205,8 @@ class Parameters(Config):
     @model_validator(mode="after")
     def _values_fit(self) -> Parameters:
         for name, axis in self.axes.items():
+            if name.startswith("drop_") and axis.choices is None and not axis.integral:
+                raise ValueError(f"{name} counts sublayers: give low, high and step as whole numbers")
             for value in axis.values() or (axis.low, axis.high):
                 try:
                     Candidate(**{name: value})
@@ -239,6 +241,11 @@ class SearchSpace(Protocol):
                 raise ValueError(f"sampler grid needs choices or a step for {', '.join(endless)}")
         elif self.trials and not axes:
             raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
+        elif axes and not self.trials:
+            raise ValueError(
+                f"'parameters' are given but no trials for sampler {self.sampler}: set 'trials', "
+                "or 'sampler: grid'"
+            )
         asked = any(candidate.recover for candidate in self.schedules)
         if self.recovery is None and (asked or (axes.get("recover") and True in axes["recover"].values())):
             raise ValueError("a schedule asks to recover, but 'recovery' (training settings) is missing")

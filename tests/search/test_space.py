@@ -33,6 +33,13 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("parameters: {drop_mpl: [1, 2]}\n", r"space.yaml:4: unknown key .*; did you mean 'drop_mlp'"),
         ("parameters: {drop_mlp: [-1]}\n", "drop_mlp: -1 is not possible"),
         ("parameters: {width_reduction: {low: 0.5, high: 0.1}}\n", "low not above high"),
+        ("parameters: {drop_mlp: {low: 0.0, high: 4.0}}\ntrials: 3\n", "drop_mlp .* whole numbers"),
+        (
+            "parameters: {drop_block: {low: 0, high: 4, step: 0.5}}\ntrials: 3\n",
+            "drop_block .* whole numbers",
+        ),
+        ("parameters: {drop_mlp: [1, 2]}\n", "no trials for sampler tpe: set 'trials', or 'sampler: grid'"),
+        ("timing: {documents: 1}\n", "timing.documents"),
         ("trials: 3\n", "gives nothing to vary"),
         ("sampler: grid\ntrials: 3\nparameters: {drop_mlp: [1]}\n", "leave 'trials' out"),
         ("sampler: grid\nparameters: {width_reduction: {low: 0.0, high: 0.5}}\n", "needs choices or a step"),
