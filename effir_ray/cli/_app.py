@@ -15,9 +15,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, TrialFailure, is_disk_full
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PLACE = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENAMETOOLONG,
+    }
+)
+"""What a path the user chose can be wrong for."""
 
 
 class Commands(TyperGroup):
@@ -35,13 +46,18 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # the reader of a pipe has left, as in `effir-ray query ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
-            _fail(
-                f"no disk space left ({error.filename or 'while writing'}); free some and run it again",
-                code=2,
-            )
+        except Exception as error:
+            _explain(error)
+            raise
+
+
+def _explain(error: Exception) -> None:
+    """End with one line where the file system, not the program, is what is wrong; else return."""
+    if is_disk_full(error):
+        place = getattr(error, "filename", None) or "while writing"
+        _fail(f"no disk space left ({place}); free some and run it again", code=2)
+    if isinstance(error, OSError) and error.filename and error.errno in _WRONG_PLACE:
+        _fail(f"{error.filename}: {os.strerror(error.errno)}; choose another place", code=2)
 
 
 def _message(error: Exception) -> str:

@@ -134,7 +134,8 @@ def report(
     """
     from effir_ray import report as run
 
-    written = run(results, out or results[0] / "report.html")
+    first = results[0]
+    written = run(results, out or (first.parent if first.is_file() else first) / "report.html")
     if as_json:
         show_json({"file": written})
     else:

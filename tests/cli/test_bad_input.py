@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import signal
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ class _FromWorker(InputError):
         (_FromWorker(InputError("from a worker")), 2, "effir-ray: from a worker\n"),
         (TrialFailure("the loss is NaN"), 1, "the loss is NaN"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), 2, "no disk space left (/data/x)"),
+        (sqlite3.OperationalError("database or disk is full"), 2, "no disk space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/x"), 2, "/data/x: Permission denied"),
     ],
 )
 def test_errors_of_the_library_become_lines_and_codes(
@@ -168,10 +171,33 @@ def test_errors_of_the_library_become_lines_and_codes(
     assert "Traceback" not in result.stderr
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.doctor.diagnose", _raising(KeyError("bug")))
-    with pytest.raises(KeyError):
+@pytest.mark.parametrize(
+    "error", [KeyError("bug"), OSError(errno.EACCES, "no file"), FileNotFoundError(2, "", "x")]
+)
+def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effir_ray.doctor.diagnose", _raising(error))
+    with pytest.raises(type(error)):
         run("doctor")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("search", "space.yaml", "--out", "space.yaml"),
+        ("search", "space.yaml", "--out", "space.yaml/below"),
+        ("search", "space.yaml", "--out", "x" * 300),
+        ("compress", "--backbone", "random:llama", "--drop-mlp", "1,", "--out", "space.yaml"),
+    ],
+    ids=["a file", "below a file", "a long name", "compress to a file"],
+)
+def test_a_place_that_cannot_be_written_is_named(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(SPACE)
+    monkeypatch.setattr("effir_ray.search.study.connect", lambda address: None)
+    assert str(arguments[-1]) in one_line(run(*arguments))
+    assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,8 @@ def test_a_query_prints_a_table_or_json(study: Path) -> None:
 def test_a_report_is_written_beside_the_study_unless_told_otherwise(study: Path, tmp_path: Path) -> None:
     written = json.loads(run("report", study, "--json").stdout)["file"]
     assert Path(written) == study / "report.html"
+    (rows,) = (study / "rows").glob("*.parquet")
+    assert Path(json.loads(run("report", rows, "--json").stdout)["file"]) == rows.with_name("report.html")
     assert run("report", study, "--out", tmp_path / "front.svg").exit_code == 0
     assert (tmp_path / "front.svg").read_text().lstrip().startswith("<?xml")
 
