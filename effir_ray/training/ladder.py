@@ -8,6 +8,7 @@ of neurons sorted by importance (Flextron, arXiv 2406.10260; MatFormer, arXiv 23
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
@@ -15,12 +16,14 @@ from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.config import Config
 from effir_ray.errors import InputError
 
+Layer = Annotated[int, Field(ge=0)]
+
 
 class Rung(Config):
     """One sub-network: the layers whose attention or MLP it lacks, and the fraction of neurons it keeps."""
 
-    drop_attention: tuple[int, ...] = ()
-    drop_mlp: tuple[int, ...] = ()
+    drop_attention: tuple[Layer, ...] = ()
+    drop_mlp: tuple[Layer, ...] = ()
     width: float = Field(default=1.0, gt=0, le=1)
 
     @field_validator("drop_attention", "drop_mlp")
@@ -48,16 +51,20 @@ class Rung(Config):
         """Neurons that stay of ``width``: a multiple of ``multiple``, at least one."""
         return min(width, max(multiple, round(self.width * width / multiple) * multiple))
 
+    def check(self, n_layers: int) -> None:
+        """Raise InputError for a layer that is not there."""
+        for layer in (*self.drop_attention, *self.drop_mlp):
+            if layer >= n_layers:
+                raise InputError(
+                    f"rung {self.name} drops layer {layer}; the model has layers 0 to {n_layers - 1}"
+                )
+
     def plan(self, widths: Sequence[int]) -> Plan:
         """The plan that extracts this rung from the elastic model; ``widths``: neurons of each layer's MLP.
 
         Raises InputError for a layer that is not there.
         """
-        for layer in (*self.drop_attention, *self.drop_mlp):
-            if not 0 <= layer < len(widths):
-                raise InputError(
-                    f"rung {self.name} drops layer {layer}; the model has layers 0 to {len(widths) - 1}"
-                )
+        self.check(len(widths))
         return Plan(layers=tuple(self._layer(layer, width) for layer, width in enumerate(widths)))
 
     def _layer(self, layer: int, width: int) -> LayerPlan:

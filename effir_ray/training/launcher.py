@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effir_ray.backbones.registry import PACKAGED, backbone_fingerprint, load_config
 from effir_ray.cluster import connect
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.stages import StageStore
@@ -19,6 +21,7 @@ from effir_ray.training.history import HISTORY, HistoryWriter, follow, read_hist
 from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget
 
 _SETTINGS, _RESULT = "training.json", "result.json"
+_DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,9 @@ def train(
     """
     out = Path(out).absolute()
     stages = stages or StageStore(out / "stages")
-    job = _open(out, str(model), config, resume)
+    model, config = _absolute(str(model), PACKAGED), with_absolute_paths(config)
+    _check_ladder(model, config)
+    job = _open(out, model, config, resume)
     if (out / _RESULT).is_file():
         return _finished(out)
     began = time.monotonic()
@@ -69,25 +74,87 @@ def train(
     return _finished(out)
 
 
+def _absolute(name: str, reserved: Collection[str]) -> str:
+    """``name`` as an absolute path where it is that of a file or folder: workers may stand elsewhere."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in reserved and path.exists() else name
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """``config`` with every path that a worker reads or writes made absolute."""
+    changes: dict[str, Any] = {"dataset": _absolute(config.dataset, _DATA)}
+    if config.dev is not None and config.dev.dataset is not None:
+        changes["dev"] = config.dev.model_copy(update={"dataset": _absolute(config.dev.dataset, _DATA)})
+    if config.distillation.teacher is not None:
+        teacher = _absolute(config.distillation.teacher, PACKAGED)
+        changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})
+    if config.storage_path is not None and "://" not in config.storage_path:
+        changes["storage_path"] = str(Path(config.storage_path).expanduser().absolute())
+    return config.model_copy(update=changes)
+
+
+def _check_ladder(model: str, config: TrainConfig) -> None:
+    """Raise InputError when a rung drops a layer that the model has not got."""
+    if config.elastic:
+        layers = load_config(model).num_hidden_layers
+        for rung in config.elastic:
+            rung.check(layers)
+
+
 def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
     """Claim the output folder for this run; the description of the run that workers get."""
-    settings = {"model": model, "config": config.model_dump(mode="json")}
-    name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
-    base = config.storage_path or str(out / "run")
-    run = f"{base.rstrip('/')}/{name}"
+    settings = {
+        "model": model,
+        "config": config.model_dump(mode="json"),
+        "contents": _contents(model, config),
+    }
+    base, name = _place(out, settings)
+    run = f"{base}/{name}"
+    known = out / _SETTINGS
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY):
             (out / file).unlink(missing_ok=True)
-        storage.remove(run)
-    known = out / _SETTINGS
-    if known.is_file() and json.loads(known.read_text(encoding="utf-8")) != settings:
+        for old in (before, settings):
+            storage.remove("/".join(_place(out, old)))
+    elif before != settings:
         raise InputError(
-            f"{out} holds a run of another model or other settings ({known}); choose another folder, "
-            "or start over with resume=False"
+            f"{out} holds a run of another model, other settings or other data ({known}: "
+            f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
         )
     out.mkdir(parents=True, exist_ok=True)
     _write_json(known, settings)
     return {**settings, "base": base, "name": name, "run": run, "saved": f"{run}/model"}
+
+
+def _place(out: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """Where Ray Train keeps a run with these settings: folder or URI, and its name there."""
+    name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
+    base = settings["config"]["storage_path"] or str(out / "run")
+    return base.rstrip("/"), name
+
+
+def _contents(model: str, config: TrainConfig) -> dict[str, str]:
+    """Fingerprints of what the run reads: names alone do not tell whether it is still the same run."""
+    from effir_ray.training.streaming import source_fingerprint
+
+    contents = {"model": backbone_fingerprint(model), "dataset": source_fingerprint(config.dataset)}
+    if config.dev is not None and config.dev.dataset is not None:
+        contents["dev.dataset"] = source_fingerprint(config.dev.dataset)
+    if config.negatives not in ("given", "bm25"):
+        contents["negatives"] = backbone_fingerprint(config.negatives)
+    if config.distillation.teacher is not None:
+        contents["distillation.teacher"] = backbone_fingerprint(config.distillation.teacher)
+    return contents
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The names of the settings and contents that differ."""
+    names = ["model"] if before["model"] != after["model"] else []
+    names += [key for key, value in after["config"].items() if before["config"].get(key) != value]
+    known = before.get("contents", {})
+    names += [f"contents of {key}" for key, value in after["contents"].items() if known.get(key) != value]
+    return ", ".join(names)
 
 
 def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, str]:
@@ -124,6 +191,8 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
     """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Workers stay in the folder they start in: as for any other Ray task, relative names mean the same there.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # A busy machine needs more than the default minute until its workers have imported everything.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -152,9 +221,12 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
     """The token budget for the next start after ``error``; None when memory was not the reason.
 
     A worker that runs out of memory writes it; one that Ray's memory monitor killed could not.
+    torch's error for GPUs has the name of Ray's, so the text of a traceback does not tell them apart.
     """
-    text = str(error)
-    if "memory monitor" in text or "OutOfMemoryError" in text:
+    from ray.exceptions import OutOfMemoryError
+
+    text, failures = str(error), getattr(error, "worker_failures", {}).values()
+    if "memory monitor" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
         lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
         everything = config.batch_size // config.workers * lengths
         halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)
@@ -198,7 +270,13 @@ def _scaling(config: TrainConfig) -> tuple[Any, str]:
     from ray.train import ScalingConfig
 
     cluster = ray.cluster_resources()
-    gpu = cluster.get("GPU", 0) >= config.workers
+    gpus = cluster.get("GPU", 0)
+    if 0 < gpus < config.workers:
+        raise InputError(
+            f"{config.workers} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
+            "worker a GPU"
+        )
+    gpu = gpus > 0
     own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
     cpus = cluster.get("CPU", 0.0)
     if config.workers * config.cpus_per_worker > cpus:

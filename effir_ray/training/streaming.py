@@ -7,6 +7,7 @@ check and shuffle chunks ahead of the training; memory holds the window and a fe
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from effir_ray.backbones.cache import file_hash
 from effir_ray.errors import InputError
 from effir_ray.training.pair_layouts import parse_pair
 from effir_ray.training.pairs import Pair, load_pairs, parse_line, to_json
@@ -48,7 +50,7 @@ def is_stream(source: str) -> bool:
     path = Path(source)
     if path.suffix == ".jsonl":
         return path.is_file() and path.stat().st_size > IN_MEMORY_BYTES
-    return path.is_dir() and not (path / "corpus.jsonl").exists()
+    return path.is_dir() and not (path / "queries.jsonl").exists()
 
 
 def open_pairs(source: str, *, split: str = "train") -> list[Pair] | PairStream:
@@ -58,6 +60,21 @@ def open_pairs(source: str, *, split: str = "train") -> list[Pair] | PairStream:
     if split != "train":
         raise InputError(f"{source}: pair files hold training pairs only; found split '{split}'")
     return PairStream(source)
+
+
+def source_fingerprint(source: str) -> str:
+    """Changes whenever the data at ``source`` does. Of a stream: names, sizes and times of change."""
+    if is_stream(source):
+        found = [(path, info.size, info.mtime_ns) for path, info in _infos(source)]
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+    path = Path(source)
+    if path.suffix != ".jsonl":
+        from effir_ray.retrieval.datasets import load_dataset
+
+        return load_dataset(source).fingerprint
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return file_hash(path)
 
 
 class PairStream:
@@ -131,16 +148,22 @@ def _mixed(pairs: Iterator[Pair], random: np.random.Generator) -> Iterator[Pair]
 
 def _files(source: str) -> list[str]:
     """URIs or absolute paths of the pair files, in order."""
+    return [path for path, _ in _infos(source)]
+
+
+def _infos(source: str) -> list[tuple[str, Any]]:
+    """The pair files in order, each with what its file system says of it."""
     try:
         system, path = pa.fs.FileSystem.from_uri(source if "://" in source else str(Path(source).resolve()))
         info = system.get_file_info(path)
         if info.type == pa.fs.FileType.File:
-            return [source]
-        found = [file.path for file in system.get_file_info(pa.fs.FileSelector(path))]
+            return [(source, info)]
+        found = [(file.path, file) for file in system.get_file_info(pa.fs.FileSelector(path))]
     except (OSError, pa.ArrowInvalid) as error:
         raise InputError(f"{source}: cannot be read: {error}") from None
     scheme = source.partition("://")[0] + "://" if "://" in source else ""
-    return sorted(f"{scheme}{file}" for file in found if file.endswith((".jsonl", ".parquet")))
+    pairs = (entry for entry in found if entry[0].endswith((".jsonl", ".parquet")))
+    return sorted(((f"{scheme}{path}", info) for path, info in pairs), key=lambda entry: entry[0])
 
 
 def _open(path: str) -> Any:

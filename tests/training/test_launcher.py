@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import read_history
@@ -111,6 +112,19 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
     again = train("random:llama", config, out)
     assert again.history == result.history
+
+
+def test_names_of_files_are_relative_to_where_the_call_is_made(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(load_retriever("random:llama"), tmp_path / "model")
+    (tmp_path / "data").symlink_to(dataset)
+    monkeypatch.chdir(tmp_path)
+    config = settings(Path("data"), steps=2, storage_path="kept", dev={"every": 2, "dataset": "data"})
+    result = train("model", config, Path("out"))
+    assert result.checkpoint == tmp_path / "out" / "checkpoint"
+    assert result.history[-1]["dev_ndcg_at_10"] >= 0
+    assert not list((tmp_path / "kept").glob("*/model"))
 
 
 def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: Path, tmp_path: Path) -> None:

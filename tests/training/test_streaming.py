@@ -14,7 +14,7 @@ from effir_ray.training import streaming
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.pairs import load_pairs
-from effir_ray.training.streaming import PairStream, is_stream, open_pairs
+from effir_ray.training.streaming import PairStream, is_stream, open_pairs, source_fingerprint
 
 
 @pytest.fixture
@@ -96,3 +96,14 @@ def test_batches_of_a_stream_resume_and_split_over_ranks(folder: Path) -> None:
     assert len({text for texts in whole[:7] for text in texts}) == 3 * 56  # query, positive and negative
     assert batches(9) == whole[9:]
     assert batches(13, rank=1, world=2)[0][:4] == whole[13][1:8:2]
+
+
+def test_a_fingerprint_follows_the_data(folder: Path) -> None:
+    file = folder / "a.jsonl"
+    for source in (str(folder), str(file)):
+        before = source_fingerprint(source)
+        assert source_fingerprint(source) == before
+        file.write_text(file.read_text() + '{"query": "one more", "positive": "p"}\n')
+        assert source_fingerprint(source) != before
+    with pytest.raises(InputError, match="no such file"):
+        source_fingerprint("absent.jsonl")
