@@ -26,6 +26,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
 
 
+def base_of_adapter(folder: Path) -> str:
+    """Name or path of the model that an adapter belongs to; a path may be relative to its folder."""
+    name = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing")
+    beside = folder / name
+    return str(beside if beside.is_dir() else name)
+
+
 def read_json(file: Path) -> Any:
     """None when the file does not exist; InputError when it is not JSON."""
     try:

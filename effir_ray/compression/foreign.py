@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from effir_ray.backbones.architecture import compressed_classes
 from effir_ray.backbones.family import COMPRESSED_PREFIX
-from effir_ray.backbones.folder import read_json
+from effir_ray.backbones.folder import base_of_adapter, read_json
 from effir_ray.backbones.loading import Loaded, load
 from effir_ray.backbones.spec import RetrieverSpec
 from effir_ray.backbones.tokenizers import load_tokenizer
@@ -87,12 +87,8 @@ def load_adapter(
 ) -> Loaded:
     """A LoRA adapter merged into its base model. Raises InputError when they do not fit each other."""
     settings = read_json(folder / "adapter_config.json")
-    base_name = settings.get("base_model_name_or_path")
-    if not base_name:
-        raise InputError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing")
-    beside = folder / base_name
     loaded = load(
-        str(beside if beside.is_dir() else base_name),
+        base_of_adapter(folder),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         first_blocks=first_blocks,
@@ -131,13 +127,21 @@ def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
             raise InputError(f"{file}: {name} has only one of lora_A and lora_B")
         linear = _linear(model, name, file)
         rank = pair["A"].shape[0]
-        alpha = settings.get("alpha_pattern", {}).get(name, settings["lora_alpha"])
+        alpha = _alpha(name, settings)
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
         change = scale * pair["B"].float() @ pair["A"].float()
         if change.shape != linear.weight.shape:
             shape, expected = tuple(change.shape), tuple(linear.weight.shape)
             raise InputError(f"{file}: {name} has shape {shape}, the base model's is {expected}")
         linear.weight += change.to(linear.weight)
+
+
+def _alpha(name: str, settings: Mapping[str, Any]) -> float:
+    """The first pattern that matches the end of the module's name, whole parts of it, counts (as in PEFT)."""
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return float(alpha)
+    return float(settings["lora_alpha"])
 
 
 def _linear(model: nn.Module, name: str, file: Path) -> nn.Linear:
