@@ -173,25 +173,29 @@ def write_checkpoint(engine: Engine, skeleton: Retriever, target: str) -> None:
 
     Every rank calls it. ``skeleton`` is the ``hollow`` copy of the model; it is given the trained parameters.
     """
-    weights = plain_weights(engine.encoder.model, engine.whole)
+    weights = plain_weights(engine.encoder.model, engine.whole, keep=rank() == 0)
     if rank() == 0:
         skeleton.model.load_state_dict(weights, strict=False, assign=True)
         upload(target, lambda folder: save_checkpoint(skeleton, folder))
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
-    """This worker's device, and whether to compute in bfloat16 there."""
-    from effir_ray.hardware import detect
+    """This worker's device, and whether to compute in bfloat16 there.
 
-    hardware = detect()
-    wanted = hardware.dtype if config.precision == "auto" else config.precision
-    if hardware.device == "cuda":
+    CUDA only where Ray assigned a GPU: one that is merely visible may be in use by others.
+    """
+    import ray
+
+    if ray.get_gpu_ids():
         from ray.train.torch import get_device
 
+        from effir_ray.hardware import detect
+
+        wanted = detect().dtype if config.precision == "auto" else config.precision
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
-    return torch.device("cpu"), wanted == "bfloat16"
+    return torch.device("cpu"), config.precision == "bfloat16"
 
 
 def hollow(retriever: Retriever) -> Retriever:

@@ -50,11 +50,14 @@ def add_lora(retriever: Retriever, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def plain_weights(model: nn.Module, whole: Callable[[list[nn.Parameter]], Any]) -> dict[str, Tensor]:
+def plain_weights(
+    model: nn.Module, whole: Callable[[list[nn.Parameter]], Any], *, keep: bool = True
+) -> dict[str, Tensor]:
     """Every parameter of ``model`` as it would be without adapters: updates merged, names as before.
 
     ``whole`` is a context in which the given parameters are complete (ZeRO-3 keeps a part on each rank): one
     module at a time, so that the whole model never has to fit beside the training state. Copies, on the CPU.
+    ``keep``: False on a rank that takes part but has no use for them; it copies nothing and gets nothing.
     """
     weights: dict[str, Tensor] = {}
     adapted: set[str] = set()
@@ -62,9 +65,12 @@ def plain_weights(model: nn.Module, whole: Callable[[list[nn.Parameter]], Any]) 
         parameters = list(module.parameters(recurse=isinstance(module, LoraLinear)))
         if not parameters or prefix.removesuffix(".base") in adapted:
             continue
+        if isinstance(module, LoraLinear):
+            adapted.add(prefix)
         with whole(parameters):
+            if not keep:
+                continue
             if isinstance(module, LoraLinear):
-                adapted.add(prefix)
                 values = {"weight": module.merged()}
                 if module.base.bias is not None:
                     values["bias"] = module.base.bias

@@ -32,6 +32,7 @@ def test_adapters_start_as_nothing_and_merge_into_plain_weights(family: str) -> 
         torch.nn.init.normal_(adapter.lora_b, std=0.02)
     trained = embed(retriever)
     assert not torch.allclose(trained, before, atol=1e-3)
+    assert plain_weights(retriever.model, lambda parameters: nullcontext(), keep=False) == {}
     weights = plain_weights(retriever.model, lambda parameters: nullcontext())
     assert set(weights) == names
     plain = load_retriever(f"random:{family}")
