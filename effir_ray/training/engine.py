@@ -47,7 +47,9 @@ class Engine(Passes, Protocol):
     encoder: TextEncoder
 
     def step(self, rate: float) -> float:
-        """Clip, update at learning rate ``rate``, clear the gradients. Returns the norm before clipping."""
+        """Clip, update at learning rate ``rate``, clear the gradients. Returns the norm before clipping: NaN
+        or infinite where a gradient is.
+        """
         ...
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -67,7 +69,11 @@ class Engine(Passes, Protocol):
 
 def deepspeed_settings(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
+    # A step of GradCache sums many passes: in bfloat16 the small gradients of later ones would be lost.
+    # Without ZeRO DeepSpeed has no such sum.
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bfloat16 and config.zero_stage else {}
     return {
+        **sums,
         "train_micro_batch_size_per_gpu": config.batch_size // config.workers,
         "gradient_accumulation_steps": 1,  # passes of one step are told apart by their boundary instead
         "gradient_clipping": config.max_grad_norm,
@@ -112,8 +118,11 @@ class DeepSpeedEngine:
     def step(self, rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        # Without ZeRO the optimizer stays the plain one, which keeps no norm.
+        plain = not hasattr(self._engine.optimizer, "_global_grad_norm")
+        norm = gradient_norm(self._engine.module) if plain else 0.0
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0)
+        return norm if plain else float(self._engine.get_global_grad_norm())
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -146,6 +155,8 @@ class PlainEngine:
         self.device, self.encoder, self._bfloat16 = device, encoder, bfloat16
         self._clip = config.max_grad_norm
         self._parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+        for parameter in self._parameters:  # adapters of a bfloat16 model
+            parameter.data = parameter.data.float()
         self._optimizer = adamw(self._parameters, rate=config.learning_rate, weight_decay=config.weight_decay)
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -189,6 +200,12 @@ class PlainEngine:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
+def gradient_norm(module: nn.Module) -> float:
+    """L2 norm of all gradients together."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
 def build_engine(
     retriever: Retriever, config: TrainConfig, device: torch.device, *, bfloat16: bool
 ) -> Engine:
@@ -197,7 +214,7 @@ def build_engine(
     try:
         return DeepSpeedEngine(encoder, config, device, bfloat16)
     except (ImportError, OSError, RuntimeError) as error:
-        if config.zero_stage == 3 or bfloat16:
+        if config.zero_stage == 3:
             raise  # plain data parallelism would need the memory that ZeRO was asked to save
         reason = f"DeepSpeed does not start: {type(error).__name__}: {str(error).splitlines()[0]}"
         return PlainEngine(encoder, config, device, bfloat16, reason)

@@ -88,7 +88,7 @@ def training_pairs() -> list[Pair]:
 
 
 def run(combination: Combination, rank: int) -> dict[str, Any]:
-    """Three steps; the loss of each, the gradients of the first, the weights after the last."""
+    """Three steps; loss and norm of each, the gradients of the first, the weights after the last."""
     config = training_config(combination)
     retriever = load_retriever(MODEL)
     engine = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
@@ -100,7 +100,7 @@ def run(combination: Combination, rank: int) -> dict[str, Any]:
     batches = Batches(training_pairs(), config, tokenize, rank=rank, world=combination.ranks)
     objective = build_objective(config, has_teacher_scores=True)
     step = ContrastiveStep(engine, objective, pad_token=0, token_budget=config.token_budget)
-    losses, gradients = [], {}
+    losses, norms, gradients = [], [], {}
     for done, batch in enumerate(batches.run()):
         outcome = step(batch)
         losses.append(outcome.loss)
@@ -109,8 +109,9 @@ def run(combination: Combination, rank: int) -> dict[str, Any]:
         if done == 0:
             gradients = trained(engine, engine.gradient)
         rate = learning_rate(done, total=STEPS, peak=1e-3, warmup=config.warmup, schedule="linear")
-        engine.step(rate)
-    return {"losses": losses, "gradients": gradients, "weights": trained(engine, lambda value: value)}
+        norms.append(engine.step(rate))
+    weights = trained(engine, lambda value: value)
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
 def save(ranks: int, rank: int, folder: Path) -> dict[str, Any]:

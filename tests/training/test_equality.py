@@ -38,7 +38,7 @@ def reference(lora: bool, negatives: int) -> dict[str, Any]:
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=64)
 
-    losses, gradients = [], {}
+    losses, norms, gradients = [], [], {}
     for done, batch in enumerate(Batches(worker.training_pairs(), config, tokenize).run()):
         longest = max(len(text) for text in batch.tokens)
         ids = torch.tensor([text + [0] * (longest - len(text)) for text in batch.tokens])
@@ -49,13 +49,13 @@ def reference(lora: bool, negatives: int) -> dict[str, Any]:
         loss.backward()
         if done == 0:
             gradients = {name: value.grad.clone() for name, value in trainable.items()}
-        torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm)))
         rate = learning_rate(done, total=worker.STEPS, peak=1e-3, warmup=config.warmup, schedule="linear")
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
     weights = {name: value.detach().clone() for name, value in trainable.items()}
-    return {"losses": losses, "gradients": gradients, "weights": weights}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
 def equations(embeddings: Tensor, batch: Any) -> Tensor:
@@ -129,6 +129,7 @@ def test_zero3_and_lora_save_what_is_in_memory(ranks: int, results: dict[str, An
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert found["gradients"].keys() == expected["gradients"].keys()
     largest = max(float(value.abs().max()) for value in expected["gradients"].values())
     for name, gradient in expected["gradients"].items():

@@ -1,0 +1,65 @@
+"""How a run is put on DeepSpeed, and what happens where that does not start."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.training import engine
+from effir_ray.training.config import LoraConfig, TrainConfig
+from effir_ray.training.loop import prepare
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"dataset": "unused", "lora": None, **changes})
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_many_passes_are_summed_in_float32(stage: int, bfloat16: bool) -> None:
+    """DeepSpeed refuses the setting without ZeRO."""
+    found = engine.deepspeed_settings(settings(zero_stage=stage), bfloat16=bfloat16)
+    sums = {"grad_accum_dtype": "fp32"} if bfloat16 and stage else None
+    assert found.get("data_types") == sums
+
+
+def refuse() -> None:
+    raise ImportError("no compiler here")
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, alpha=4)])
+def test_without_deepspeed_bfloat16_trains_plainly_and_says_why(
+    lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_import_deepspeed", refuse)
+    dtype = "bfloat16" if lora else "float32"
+    retriever = load_retriever("random:llama", dtype=dtype)
+    found = prepare(retriever, settings(lora=lora), torch.device("cpu"), bfloat16=True)
+    assert found.name == "DDP (DeepSpeed does not start: ImportError: no compiler here)"
+    trained = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    before = [parameter.detach().clone() for parameter in trained]
+    ids = torch.tensor(retriever.tokenize(["some words"], "document"))
+    found.backward(
+        found(ids, torch.ones_like(ids)).square().sum() - found(ids[:, :2], ids[:, :2]).sum(), last=True
+    )
+    assert found.step(1e-2) > 0
+    assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+
+
+def test_partitioned_models_have_no_plain_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_import_deepspeed", refuse)
+    with pytest.raises(ImportError, match="no compiler"):
+        prepare(load_retriever("random:llama"), settings(zero_stage=3), torch.device("cpu"), bfloat16=False)
+
+
+def test_a_norm_tells_when_a_gradient_is_not_a_number() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert engine.gradient_norm(module) == pytest.approx(5.0)
+    module.bias.grad = torch.tensor([0.0, math.nan])
+    assert math.isnan(engine.gradient_norm(module))
