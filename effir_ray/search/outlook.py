@@ -35,6 +35,7 @@ class Outlook:
 
     def __init__(self, store: StageStore, backbone: PreTrainedConfig, sources: Sources) -> None:
         self.store, self.backbone, self.sources = store, backbone, sources
+        self.recipes: dict[str, dict[str, Stage]] = {}  # trial id -> its stages by key
         self.expected: dict[str, tuple[str, float]] = {}  # stage key -> (name, first guess in seconds)
         self.actual: dict[str, float] = {}  # stage key -> seconds it took
 
@@ -61,11 +62,18 @@ class Outlook:
     def _missing(self, configs: Sequence[TrialConfig]) -> float:
         stages: dict[str, Stage] = {}
         for config in configs:
-            plan = recipe(config, self.sources, "dev")
-            self._learn(config, plan)
-            stages |= {stage.key: stage for stage in plan.stages()}
+            stages |= self._stages_of(config)
         self._observe(stages.values())
         return sum(self._predict(*self.expected[key]) for key in stages if key not in self.actual)
+
+    def _stages_of(self, config: TrialConfig) -> dict[str, Stage]:
+        """By key; hashed once a trial, because the display asks twice a second."""
+        trial = config.id
+        if trial not in self.recipes:
+            plan = recipe(config, self.sources, "dev")
+            self._learn(config, plan)
+            self.recipes[trial] = {stage.key: stage for stage in plan.stages()}
+        return self.recipes[trial]
 
     def _learn(self, config: TrialConfig, plan: Recipe) -> None:
         if plan.scores.key in self.expected:

@@ -25,6 +25,7 @@ from effir_ray.search.space import OBJECTIVES, Candidate, SearchSpace, TrialConf
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
 _STUBBORN = 10  # proposals in a row that are known already, before an untried combination is taken instead
 
 
@@ -52,19 +53,19 @@ class Proposals:
         self.study = open_study(space, out)
         self.distributions = {name: distribution(axis) for name, axis in space.parameters.axes.items()}
         self.listed = deque(space.trial(candidate) for candidate in space.listed())
-        self.asked: dict[
-            str, int
-        ] = {}  # trial id -> Optuna's trial number, while Optuna waits for its values
+        self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.sampled: set[str] = set()
+        self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         self._reconcile()
+        self.spent = self._lacking > 0 and self._countable and self._unseen() is None
 
     @property
     def planned(self) -> int:
         """Dev trials of the whole study."""
-        return len(self.space.listed()) + self.space.trials
+        return len(self.space.listed()) + len(self.sampled) + self._lacking
 
     def done(self, split: Split) -> int:
-        return sum(1 for _, place in self.rows if place == split)
+        return sum(1 for _, place in list(self.rows) if place == split)
 
     def next(self) -> Work | None:
         """The next piece of work; None when there is none now. ``exhausted`` tells whether one may come
@@ -84,17 +85,22 @@ class Proposals:
         come (None while the front is open)."""
         known = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
         known += [work.config for work in list(self.running.values()) if work.split == "dev"]
-        unknown = max(0, self.space.trials - len(self.sampled))
+        unknown = self._lacking
         if known or unknown:
             return known, unknown, None
         return known, unknown, sum((config.id, "test") not in self.rows for config in self.front())
+
+    @property
+    def _lacking(self) -> int:
+        """How many trials the sampler still has to add."""
+        return 0 if self.spent else max(0, self.space.trials - len(self.sampled))
 
     @property
     def complete(self) -> bool:
         """Whether the study has all its rows."""
         listed = all(self._known(config.id) for config in self.listed)
         tested = all((config.id, "test") in self.rows for config in self.front())
-        return listed and len(self.sampled) >= self.space.trials and not self.running and tested
+        return listed and not self._lacking and not self.running and tested
 
     @property
     def exhausted(self) -> bool:
@@ -115,7 +121,7 @@ class Proposals:
 
         from effir_ray.results.pareto import on_front
 
-        dev = [row for row in self.rows.values() if row.split == "dev" and row.status == "ok"]
+        dev = [row for row in list(self.rows.values()) if row.split == "dev" and row.status == "ok"]
         if not dev:
             return []
         table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
@@ -135,7 +141,7 @@ class Proposals:
             config = self.listed.popleft()
             if not self._known(config.id):
                 return config
-        return self._next_sample() if len(self.sampled) < self.space.trials else None
+        return self._next_sample() if self._lacking else None
 
     def _next_sample(self) -> TrialConfig | None:
         for _ in range(_STUBBORN):
@@ -144,16 +150,22 @@ class Proposals:
                 return proposed
         unseen = self._unseen()
         if unseen is None:
+            self.spent = True
             return None
         self.study.enqueue_trial(unseen)
         return self._ask()
 
+    @property
+    def _countable(self) -> bool:
+        """Whether the combinations can be listed: no range is continuous."""
+        return all(axis.values() for axis in self.space.parameters.axes.values())
+
     def _unseen(self) -> dict[str, Any] | None:
         """Parameters of a combination that was never tried, the first in a seeded order; None when there is
-        none (or they cannot be listed, because a range is continuous)."""
-        axes = self.space.parameters.axes
-        if not all(axis.values() for axis in axes.values()):
+        none (or they cannot be listed)."""
+        if not self._countable:
             return None
+        axes = self.space.parameters.axes
         combinations = list(itertools.product(*(axis.values() for axis in axes.values())))
         random.Random(self.space.seed).shuffle(combinations)
         for values in combinations:
@@ -178,6 +190,7 @@ class Proposals:
             else:
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return None
+        trial.set_user_attr(_HANDED_OUT, True)
         self.asked[config.id] = trial.number
         self.sampled.add(config.id)
         return config
@@ -245,8 +258,12 @@ class Proposals:
                 if (config.id, "dev") not in self.rows:
                     self.listed.append(config)
             elif text is not None:
-                trial_id = TrialConfig.model_validate_json(text).id
-                told.add(trial_id)
+                config = TrialConfig.model_validate_json(text)
+                if trial.state == optuna.trial.TrialState.COMPLETE:
+                    told.add(config.id)
+                elif _HANDED_OUT in trial.user_attrs and (config.id, "dev") not in self.rows:
+                    self.listed.append(config)  # it failed, and is tried again as listed ones are
+                    self.sampled.add(config.id)
         for row in [row for row in self.rows.values() if row.split == "dev"]:
             if row.trial_id not in listed:
                 self.sampled.add(row.trial_id)

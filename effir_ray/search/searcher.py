@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
+from effir_ray.search.folder import finished_rows
 from effir_ray.search.proposals import Proposals, Work
 from effir_ray.search.trial import failed_row
 
@@ -66,6 +67,9 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         """Trial processes write their own rows; one that died without gets a failed row here."""
         if result is not None and ROW in result:
             return TrialRow.model_validate_json(result[ROW])
+        written = [row for row in finished_rows(self.out) if (row.trial_id, row.split) == work.key]
+        if written:  # the process died between writing its row and reporting it
+            return written[0]
         reason = "the trial's process ended without a result (killed, or out of memory)"
         row = failed_row(work.config, work.split, self.proposals.space.name, reason)
         store.append(self.out, [row])

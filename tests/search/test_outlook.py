@@ -51,3 +51,10 @@ def test_time_already_spent_on_a_running_stage_is_taken_off(tmp_path: Path) -> N
     started_long_ago = outlook(tmp_path).seconds_left([FULL], 0, 0, [("base", 0.0)])
     assert 0 < started_long_ago < whole
     assert whole - started_long_ago == pytest.approx(0.95 * 30, rel=0.1)  # the start of Ray Train dominates
+
+
+def test_a_recipe_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = outlook(tmp_path)
+    before = known.seconds_left([FULL, PRUNED], 1, None, ())
+    monkeypatch.setattr("effir_ray.search.outlook.recipe", None)
+    assert known.seconds_left([FULL, PRUNED], 1, None, ()) == before

@@ -50,6 +50,14 @@ def test_a_small_space_is_exhausted_not_repeated(tmp_path: Path) -> None:
     study = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path)
     names = [work.config.name for work in finish(study) if work.split == "dev"]
     assert sorted(names) == ["1M", "2M", "full"]
+    assert study.complete
+    assert study.planned == 3
+    assert study.to_come() == ([], 0, 0)
+    asked = len(study.study.get_trials())
+    again = proposals(study.space, tmp_path, study.rows.values())
+    assert again.complete
+    assert again.planned == 3
+    assert len(again.study.get_trials()) == asked
 
 
 def test_test_scores_wait_for_running_trials_and_front_is_chosen_on_dev(tmp_path: Path) -> None:
@@ -72,6 +80,28 @@ def test_failed_trials_teach_nothing_and_are_not_repeated(tmp_path: Path) -> Non
         study.finished(row(work.config, None))
     assert len(seen) == len(set(seen)) == 5
     assert study.front() == []
+
+
+def test_a_resumed_study_tries_failed_samples_again_and_no_others(tmp_path: Path) -> None:
+    """What the sampler only proposed (known, impossible) is not among them."""
+    space = small_space(parameters={"drop_mlp": {"low": 0, "high": 5}}, trials=4)
+    first, failed = proposals(space, tmp_path), ""
+    while (work := first.next()) is not None and work.split == "dev":
+        lost = work.config.name != "full" and not failed
+        failed = work.config.id if lost else failed
+        first.finished(row(work.config, None) if lost else score(work))
+    for retry_fails in (True, False):
+        rows = [kept for kept in first.rows.values() if kept.status == "ok"]
+        second = proposals(space, tmp_path, rows)
+        again = second.next()
+        assert again is not None
+        assert again.config.id == failed
+        assert second.planned == first.planned
+        second.finished(row(again.config, None) if retry_fails else score(again))
+        work = second.next()
+        assert work is None or work.split == "test"
+    told = [trial.state.name for trial in second.study.get_trials() if trial.user_attrs.get("handed_out")]
+    assert sorted(told) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
 
 
 @pytest.mark.parametrize("kill_at", [0, 2, 4, 6])

@@ -40,6 +40,15 @@ def test_a_process_that_dies_leaves_a_failed_row_and_the_study_goes_on(searcher:
     assert start(searcher, "c").name == "1B"
 
 
+def test_a_process_that_dies_after_its_row_has_not_failed(searcher: ScheduleSearcher) -> None:
+    written = row(start(searcher, "a"), 0.5)
+    store.append(searcher.out, [written])
+    searcher.on_trial_complete("a", None, error=True)
+    assert searcher.proposals.rows[written.trial_id, "dev"].ndcg_at_10 == 0.5
+    assert len(store.read([searcher.out])) == 1
+    assert searcher.fatal is None
+
+
 def test_a_failed_trial_is_passed_over(searcher: ScheduleSearcher) -> None:
     end(searcher, "a", start(searcher, "a"), 0.5)
     end(searcher, "b", start(searcher, "b"), None)
