@@ -12,34 +12,29 @@ row a run in OUT/rows; the means are printed, whichever wins. Two cores, MiniLM-
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from effir_ray.backbones.registry import load_config
+from rows import known, measure_once
+
 from effir_ray.backbones.retriever import load_retriever
-from effir_ray.compression.accounting import count_parameters, model_bytes
 from effir_ray.compression.checkpoint import save_checkpoint
-from effir_ray.compression.plan import Plan
 from effir_ray.compression.planning import make_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
-from effir_ray.results.schema import TrialRow
-from effir_ray.results.store import append, latest, read
 from effir_ray.retrieval.datasets import Dataset, load_dataset
 from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.search.provenance import git_commit, package_versions
+from effir_ray.retrieval.evaluation_result import Evaluation
 from effir_ray.stages import StageStore
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.launcher import train
 
-STUDY = "distillation"
 QUERY_LENGTH, DOCUMENT_LENGTH = 64, 128
 
 
@@ -50,14 +45,13 @@ def main() -> None:
     pruned = prune(options.model, schedule, options.work / "pruned")
     stages = StageStore(options.work / "stages")
     with show_progress():
-        append(options.out, [measure("pruned", options.model, pruned, schedule, dev, None)])
+        measure(options, "pruned", pruned, schedule, dev, None)
         for seed in range(options.seeds):
             for method in ("info_nce", "distilled"):
                 config = settings(options, method, seed)
                 result = train(pruned, config, options.work / f"{method}-{seed}", stages=stages)
-                row = measure(method, options.model, result.checkpoint, schedule, dev, config)
-                append(options.out, [row])
-    report(options.out)
+                measure(options, method, result.checkpoint, schedule, dev, config)
+    report(options)
 
 
 def arguments() -> argparse.Namespace:
@@ -101,55 +95,50 @@ def settings(options: argparse.Namespace, method: str, seed: int) -> TrainConfig
 
 
 def measure(
-    method: str, backbone: str, model: Path, schedule: Schedule, dev: Dataset, config: TrainConfig | None
-) -> TrialRow:
-    evaluation = evaluate(
-        model,
-        dev,
-        split="dev",
-        query_max_length=QUERY_LENGTH,
-        document_max_length=DOCUMENT_LENGTH,
-    )
-    described: dict[str, Any] = {
+    options: argparse.Namespace,
+    method: str,
+    model: Path,
+    schedule: Schedule,
+    dev: Dataset,
+    config: TrainConfig | None,
+) -> None:
+    settings: dict[str, Any] = {
         "benchmark": "distillation",
         "method": method,
-        "backbone": backbone,
+        "backbone": options.model,
         "schedule": schedule.model_dump(),
-        "training": None if config is None else config.model_dump(mode="json", exclude={"dataset"}),
+        "training": config and config.model_dump(mode="json", exclude={"dataset"}),
         "data_fingerprint": dev.fingerprint,
+        "document_length": DOCUMENT_LENGTH,
     }
-    trial = json.dumps(described, sort_keys=True)
-    shape, layers = load_config(backbone), load_config(backbone).num_hidden_layers
-    plan, full = make_plan(schedule, layers, None), Plan.full(layers)
-    return TrialRow(
-        study=STUDY,
-        trial_id=hashlib.sha256(trial.encode()).hexdigest()[:16],
-        trial=trial,
-        schedule=schedule.name,
-        plan=json.dumps(plan.per_layer_config()),
-        backbone=backbone,
-        dataset=dev.name,
+
+    def score() -> Evaluation:
+        return evaluate(
+            model,
+            dev,
+            split="dev",
+            query_max_length=QUERY_LENGTH,
+            document_max_length=DOCUMENT_LENGTH,
+        )
+
+    measure_once(
+        options.out,
+        settings,
+        score,
+        backbone=options.model,
+        dataset=dev,
         split="dev",
+        schedule=schedule,
+        plan=make_plan(schedule, len(load_retriever(options.model).plan.layers), None),
         seed=0 if config is None else config.seed,
-        ndcg_at_10=evaluation.scores.mean["ndcg@10"],
-        recall_at_100=evaluation.scores.mean["recall@100"],
-        mrr_at_10=evaluation.scores.mean["mrr@10"],
-        map_at_100=evaluation.scores.mean["map@100"],
-        parameters=count_parameters(shape, plan),
-        parameter_ratio=count_parameters(shape, plan) / count_parameters(shape, full),
-        bytes=model_bytes(shape, plan),
         recovered=config is not None,
-        git_commit=git_commit(),
-        versions=json.dumps(package_versions()),
-        hardware=detect().name,
-        wall_seconds=evaluation.seconds,
     )
 
 
-def report(out: Path) -> None:
+def report(options: argparse.Namespace) -> None:
     """Mean and standard deviation over seeds of every method."""
     scores: dict[str, list[float]] = {}
-    for row in latest(read([out])).to_pylist():
+    for row in (row for row in known(options.out) if row["backbone"] == options.model):
         scores.setdefault(json.loads(row["trial"])["method"], []).append(row["ndcg_at_10"])
     for method, values in scores.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0

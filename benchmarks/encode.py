@@ -250,8 +250,8 @@ def main() -> None:
     about = {"model": arguments.model, "dataset": dataset.name, "hardware": hardware.name, "clock": clock}
     table = pa.Table.from_pylist([about | row for row in rows])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    machine = re.sub(r"\W+", "-", hardware.name).strip("-").lower()
-    stem = arguments.out / f"{arguments.model}-{machine}-{torch.get_num_threads()}-threads"
+    name = f"{arguments.model} {hardware.name} {torch.get_num_threads()} threads"
+    stem = arguments.out / re.sub(r"\W+", "-", name).strip("-").lower()
     parquet.write_table(table, f"{stem}.parquet")
     title = f"{arguments.model}, {len(texts)} {dataset.name} documents, {hardware.name} ({clock})"
     plot(lines, title, Path(f"{stem}.svg"))

@@ -6,8 +6,8 @@
 The table of the paper's section on off-the-shelf pruning, for any backbone: A, M and B at every k, least
 important sublayers first by the paper's cosine importance on calibration passages (a JSONL file with
 ``text``). One row a variant and data set is appended to OUT/rows as soon as it is known, and rows that are
-there are not computed again, so a run that was stopped goes on. Two cores, MiniLM-L6, both data sets, 128
-tokens: about an hour; the second command (100 test queries over at least 1,000 documents): minutes.
+there are not computed again. Two cores, MiniLM-L6, both data sets, 128 tokens: about an hour, with
+--max-length 64 a third of that; the second command (100 queries over at least 1,000 documents): minutes.
 """
 
 from __future__ import annotations
@@ -16,30 +16,23 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
+from rows import known, measure_once
 
-from effir_ray.backbones.registry import load_config
 from effir_ray.backbones.retriever import load_retriever
-from effir_ray.compression.accounting import count_parameters, flops, model_bytes
 from effir_ray.compression.importance import measure_importance
 from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import Plan
 from effir_ray.compression.planning import make_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
-from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
-from effir_ray.results.schema import TrialRow
-from effir_ray.results.store import append, read
 from effir_ray.retrieval.datasets import Dataset, load_dataset
 from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.search.provenance import git_commit, package_versions
+from effir_ray.retrieval.evaluation_result import Evaluation
 
-STUDY = "off-the-shelf"
 UNITS = {"A": "drop_attention", "M": "drop_mlp", "B": "drop_block"}
 
 
@@ -55,9 +48,8 @@ def main() -> None:
     with show_progress():
         for schedule in schedules(len(scores.block)):
             for dataset in datasets:
-                if (schedule.name, dataset.name) not in done(options.out):
-                    append(options.out, [measure(options, schedule, scores, dataset)])
-    draw(read([options.out]), options.out)
+                measure(options, schedule, scores, dataset)
+    draw(known(options.out), options.model, options.out)
 
 
 def arguments() -> argparse.Namespace:
@@ -82,66 +74,42 @@ def schedules(layers: int) -> list[Schedule]:
     return [Schedule()] + [Schedule(**{field: k}) for k in range(1, layers + 1) for field in UNITS.values()]
 
 
-def done(out: Path) -> set[tuple[str, str]]:
-    """(schedule, data set) of the rows that are there."""
-    try:
-        table = read([out])
-    except InputError:  # nothing yet
-        return set()
-    return set(zip(table["schedule"].to_pylist(), table["dataset"].to_pylist(), strict=True))
-
-
 def measure(
     options: argparse.Namespace, schedule: Schedule, scores: ImportanceScores, dataset: Dataset
-) -> TrialRow:
-    started = time.perf_counter()
-    config, full = load_config(options.model), Plan.full(len(scores.block))
+) -> None:
     plan = make_plan(schedule, len(scores.block), scores)
-    model = apply_plan(load_retriever(options.model), plan)
-    print(f"{schedule.name} on {dataset.name}", file=sys.stderr)
-    result = evaluate(
-        model, dataset, query_max_length=options.max_length, document_max_length=options.max_length
-    ).scores.mean
-    trial = json.dumps(
-        {
-            "benchmark": "off_the_shelf",
-            "backbone": options.model,
-            "schedule": schedule.model_dump(),
-            "calibration_sha256": hashlib.sha256(options.calibration.read_bytes()).hexdigest(),
-            "max_length": options.max_length,
-            "data_fingerprint": dataset.fingerprint,
-        },
-        sort_keys=True,
-    )
-    return TrialRow(
-        study=STUDY,
-        trial_id=hashlib.sha256(trial.encode()).hexdigest()[:16],
-        trial=trial,
-        schedule=schedule.name,
-        plan=json.dumps(plan.per_layer_config()),
+    settings = {
+        "benchmark": "off-the-shelf",
+        "backbone": options.model,
+        "schedule": schedule.model_dump(),
+        "calibration_sha256": hashlib.sha256(options.calibration.read_bytes()).hexdigest(),
+        "document_length": options.max_length,
+        "data_fingerprint": dataset.fingerprint,
+    }
+
+    def score() -> Evaluation:
+        print(f"{schedule.name} on {dataset.name}", file=sys.stderr)
+        model = apply_plan(load_retriever(options.model), plan)
+        length = options.max_length
+        return evaluate(model, dataset, query_max_length=length, document_max_length=length)
+
+    measure_once(
+        options.out,
+        settings,
+        score,
         backbone=options.model,
-        dataset=dataset.name,
+        dataset=dataset,
         split="test",
-        ndcg_at_10=result["ndcg@10"],
-        recall_at_100=result["recall@100"],
-        mrr_at_10=result["mrr@10"],
-        map_at_100=result["map@100"],
-        parameters=count_parameters(config, plan),
-        parameter_ratio=count_parameters(config, plan) / count_parameters(config, full),
-        flops_per_document=max(1, flops(config, plan, options.max_length)),
-        bytes=model_bytes(config, plan),
-        git_commit=git_commit(),
-        versions=json.dumps(package_versions()),
-        hardware=detect().name,
-        wall_seconds=time.perf_counter() - started,
+        schedule=schedule,
+        plan=plan,
     )
 
 
-def draw(table: pa.Table, out: Path) -> None:
-    """nDCG@10 against k, a line a unit and a panel a data set: OUT/off_the_shelf.svg."""
+def draw(all_rows: list[dict[str, Any]], model: str, out: Path) -> None:
+    """nDCG@10 of ``model`` against k, a line a unit and a panel a data set: OUT/off_the_shelf.svg."""
     from matplotlib.figure import Figure
 
-    rows = table.to_pylist()
+    rows = [row for row in all_rows if row["backbone"] == model]
     names = sorted({row["dataset"] for row in rows})
     figure = Figure(figsize=(4.2 * len(names), 3.2), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]

@@ -37,7 +37,18 @@ SEEDED = (
     "activation",
     "gate-activation",
 )  # taylor etc.: the pairs differ
-FIELDS = ("backbone", "blocks", "method", "seed", "reduction", "steps", "dev_loss", "full_loss", "seconds")
+IDENTITY = (
+    "backbone",
+    "first_blocks",
+    "data",
+    "method",
+    "seed",
+    "reduction",
+    "steps",
+    "max_length",
+    "dev_pairs",
+)
+FIELDS = (*IDENTITY, "dev_loss", "full_loss", "seconds")
 BATCH = 16
 
 
@@ -53,7 +64,7 @@ def main() -> None:
             for method in options.methods:
                 if method == "magnitude" and seed:  # depends on the weights only
                     continue
-                if (method, str(seed)) not in done(file):
+                if identity(options, method, seed) not in done(file):
                     append(file, measure(options, method, seed, train, dev) | {"full_loss": round(full, 5)})
 
 
@@ -97,16 +108,22 @@ def measure(
     )
     schedule = Schedule(width_reduction=options.reduction, width_method=method)
     apply_plan(retriever, narrow_plan(retriever.plan, schedule, scores))
-    return {
-        "backbone": options.backbone,
-        "blocks": len(retriever.plan.layers),
-        "method": method,
-        "seed": seed,
-        "reduction": options.reduction,
-        "steps": options.steps if method == "self-slimming" else 0,
+    return identity(options, method, seed) | {
         "dev_loss": round(dev_loss(retriever, dev, options.max_length), 5),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def identity(options: argparse.Namespace, method: str, seed: int) -> dict[str, object]:
+    """All that determines a row, as the table has it."""
+    settings = vars(options) | {
+        "first_blocks": options.first_blocks or "all",
+        "data": Path(options.data).name,
+        "method": method,
+        "seed": seed,
+        "steps": options.steps if method == "self-slimming" else 0,
+    }
+    return {name: str(settings[name]) for name in IDENTITY}
 
 
 @torch.inference_mode()
@@ -119,11 +136,12 @@ def dev_loss(retriever: Retriever, dev: list[Pair], max_length: int) -> float:
     return float(np.mean(losses))
 
 
-def done(file: Path) -> set[tuple[str, str]]:
+def done(file: Path) -> list[dict[str, str]]:
+    """The identities of the rows that are there."""
     if not file.exists():
-        return set()
+        return []
     with file.open(newline="") as stream:
-        return {(row["method"], row["seed"]) for row in csv.DictReader(stream)}
+        return [{name: row[name] for name in IDENTITY} for row in csv.DictReader(stream)]
 
 
 def append(file: Path, row: dict[str, object]) -> None:

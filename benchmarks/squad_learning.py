@@ -13,29 +13,23 @@ OUT/history.jsonl (one line a step) and OUT/squad_learning.svg. Two cores, SmolL
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from effir_ray.backbones.registry import load_config
-from effir_ray.compression.accounting import count_parameters, model_bytes
-from effir_ray.compression.plan import Plan
+from rows import known, measure_once
+
 from effir_ray.errors import InputError
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
-from effir_ray.results.schema import TrialRow
-from effir_ray.results.store import append, latest, read
 from effir_ray.retrieval.datasets import Dataset, load_dataset
 from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.search.provenance import git_commit, package_versions
+from effir_ray.retrieval.evaluation_result import Evaluation
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.launcher import TrainResult, train
 from effir_ray.training.negatives import DEPTH, bm25, collect, mine_pairs
 from effir_ray.training.pairs import load_pairs, shuffled, write_pairs
-
-STUDY = "squad-learning"
 
 
 def main() -> None:
@@ -49,11 +43,11 @@ def main() -> None:
     config = settings(options)
     with show_progress():
         mine_once(squad, options.steps * options.batch_size, config)
-        score("untrained", options.model, samples, options, config, 0.0)
+        score(options.model, samples, options, None)
         result = train(options.model, config, options.work / "training")
-        score("trained", result.checkpoint, samples, options, config, result.seconds)
+        score(result.checkpoint, samples, options, config)
     write_history(result, options.out / "history.jsonl")
-    draw(options.out)
+    draw(options)
 
 
 def arguments() -> argparse.Namespace:
@@ -75,7 +69,7 @@ def arguments() -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> TrainConfig:
     """The paper's loss and temperature; one hard negative, short texts, few steps for two cores."""
     return TrainConfig(
-        dataset=str((options.work / "pairs.jsonl").absolute()),
+        dataset=str((options.work / f"pairs-{options.steps}x{options.batch_size}.jsonl").absolute()),
         steps=options.steps,
         batch_size=options.batch_size,
         hard_negatives=1,
@@ -99,86 +93,53 @@ def mine_once(squad: str, wanted: int, config: TrainConfig) -> None:
     collection = collect(squad, pairs)
     mined = mine_pairs(pairs, rank=bm25(collection, DEPTH), collection=collection, negatives=7)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_pairs((pair for pair in mined if pair.negatives), file)
+    unfinished = file.with_suffix(".tmp")
+    write_pairs((pair for pair in mined if pair.negatives), unfinished)
+    unfinished.rename(file)
 
 
 def score(
-    name: str,
-    model: str | Path,
-    samples: list[Dataset],
-    options: argparse.Namespace,
-    config: TrainConfig,
-    seconds: float,
+    model: str | Path, samples: list[Dataset], options: argparse.Namespace, config: TrainConfig | None
 ) -> None:
-    """Append a row a data set unless it is there; ``name`` is ``untrained`` or ``trained``."""
+    """A row a data set; ``config``: how ``model`` was trained, None before it was."""
     for dataset in samples:
-        if (name == "trained", dataset.name) in known(options.out):
-            continue
-        evaluation = evaluate(model, dataset, query_max_length=64, document_max_length=options.max_length)
-        append(options.out, [row(name, dataset, evaluation.scores.mean, options, config, seconds)])
-        print(f"{name} {dataset.name}: nDCG@10 {evaluation.scores.mean['ndcg@10']:.4f}", file=sys.stderr)
+        settings: dict[str, Any] = {
+            "benchmark": "squad-learning",
+            "backbone": options.model,
+            "training": config and config.model_dump(mode="json", exclude={"dataset"}),
+            "training_data": load_dataset(options.squad[0]).fingerprint,
+            "data_fingerprint": dataset.fingerprint,
+            "document_length": options.max_length,
+        }
 
+        def evaluation(dataset: Dataset = dataset) -> Evaluation:
+            found = evaluate(model, dataset, query_max_length=64, document_max_length=options.max_length)
+            name = "trained" if config else "untrained"
+            print(f"{name} {dataset.name}: nDCG@10 {found.scores.mean['ndcg@10']:.4f}", file=sys.stderr)
+            return found
 
-def known(out: Path) -> set[tuple[bool, str]]:
-    """(trained, data set) of the rows that are there: a run that was stopped goes on."""
-    try:
-        table = read([out])
-    except InputError:  # nothing yet
-        return set()
-    return set(zip(table["recovered"].to_pylist(), table["dataset"].to_pylist(), strict=True))
-
-
-def row(
-    name: str,
-    dataset: Dataset,
-    scores: dict[str, float],
-    options: argparse.Namespace,
-    config: TrainConfig,
-    seconds: float,
-) -> TrialRow:
-    described: dict[str, Any] = {
-        "benchmark": "squad_learning",
-        "backbone": options.model,
-        "training": config.model_dump(mode="json", exclude={"dataset"}) if name == "trained" else None,
-        "training_data": load_dataset(options.squad[0]).fingerprint,
-        "data_fingerprint": dataset.fingerprint,
-    }
-    trial = json.dumps(described, sort_keys=True)
-    backbone = load_config(options.model)
-    full = Plan.full(backbone.num_hidden_layers)
-    return TrialRow(
-        study=STUDY,
-        trial_id=hashlib.sha256(trial.encode()).hexdigest()[:16],
-        trial=trial,
-        schedule="full",
-        backbone=options.model,
-        dataset=dataset.name,
-        split="test",
-        ndcg_at_10=scores["ndcg@10"],
-        recall_at_100=scores["recall@100"],
-        mrr_at_10=scores["mrr@10"],
-        map_at_100=scores["map@100"],
-        parameters=count_parameters(backbone, full),
-        parameter_ratio=1.0,
-        bytes=model_bytes(backbone, full),
-        recovered=name == "trained",
-        git_commit=git_commit(),
-        versions=json.dumps(package_versions()),
-        hardware=detect().name,
-        wall_seconds=seconds,
-    )
+        measure_once(
+            options.out,
+            settings,
+            evaluation,
+            backbone=options.model,
+            dataset=dataset,
+            split="test",
+            recovered=config is not None,
+        )
 
 
 def write_history(result: TrainResult, file: Path) -> None:
     file.write_text("".join(json.dumps(step) + "\n" for step in result.history))
 
 
-def draw(out: Path) -> None:
+def draw(options: argparse.Namespace) -> None:
     """The loss at every step, and nDCG@10 before and after: OUT/squad_learning.svg."""
     from matplotlib.figure import Figure
 
+    out = options.out
     history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    rows = latest(read([out])).to_pylist()
+    rows = [row for row in known(out) if row["backbone"] == options.model]
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([step["step"] for step in history], [step["loss"] for step in history], color="black")
