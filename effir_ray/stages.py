@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 import effir_ray
-from effir_ray.errors import InputError, is_disk_full
+from effir_ray.errors import InputError, TrialFailure, is_disk_full
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -22,8 +21,9 @@ _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 class StageStore:
     """Runs each stage once; shared by trials, processes and (on a shared file system) nodes.
 
-    A stage is built in a temporary folder beside its place and renamed when complete, so a killed run leaves
-    nothing that a later one mistakes for a result. ``root/runs.log`` holds one line a build, for audits.
+    A stage is built in the folder ``<its name>.tmp`` beside its place and renamed when complete, so a killed
+    run leaves nothing that a later one mistakes for a result. ``root/runs.log`` holds one line a build, for
+    audits.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,12 +41,14 @@ class StageStore:
         build: Callable[[Path], None],
         *,
         version: int = 1,
+        resumable: bool = False,
     ) -> Path:
         """The stage's folder, built by ``build(folder)`` unless it is there already.
 
         ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
         raised when the stage's code changes what it writes. Two callers that need the same stage at once
-        share one build: the second waits for a file lock.
+        share one build: the second waits for a file lock. A ``resumable`` build finds in its folder what an
+        interrupted one had written; one that ended with an InputError or a TrialFailure leaves nothing.
         """
         place = self.path(stage, inputs, version=version)
         if (place / "stage.json").exists():
@@ -55,7 +57,7 @@ class StageStore:
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.with_name(f"{place.name}.lock")):
                 if not (place / "stage.json").exists():
-                    self._build(stage, inputs, build, version, place)
+                    self._build(stage, inputs, build, version, place, resumable)
         except Exception as error:
             if is_disk_full(error):
                 raise InputError(
@@ -71,13 +73,14 @@ class StageStore:
         build: Callable[[Path], None],
         version: int,
         place: Path,
+        resumable: bool,
     ) -> None:
         """Called with the stage's lock held."""
-        for leftover in place.parent.glob(f"{place.name}.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         shutil.rmtree(place, ignore_errors=True)
-        aside = place.with_name(f"{place.name}.tmp-{os.getpid()}")
-        aside.mkdir()
+        aside = place.with_name(f"{place.name}.tmp")
+        if not resumable:
+            shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(exist_ok=True)
         started = time.perf_counter()
         try:
             build(aside)
@@ -90,8 +93,9 @@ class StageStore:
             }
             (aside / "stage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             aside.rename(place)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+        except BaseException as error:
+            if not resumable or isinstance(error, InputError | TrialFailure):
+                shutil.rmtree(aside, ignore_errors=True)
             raise
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")

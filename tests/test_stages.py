@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.stages import StageStore, fingerprint
 
 
@@ -69,13 +69,44 @@ def test_processes_share_one_build(tmp_path: Path) -> None:
 def test_a_killed_build_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
     worker = multiprocessing.get_context("fork").Process(target=_slow_build, args=(tmp_path, 60))
     worker.start()
-    while not list(tmp_path.glob("slow/*.tmp-*/half")):
+    while not list(tmp_path.glob("slow/*.tmp/half")):
         time.sleep(0.01)
     os.kill(worker.pid or 0, signal.SIGKILL)
     worker.join()
     place = StageStore(tmp_path).run("slow", {}, _write)
     assert sorted(item.name for item in place.iterdir()) == ["stage.json", "value"]
-    assert not list(tmp_path.glob("slow/*.tmp-*"))
+    assert not list(tmp_path.glob("slow/*.tmp"))
+
+
+def test_a_resumable_build_goes_on_in_its_folder(tmp_path: Path) -> None:
+    """The kept folder has the same path every time: what is recorded inside stays true."""
+    store, folders = StageStore(tmp_path), []
+
+    def interrupted(folder: Path) -> None:
+        folders.append(folder)
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    def goes_on(folder: Path) -> None:
+        folders.append(folder)
+        (folder / "half").rename(folder / "whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        store.run("train", {}, interrupted, resumable=True)
+    place = store.run("train", {}, goes_on, resumable=True)
+    assert sorted(item.name for item in place.iterdir()) == ["stage.json", "whole"]
+    assert folders[0] == folders[1]
+
+
+@pytest.mark.parametrize("error", [InputError("other settings"), TrialFailure("the loss is NaN")])
+def test_a_resumable_build_that_cannot_go_on_begins_anew(tmp_path: Path, error: Exception) -> None:
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise error
+
+    with pytest.raises(type(error)):
+        StageStore(tmp_path).run("train", {}, fails, resumable=True)
+    assert not list(tmp_path.glob("train/*.tmp"))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("(os error 28)")])

@@ -119,6 +119,8 @@ def _pruned(config: TrialConfig, base: Stage, data: str) -> Stage:
             "texts": config.calibration_texts,
             "max_length": config.document_max_length,
         }
+        if schedule.importance == "dev-loss":
+            calibration["pairs"] = config.gates.pairs
         own = {**calibration, "criterion": schedule.importance, "seed": config.seed}
         parents["importance"] = Stage(name="importance", own=own, parents={"model": base})
     depth = schedule.model_dump(mode="json", include=_DEPTH)

@@ -1,7 +1,8 @@
 """What each stage of a trial does: read the folders of its parents, write its own.
 
-A step gets the trial's configuration, ``parents`` (role -> folder) and the folder to fill. Everything random
-in it comes from the configuration's seed. Model folders hold ``checkpoint`` and ``plan.json``.
+A step gets the trial's configuration, ``parents`` (role -> folder), the folder to fill, and the study's
+``stages`` for what it wants to share with other trials. Everything random in it comes from the
+configuration's seed. Model folders hold ``checkpoint`` and ``plan.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from effir_ray.compression.plan import Plan
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.search.recipe import Split
 from effir_ray.search.space import TrialConfig
+from effir_ray.stages import StageStore
 
 if TYPE_CHECKING:
     from effir_ray.backbones.retriever import Retriever
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from effir_ray.training.config import TrainConfig
 
 Parents = Mapping[str, Path]
-Step = Callable[[TrialConfig, Split, Parents, Path], None]
+Step = Callable[[TrialConfig, Split, Parents, Path, StageStore], None]
 
 CHECKPOINT = "checkpoint"
 PLAN = "plan.json"
@@ -35,7 +37,7 @@ SCORES = "scores.json"
 TIMING = "timing.json"
 
 
-def backbone(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def backbone(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """The uncompressed model as a checkpoint folder; a folder that is used whole is linked, not copied."""
     from effir_ray.backbones.registry import resolve
     from effir_ray.compression.checkpoint import save_checkpoint
@@ -49,45 +51,43 @@ def backbone(config: TrialConfig, split: Split, parents: Parents, out: Path) -> 
     _write_plan(out, retriever.plan)
 
 
-def base(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def base(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Fine-tuning of the full model, shared by all trials (finetune-then-prune)."""
     assert config.base_training is not None
-    _train(config.base_training, parents["model"], out)
+    _train(config.base_training, parents["model"], out, stages)
 
 
-def importance(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
-    from effir_ray.compression.calibration_data import draw_texts
+def importance(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
+    from effir_ray.compression.calibration_data import draw_pairs, draw_texts
     from effir_ray.compression.importance import measure_importance
     from effir_ray.retrieval.datasets import load_dataset
-    from effir_ray.training.pairs import load_pairs
 
     criterion = config.schedule.importance
     texts = draw_texts(load_dataset(config.dataset), config.calibration_texts, config.seed)
-    pairs = load_pairs(config.dataset)[: config.gates.pairs] if criterion == "dev-loss" else ()
+    labelled = criterion == "dev-loss"
     scores = measure_importance(
         load_model(parents["model"]),
         texts,
         criterion=criterion,
-        pairs=pairs,
+        pairs=draw_pairs(config.dataset, config.gates.pairs, config.seed) if labelled else (),
         max_length=config.document_max_length,
         seed=config.seed,
     )
     (out / "importance.json").write_text(scores.model_dump_json())
 
 
-def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
+    from effir_ray.compression.calibration_data import draw_pairs
     from effir_ray.compression.surgery import apply_plan
     from effir_ray.compression.width import rank_neurons
-    from effir_ray.training.pairs import load_pairs, shuffled
 
     retriever = load_model(parents["model"])
     apply_plan(retriever, _depth_plan(config, retriever.plan, parents))
-    pairs = shuffled(load_pairs(config.dataset), seed=config.seed)[: config.gates.pairs]
     scores = rank_neurons(
         retriever,
         config.schedule.width_method,
-        pairs,
+        draw_pairs(config.dataset, config.gates.pairs, config.seed),
         steps=config.gates.steps,
         batch_size=config.gates.batch_size,
         seed=config.seed,
@@ -97,7 +97,7 @@ def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path) -> N
     np.savez(out / "neurons.npz", **arrays)
 
 
-def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     from effir_ray.compression.checkpoint import save_checkpoint
     from effir_ray.compression.planning import narrow_plan
     from effir_ray.compression.surgery import apply_plan
@@ -113,13 +113,13 @@ def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
     _write_plan(out, plan)
 
 
-def recovered(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def recovered(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Fine-tuning of the pruned model."""
     assert config.recovery is not None
-    _train(config.recovery, parents["model"], out)
+    _train(config.recovery, parents["model"], out, stages)
 
 
-def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     from effir_ray.retrieval.corpus_encoding import encode_corpus
 
     encode_corpus(
@@ -131,7 +131,7 @@ def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path) -
     )
 
 
-def scores(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def scores(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Encode the queries, search the embedded corpus exactly, score."""
     from effir_ray.retrieval.embedding_shards import CorpusEmbeddings, ShardFolder
     from effir_ray.retrieval.encoder import Encoder
@@ -150,7 +150,7 @@ def scores(config: TrialConfig, split: Split, parents: Parents, out: Path) -> No
     (out / SCORES).write_text(json.dumps(score_run(run, dataset.qrels(split)).mean, indent=1))
 
 
-def timing(config: TrialConfig, split: Split, parents: Parents, out: Path) -> None:
+def timing(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Speed of this model and of the full one, taking turns on the same texts in the same process."""
     from effir_ray.retrieval.efficiency import measure_efficiency
     from effir_ray.retrieval.encoder import Encoder
@@ -176,6 +176,9 @@ STEPS: dict[str, Step] = {
     step.__name__: step
     for step in (backbone, base, importance, neurons, pruned, recovered, embeddings, scores, timing)
 }
+
+RESUMABLE = frozenset({"base", "recovered", "embeddings"})
+"""Steps that go on from what an interrupted run left in their folder: checkpoints, shards."""
 
 
 def sampled(config: TrialConfig, split: Split) -> Dataset:
@@ -207,10 +210,10 @@ def _load(name: str, first_blocks: int | None = None) -> Retriever:
     return load_retriever(name, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks)
 
 
-def _train(training: TrainConfig, model: Path, out: Path) -> None:
+def _train(training: TrainConfig, model: Path, out: Path, stages: StageStore) -> None:
     from effir_ray.training.launcher import train
 
-    train(model / CHECKPOINT, training, out)
+    train(model / CHECKPOINT, training, out, stages=stages)
     _write_plan(out, read_plan(model))
 
 

@@ -18,7 +18,7 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.search.provenance import git_commit, package_versions
 from effir_ray.search.recipe import Recipe, Sources, Split, Stage, recipe
 from effir_ray.search.space import Protocol, TrialConfig
-from effir_ray.search.steps import SCORES, STEPS, TIMING, read_plan
+from effir_ray.search.steps import RESUMABLE, SCORES, STEPS, TIMING, read_plan
 from effir_ray.stages import StageStore, fingerprint
 
 Listener = Callable[[str], None]
@@ -36,14 +36,22 @@ class _Kitchen:
         if (place / "stage.json").exists():
             return place
         parents = {role: self.make(parent) for role, parent in stage.parents.items()}
-        return self.store.run(stage.name, stage.inputs, partial(self._build, stage, parents))
+        build = partial(self._build, stage, parents)
+        return self.store.run(stage.name, stage.inputs, build, resumable=stage.name in RESUMABLE)
 
     def _build(self, stage: Stage, parents: Mapping[str, Path], out: Path) -> None:
         self.listener(stage.name)
         started = time.monotonic()
-        STEPS[stage.name](self.config, self.split, parents, out)
-        training = {"base": self.config.base_training, "recovered": self.config.recovery}.get(stage.name)
-        self.device_seconds += (time.monotonic() - started) * (training.workers if training else 1)
+        STEPS[stage.name](self.config, self.split, parents, out, self.store)
+        self.device_seconds += (time.monotonic() - started) * workers(stage.name, self.config)
+
+
+def workers(stage: str, config: TrialConfig) -> int:
+    """How many workers a stage keeps busy."""
+    training = {"base": config.base_training, "recovered": config.recovery}.get(stage)
+    if training is not None:
+        return training.workers
+    return config.encoding_workers if stage == "embeddings" else 1
 
 
 def run_trial(

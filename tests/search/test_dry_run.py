@@ -106,6 +106,13 @@ def test_a_narrowed_backbone_has_no_single_width(tmp_path: Path) -> None:
     assert dry_run(small_space(backbone=str(small))).trials[0].parameters == done.parameters
 
 
+def test_the_number_of_pairs_belongs_to_the_importance_that_is_measured_on_pairs() -> None:
+    few, many = (small_space(gates={"steps": 2, "pairs": pairs, "batch_size": 4}) for pairs in (16, 32))
+    for criterion, same in (("cosine", True), ("dev-loss", False)):
+        keys = {stages(space, drop_mlp=1, importance=criterion)["importance"] for space in (few, many)}
+        assert (len(keys) == 1) is same
+
+
 @pytest.mark.parametrize("name", ["drop_attention", "drop_mlp"])
 def test_counted_blocks_beside_named_layers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"drop_block is a count \(2\) beside layers named in {name}"):

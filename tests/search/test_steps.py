@@ -1,18 +1,28 @@
-"""Steps of a trial, run one by one on a tiny model; those that start Ray are tested with whole studies."""
+"""Steps of a trial, run one by one on a tiny model."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from search_examples import small_space
+import ray
+from search_examples import small_space, write_corpus
 
 from effir_ray.backbones.registry import load_config
+from effir_ray.cluster import connect
 from effir_ray.compression.compress import compress
 from effir_ray.compression.importance_scores import ImportanceScores
+from effir_ray.compression.plan import Plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import TrialFailure
 from effir_ray.search import steps
 from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.trial import workers
+from effir_ray.stages import StageStore
+
+TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 
 
 def build(space: SearchSpace, folder: Path, **schedule: object) -> Path:
@@ -22,11 +32,12 @@ def build(space: SearchSpace, folder: Path, **schedule: object) -> Path:
     for name in ("model", "importance", "pruned"):
         parents[name] = folder / name
         parents[name].mkdir()
-    steps.backbone(config, "dev", {}, parents["model"])
+    stages = StageStore(folder / "stages")
+    steps.backbone(config, "dev", {}, parents["model"], stages)
     equal = (0.5,) * len(steps.read_plan(parents["model"]).layers)
     scores = ImportanceScores(criterion="cosine", attention=equal, mlp=equal, block=equal)
     (parents["importance"] / "importance.json").write_text(scores.model_dump_json())
-    steps.pruned(config, "dev", parents, parents["pruned"])
+    steps.pruned(config, "dev", parents, parents["pruned"], stages)
     return parents["pruned"]
 
 
@@ -46,3 +57,59 @@ def test_a_schedule_that_its_measurements_do_not_fit_fails_alone(tmp_path: Path)
     """Equally important blocks: the last ones go, of which one is named again."""
     with pytest.raises(TrialFailure, match="layer 3, whose whole block is dropped"):
         build(small_space(), tmp_path, drop_block=2, drop_mlp=[3])
+
+
+def test_trials_share_mined_negatives_and_teacher_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+    monkeypatch.setattr(
+        "effir_ray.training.launcher.train", lambda model, config, out, **options: given.update(options)
+    )
+    model, out, stages = tmp_path / "model", tmp_path / "out", StageStore(tmp_path / "stages")
+    model.mkdir()
+    out.mkdir()
+    (model / steps.PLAN).write_text(Plan.full(4).model_dump_json())
+    config = small_space(base_training=TRAINING).trial(Candidate())
+    steps.base(config, "dev", {"model": model}, out, stages)
+    assert given == {"stages": stages}
+
+
+def test_seconds_count_once_a_worker() -> None:
+    space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
+    config = space.trial(Candidate(drop_mlp=1, recover=True))
+    counted = {name: workers(name, config) for name in ("base", "recovered", "embeddings", "scores")}
+    assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 1}
+
+
+@pytest.mark.integration
+def test_training_and_encoding_go_on_in_the_folder_an_interrupted_run_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the last moment, before the stage was renamed: nothing is computed again."""
+    data = write_corpus(tmp_path / "data")
+    training = TRAINING | {"negatives": "bm25", "hard_negatives": 1, "query_max_length": 16}
+    space = small_space(dataset=str(data), dev={}, test={}, base_training=training)
+    config, stages = space.trial(Candidate()), StageStore(tmp_path / "stages")
+    steps.backbone(config, "dev", {}, tmp_path, stages)
+
+    def step(name: str, *, killed: bool) -> Callable[[Path], None]:
+        def build(out: Path) -> None:
+            steps.STEPS[name](config, "dev", {"model": tmp_path}, out, stages)
+            if killed:
+                raise KeyboardInterrupt
+
+        return build
+
+    connect(num_cpus=2)
+    try:
+        for name in ("base", "embeddings"):
+            with pytest.raises(KeyboardInterrupt):
+                stages.run(name, {}, step(name, killed=True), resumable=True)
+    finally:
+        ray.shutdown()
+    monkeypatch.setattr("ray.init", None)
+    for name in ("base", "embeddings"):
+        place = stages.run(name, {}, step(name, killed=False), resumable=True)
+        assert not any(".tmp" in path.name for path in place.rglob("*"))
+    assert list((tmp_path / "stages" / "negatives").glob("*/stage.json"))
