@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Dataset, Model, Out
+from effir_ray.cli._options import Address, AsJson, Dataset, Model
 from effir_ray.cli._output import say, show_json, show_table
 
 
@@ -28,7 +28,9 @@ Workers = Annotated[
 def encode(
     model: Model,
     dataset: Dataset,
-    out: Out,
+    out: Annotated[
+        str, typer.Option(help="Folder to write to, or a URI such as s3://bucket/name.", show_default=False)
+    ],
     workers: Workers = 1,
     shard_size: Annotated[int, typer.Option(min=1, help="Documents a shard.")] = 1024,
     max_length: MaxLength = None,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from effir_ray.errors import InputError
 from effir_ray.progress import progress
 from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
+from effir_ray.retrieval.efficiency import gemm_peak
 from effir_ray.retrieval.embedding_shards import (
     CorpusEmbeddings,
     Encoding,
@@ -157,17 +158,25 @@ def _encode_missing(
             "encoding": encoding,
             "path": corpus.path,
             "workers_a_node": -(-workers // nodes),
+            "computed_in": _computed_in(folder),
         },
         **_resources(workers),
     )
     already = encoding.documents - sum(len(encoding.rows(shard)) for shard in missing)
-    started, tokens = time.monotonic(), 0
+    started, tokens, flops = time.monotonic(), 0, 0.0
     with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
         for row in done.iter_rows():
             if row["problem"]:
                 raise InputError(row["problem"])
-            tokens += int(row["tokens"])
-            bar.advance(int(row["documents"]), tokens_per_s=tokens / (time.monotonic() - started))
+            tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
+            seconds = time.monotonic() - started
+            mfu = flops / seconds / (workers * row["gemm_peak"])
+            bar.advance(int(row["documents"]), tokens_per_s=tokens / seconds, mfu=mfu)
+
+
+def _computed_in(folder: ShardFolder) -> str | None:
+    """The type that the shards so far were computed in; all have the same."""
+    return next((folder.record(shard).computed_in for shard in sorted(folder.finished())), None)
 
 
 def _task(corpus: Corpus, shard: int, encoding: Encoding) -> dict[str, Any]:
@@ -195,9 +204,16 @@ def _resources(workers: int) -> dict[str, float]:
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
-    def __init__(self, folder: ShardFolder, encoding: Encoding, path: Path, workers_a_node: int) -> None:
+    def __init__(
+        self,
+        folder: ShardFolder,
+        encoding: Encoding,
+        path: Path,
+        workers_a_node: int,
+        computed_in: str | None,
+    ) -> None:
         self._folder, self._encoding, self._path = folder, encoding, path
-        self._workers_a_node = workers_a_node
+        self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -209,9 +225,20 @@ class _ShardEncoder:
         from effir_ray.retrieval.encoder import Encoder
 
         hardware = detect()
+        if self._computed_in not in (None, hardware.dtype):
+            raise InputError(
+                f"{self._folder.location}: its shards so far were computed in {self._computed_in}, this "
+                f"worker ({hardware.name}) computes in {hardware.dtype}; resume on the same kind of machine "
+                "or choose another output folder"
+            )
         torch.set_num_threads(max(1, hardware.threads // self._workers_a_node))
         retriever = load_retriever(self._encoding.model, dtype=hardware.dtype, device=hardware.device)
         return Encoder(retriever, quantize=self._encoding.quantize)
+
+    @cached_property
+    def _gemm_peak(self) -> float:
+        model = self._encoder.retriever.model
+        return gemm_peak(model.device, model.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row {shard, ids, offsets} in, one row of figures out.
@@ -220,11 +247,15 @@ class _ShardEncoder:
         """
         shard, ids = int(batch["shard"][0]), [str(i) for i in batch["ids"][0]]
         corpus = Corpus(self._path, ids, array("q", batch["offsets"][0]))
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": ""}
         try:
+            before = self._encoder.flops_seen
             record = self._encode(shard, corpus)
+            figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
+            figures["flops"] = float(self._encoder.flops_seen - before)
         except InputError as error:
-            return {"documents": [0], "tokens": [0], "problem": [str(error)]}
-        return {"documents": [record.documents], "tokens": [record.tokens], "problem": [""]}
+            figures["problem"] = str(error)
+        return {name: [value] for name, value in figures.items()}
 
     def _encode(self, shard: int, corpus: Corpus) -> ShardRecord:
         before, started = self._encoder.tokens_seen, time.perf_counter()
@@ -237,6 +268,7 @@ class _ShardEncoder:
             tokens=self._encoder.tokens_seen - before,
             seconds=time.perf_counter() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            computed_in=str(self._encoder.retriever.model.dtype).removeprefix("torch."),
         )
         self._folder.write_shard(record, corpus.ids, embeddings, self._encoding.dtype)
         return record

@@ -72,7 +72,7 @@ class Dataset:
     """Corpus, queries and judgements. ``fingerprint`` changes whenever any of them does.
 
     Without an official dev split one is cut from the train queries (a fixed ``DEV_SHARE`` by SHA-1 of the
-    query id), and ``queries("train")`` then leaves those out: what is chosen on dev was never trained on.
+    query id). ``queries("train")`` leaves out every dev query: what is chosen on dev was never trained on.
     """
 
     name: str
@@ -193,8 +193,14 @@ def data_folder() -> Path:
 
 
 def _with_dev(judgements: dict[str, Qrels]) -> dict[str, Qrels]:
-    """Cut dev from train where there is no official one; splits in the order train, dev, test."""
+    """Cut dev from train where there is no official one; splits in the order train, dev, test.
+
+    Queries of an official dev split that are in train as well are dev's alone.
+    """
     train = judgements.get("train", {})
+    if "dev" in judgements:
+        own = {query_id: row for query_id, row in train.items() if query_id not in judgements["dev"]}
+        judgements = judgements | ({"train": own} if train else {})
     if len(train) > 1 and "dev" not in judgements:
         rank = {query_id: int(hashlib.sha1(query_id.encode()).hexdigest(), 16) / 2**160 for query_id in train}
         dev = {query_id for query_id in train if rank[query_id] < DEV_SHARE} or {

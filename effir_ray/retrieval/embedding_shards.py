@@ -54,7 +54,10 @@ class Encoding(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """A shard's manifest. ``peak_bytes``: the worker process's largest resident size so far."""
+    """A shard's manifest. ``peak_bytes``: the worker process's largest resident size so far.
+
+    ``computed_in``: the type the model computed in, which stored rows do not show.
+    """
 
     shard: int
     documents: int
@@ -62,6 +65,7 @@ class ShardRecord:
     tokens: int
     seconds: float
     peak_bytes: int
+    computed_in: str
 
 
 class ShardFolder:

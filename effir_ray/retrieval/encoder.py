@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -46,6 +46,7 @@ class Encoder:
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
         self.quantize = quantize
         self.tokens_seen = 0  # over all calls
+        self._lengths_seen: Counter[int] = Counter()  # texts by their number of tokens
         self._forward: PackedForward | PaddedForward
         self._snapshot: tuple[object, ...] = ()
         self._refresh()
@@ -54,6 +55,14 @@ class Encoder:
     def dimension(self) -> int:
         """Length of an embedding."""
         return int(self.retriever.model.config.hidden_size)
+
+    @property
+    def flops_seen(self) -> int:
+        """FLOPs of the model over all calls, as ``compression.accounting`` counts them."""
+        from effir_ray.compression.accounting import flops
+
+        config, plan = self.retriever.model.config, self.retriever.plan
+        return sum(texts * flops(config, plan, length) for length, texts in self._lengths_seen.items())
 
     def encode(
         self,
@@ -129,6 +138,7 @@ class Encoder:
                 pending.extendleft(reversed(self._batches(batch, lengths)))
             else:
                 self.tokens_seen += sum(lengths[i] for i in batch)
+                self._lengths_seen.update(lengths[i] for i in batch)
                 bar.advance(len(batch))
         if self.retriever.model.device.type == "cuda":
             torch.cuda.synchronize()

@@ -66,17 +66,21 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
     )
     folder.write_header(encoding)
     rows = {"shard": [2], "ids": [dataset.corpus.ids[100:150]], "offsets": [dataset.corpus.offsets[100:150]]}
-    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, workers_a_node=1)(rows)
+    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, None)(rows)
     assert figures["documents"] == [50] and figures["problem"] == [""] and folder.finished() == {2}
     ids, vectors = folder.read_shard(2)
     texts = dataset.corpus.texts(ids)
     assert ids == dataset.corpus.ids[100:150] and figures["tokens"][0] <= 50 * 20
+    assert figures["flops"][0] > 0 and figures["gemm_peak"][0] > 0
     expected = Encoder(load_retriever(MODEL)).encode(texts, "document", max_length=20)
     np.testing.assert_array_equal(vectors, expected)
 
     unsuitable = encoding.model_copy(update={"model": "random:gemma2", "quantize": "int8"})
-    figures = _ShardEncoder(folder, unsuitable, dataset.corpus.path, workers_a_node=1)(rows)
+    figures = _ShardEncoder(folder, unsuitable, dataset.corpus.path, 1, None)(rows)
     assert "int8 is for" in figures["problem"][0]
+    assert folder.record(2).computed_in == "float32"
+    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, computed_in="bfloat16")(rows)
+    assert "were computed in bfloat16" in figures["problem"][0]
 
 
 @pytest.mark.integration

@@ -33,7 +33,13 @@ def fill(folder: ShardFolder, encoding: Encoding = ENCODING, shards=range(3)) ->
     for shard in shards:
         rows = encoding.rows(shard)
         record = ShardRecord(
-            shard=shard, documents=len(rows), dimension=8, tokens=7, seconds=0.5, peak_bytes=1
+            shard=shard,
+            documents=len(rows),
+            dimension=8,
+            tokens=7,
+            seconds=0.5,
+            peak_bytes=1,
+            computed_in="float32",
         )
         folder.write_shard(record, [IDS[i] for i in rows], VECTORS[rows.start : rows.stop], encoding.dtype)
 
