@@ -64,6 +64,7 @@ class TrainConfig(Config):
     elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
     """
 
+    model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
     dataset: str
     split: str = "train"
     negatives: str = "given"
