@@ -9,6 +9,7 @@ import typer
 
 from effir_ray.cli._options import Address, AsJson, Out
 from effir_ray.cli._output import say, show_json
+from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
     from effir_ray.stages import StageStore
@@ -22,8 +23,11 @@ def train(
         Path,
         typer.Argument(help="YAML of training settings; the defaults are the paper's.", show_default=False),
     ],
-    model: Annotated[str, typer.Option(help="Checkpoint folder or name of the model.", show_default=False)],
     out: Out,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint folder or name of the model; `model` of the YAML when left out."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the last checkpoint in --out, or start over.")
     ] = True,
@@ -34,6 +38,7 @@ def train(
 
     \b
     [bold]Examples[/bold]
+    effir-ray train search_spaces/train/smollm2-stdlib.yaml --out runs/trained
     effir-ray train search_spaces/train/smollm2-stdlib.yaml --model small --out runs/small-trained
     effir-ray train search_spaces/train/mistral-7b-msmarco.yaml --model pruned --out /shared/run
     """
@@ -43,8 +48,11 @@ def train(
     from effir_ray.progress import duration, show_progress
 
     settings = load_yaml(config, TrainConfig)
+    trained = model or settings.model
+    if trained is None:
+        raise InputError(f"{config}: says no model to train; add 'model: NAME' to it, or give --model")
     with show_progress():
-        result = run(model, settings, out, address=address, resume=resume)
+        result = run(trained, settings, out, address=address, resume=resume)
     if as_json:
         show_json(result)
     else:

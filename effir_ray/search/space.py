@@ -114,6 +114,13 @@ class Protocol(Config):
         }
         return {**data, **training}
 
+    @model_validator(mode="after")
+    def _training_names_no_model(self) -> Protocol:
+        for name, training in (("base_training", self.base_training), ("recovery", self.recovery)):
+            if training is not None and training.model is not None:
+                raise ValueError(f"{name} trains the study's own models: leave 'model' out")
+        return self
+
 
 class TrialConfig(Protocol):
     """Everything that determines a trial. ``recovery`` is set only if this trial is trained after pruning;

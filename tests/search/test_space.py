@@ -45,6 +45,7 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("sampler: grid\nparameters: {width_reduction: {low: 0.0, high: 0.5}}\n", "needs choices or a step"),
         ("schedules: [{drop_mlp: 1, recover: true}]\n", "'recovery' .* is missing"),
         ("dev: {queries: 3}\n", "given together"),
+        ("base_training: {model: random:llama}\n", "base_training trains the study's own models"),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
     ],
 )
