@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effir_ray.backbones.retriever import load_retriever as load
+    from effir_ray.cluster_jobs import follow_job, job_logs, list_jobs, stop_job, submit_search
     from effir_ray.compression.analysis import analyze
     from effir_ray.compression.compress import compress
     from effir_ray.compression.plan import Plan
     from effir_ray.compression.schedule import Schedule
+    from effir_ray.demo import run_demo
+    from effir_ray.doctor import diagnose
     from effir_ray.errors import InputError, TrialFailure
     from effir_ray.results.query import query
     from effir_ray.results.report import report
     from effir_ray.results.selection import pareto
     from effir_ray.retrieval.corpus_encoding import encode_corpus as encode
     from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.retrieval.download import get as get_dataset
+    from effir_ray.retrieval.download import list_datasets
     from effir_ray.retrieval.encoder import Encoder
     from effir_ray.retrieval.evaluation import evaluate
     from effir_ray.search.dry_run import dry_run as preview_search
@@ -47,8 +52,14 @@ _PUBLIC = {
     "analyze": "compression.analysis:analyze",
     "annotate": "training.annotate:annotate",
     "compress": "compression.compress:compress",
+    "diagnose": "doctor:diagnose",
     "encode": "retrieval.corpus_encoding:encode_corpus",
     "evaluate": "retrieval.evaluation:evaluate",
+    "follow_job": "cluster_jobs:follow_job",
+    "get_dataset": "retrieval.download:get",
+    "job_logs": "cluster_jobs:job_logs",
+    "list_datasets": "retrieval.download:list_datasets",
+    "list_jobs": "cluster_jobs:list_jobs",
     "load": "backbones.retriever:load_retriever",
     "load_dataset": "retrieval.datasets:load_dataset",
     "mine": "training.negatives:mine",
@@ -57,10 +68,13 @@ _PUBLIC = {
     "query": "results.query:query",
     "repeat": "search.repeat:repeat",
     "report": "results.report:report",
+    "run_demo": "demo:run_demo",
     "run_search": "search.study:search",
+    "stop_job": "cluster_jobs:stop_job",
+    "submit_search": "cluster_jobs:submit_search",
     "train": "training.launcher:train",
 }
-"""Name -> where it lives. (`effir_ray.search` is the package, hence `run_search`.)"""
+"""Name -> where it lives. (`effir_ray.search` and `.demo` are modules, hence `run_search` and `run_demo`.)"""
 
 __all__ = [
     "Encoder",
@@ -74,8 +88,14 @@ __all__ = [
     "analyze",
     "annotate",
     "compress",
+    "diagnose",
     "encode",
     "evaluate",
+    "follow_job",
+    "get_dataset",
+    "job_logs",
+    "list_datasets",
+    "list_jobs",
     "load",
     "load_dataset",
     "mine",
@@ -84,7 +104,10 @@ __all__ = [
     "query",
     "repeat",
     "report",
+    "run_demo",
     "run_search",
+    "stop_job",
+    "submit_search",
     "train",
 ]
 

@@ -19,6 +19,7 @@ data = typer.Typer(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/demo"),
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run the demonstration search and write its report.
 
@@ -30,12 +31,15 @@ def demo(
     effir-ray demo
     effir-ray demo --out /data/demo
     """
+    from effir_ray import run_demo
     from effir_ray.cli.results import show_front
-    from effir_ray.demo import run_demo
     from effir_ray.progress import show_progress
 
     with show_progress():
         result = run_demo(out, address=address)
+    if as_json:
+        show_json({"front": result.front.to_pylist(), "report": result.report})
+        return
     show_front(result.front)
     say(f"Report: {result.report}")
 

@@ -11,15 +11,19 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from effir_ray.cli import app
+from effir_ray.demo import Demo
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
+from effir_ray.results.selection import pareto
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.launcher import TrainResult
 
 COMMANDS = [
     (name,) if not hasattr(command, "commands") else (name, inner)
     for name, command in get_command(app).commands.items()
     for inner in getattr(command, "commands", [None])
 ]
-NO_REPORT = {("demo",), ("logs",)}  # they show a running piece of work, not a result
+NO_REPORT = {("logs",)}  # it shows what a job wrote, as it is
 
 
 def run(*arguments: object) -> Any:
@@ -120,6 +124,37 @@ def test_a_dry_run_of_a_search_lists_every_schedule(tmp_path: Path) -> None:
     preview = json.loads(run("search", space, "--dry-run", "--json").stdout)
     assert [trial["schedule"] for trial in preview["trials"]] == ["full", "2M"]
     assert "2M" in run("search", space, "--dry-run").stdout
+
+
+def test_train_takes_its_model_from_the_settings_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def train(model: str, config: TrainConfig, out: Path, **options: object) -> TrainResult:
+        asked.append(model)
+        return TrainResult(checkpoint=out / "checkpoint", step=1, history=[], seconds=1.0, engine="none")
+
+    monkeypatch.setattr("effir_ray.train", train, raising=False)
+    settings, out = tmp_path / "train.yaml", tmp_path / "out"
+    settings.write_text("dataset: stdlib\n")
+    nothing = run("train", settings, "--out", out)
+    assert nothing.exit_code == 2
+    assert "add 'model: NAME'" in nothing.stderr
+    settings.write_text("model: random:llama\ndataset: stdlib\n")
+    assert run("train", settings, "--out", out).exit_code == 0
+    assert run("train", settings, "--out", out, "--model", "random:bert").exit_code == 0
+    assert asked == ["random:llama", "random:bert"]
+
+
+def test_the_demonstration_as_json_is_its_front_and_report(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = Demo(front=pareto([study]), report=study / "report.html")
+    monkeypatch.setattr("effir_ray.run_demo", lambda out, address: done, raising=False)
+    shown = json.loads(run("demo", "--out", study, "--json").stdout)
+    assert [row["schedule"] for row in shown["front"]] == ["full", "2M"]
+    assert shown["report"] == str(study / "report.html")
 
 
 def test_doctor_gives_a_reason_for_everything_it_found() -> None:
