@@ -57,11 +57,17 @@ def encode_texts(
 
 
 def load_encoder(model: str | Path) -> Encoder:
-    """An encoder of any model that ``load_retriever`` takes."""
-    from effir_ray.backbones.retriever import load_retriever
-    from effir_ray.retrieval.encoder import Encoder
+    """An encoder of any model that ``load_retriever`` takes, in ``encoder_dtype`` on this machine."""
+    from effir_ray.retrieval.evaluation import as_encoder
 
-    return Encoder(load_retriever(model))
+    return as_encoder(model)
+
+
+def encoder_dtype() -> str:
+    """What ``load_encoder`` computes in on this machine: a part of what determines embeddings."""
+    from effir_ray.hardware import detect
+
+    return detect().dtype
 
 
 def _encode(

@@ -157,10 +157,12 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(names)
 
 
-def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, str]:
+def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
     """Mine negatives and run the teacher where the settings ask for it; workers then only read files."""
-    from effir_ray.training.pairs import load_pairs
+    from effir_ray.training.embedding_stage import encoder_dtype
+    from effir_ray.training.held_out import count_left_out, dev_dataset, training_pairs
 
+    dev, dtype = dev_dataset(config), encoder_dtype()
     pairs = config.dataset
     if config.negatives != "given" and config.hard_negatives:
         from effir_ray.training.negatives import mine
@@ -170,16 +172,17 @@ def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, str]:
             mine(config.dataset, by=config.negatives, stages=stages, split=config.split, negatives=count)
         )
     if config.distillation.teacher is not None:
-        from effir_ray.training.distillation import teacher_embeddings
+        from effir_ray.training.distillation import embeddings_for
 
-        teacher_embeddings(
-            config.distillation.teacher,
-            load_pairs(pairs, split=_split_of(pairs, config)),
-            stages=stages,
-            query_max_length=config.query_max_length,
-            document_max_length=config.document_max_length,
-        )
-    return {"pairs": pairs, "split": _split_of(pairs, config), "stages": str(stages.root)}
+        found, _ = training_pairs(pairs, _split_of(pairs, config), dev)
+        embeddings_for(config, found, stages, dtype)
+    return {
+        "pairs": pairs,
+        "split": _split_of(pairs, config),
+        "left_out": count_left_out(pairs, dev),
+        "stages": str(stages.root),
+        "teacher_dtype": dtype,
+    }
 
 
 def _split_of(pairs: str, config: TrainConfig) -> str:

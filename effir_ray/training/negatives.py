@@ -61,13 +61,14 @@ def mine(
     if not 0 <= margin < 1:
         raise InputError(f"margin is {margin:g}; expected a fraction of the positive's score, 0 to 1")
     from effir_ray.backbones.registry import backbone_fingerprint
+    from effir_ray.training.embedding_stage import encoder_dtype
 
     pairs = load_pairs(source, split=split)
     collection = collect(source, pairs)
     inputs = {
         "data": collection.fingerprint,
         "split": split,
-        "by": by if by == "bm25" else backbone_fingerprint(by),
+        "by": by if by == "bm25" else f"{backbone_fingerprint(by)}-{encoder_dtype()}",
         "negatives": negatives,
         "depth": depth,
         "margin": margin,
@@ -128,10 +129,14 @@ def dense(model: str, collection: Collection, depth: int, stages: StageStore) ->
     """Exact inner-product search by ``model``; the corpus is encoded once, as stages of its own."""
     from effir_ray.backbones.registry import backbone_fingerprint
     from effir_ray.retrieval.index import exact_search
-    from effir_ray.training.embedding_stage import encode_texts, load_encoder
+    from effir_ray.training.embedding_stage import encode_texts, encoder_dtype, load_encoder
 
     encoder = load_encoder(model)
-    inputs = {"data": collection.fingerprint, "model": backbone_fingerprint(model)}
+    inputs = {
+        "data": collection.fingerprint,
+        "model": backbone_fingerprint(model),
+        "dtype": encoder_dtype(),
+    }
     texts = [text for _, text in collection.documents()]
     documents = encode_texts(
         stages, inputs, lambda: encoder, texts, "document", description="Encoding the corpus"

@@ -7,6 +7,7 @@ check and shuffle chunks ahead of the training; memory holds the window and a fe
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -85,17 +86,39 @@ class PairStream:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        self._held_out: frozenset[str] = frozenset()
+        self._left_out = 0
         self.chunks = [chunk for path in _files(source) for chunk in _chunks(path)]
         if not self.chunks:
             raise InputError(f"{source}: no training pairs; expected .jsonl or .parquet files with rows")
 
     def __len__(self) -> int:
-        return sum(chunk.rows for chunk in self.chunks)
+        return sum(chunk.rows for chunk in self.chunks) - self._left_out
+
+    def without(self, queries: frozenset[str], count: int) -> PairStream:
+        """The same stream without the pairs of these queries (texts), of which it has ``count``."""
+        stream = copy.copy(self)
+        stream._held_out, stream._left_out = queries, count
+        return stream
+
+    def count(self, queries: frozenset[str]) -> int:
+        """How many pairs ask one of ``queries``: one pass over all files, by Ray tasks."""
+        import ray
+
+        from effir_ray.cluster import connect
+
+        connect()
+        known, task = ray.put(queries), ray.remote(_count)
+        counts = ray.get([task.remote(asdict(chunk), known) for chunk in self.chunks])
+        for error in (count for count in counts if isinstance(count, str)):
+            raise InputError(error)
+        return sum(counts)
 
     @cached_property
     def sample(self) -> list[Pair]:
         """The first pairs: they say how many negatives there are, and whether they are scored."""
-        return list(islice(_read(self.chunks[0]), 100))
+        found = (pair for chunk in self.chunks for pair in _read(chunk) if pair.query not in self._held_out)
+        return list(islice(found, 100))
 
     def epoch(self, *, seed: int, epoch: int, skip: int = 0) -> Iterator[Pair]:
         """Every pair once, in the order of (seed, epoch), without the first ``skip``."""
@@ -118,7 +141,9 @@ class PairStream:
         for row in dataset.flat_map(_shuffled_lines, num_cpus=0, compute=two).iter_rows():
             if row["error"]:
                 raise InputError(row["error"])
-            yield parse_line(row["line"], self.source)
+            pair = parse_line(row["line"], self.source)
+            if pair.query not in self._held_out:
+                yield pair
 
 
 def _shuffled_lines(item: dict[str, Any]) -> list[dict[str, str]]:
@@ -133,6 +158,14 @@ def _shuffled_lines(item: dict[str, Any]) -> list[dict[str, str]]:
         return [{"line": "", "error": str(error)}]
     order = np.random.default_rng(seed).permutation(len(pairs))
     return [{"line": to_json(pairs[index]), "error": ""} for index in order]
+
+
+def _count(item: dict[str, Any], queries: frozenset[str]) -> int | str:
+    """Runs in a Ray task: pairs of the chunk that ask one of ``queries``, or what is wrong with it."""
+    try:
+        return sum(pair.query in queries for pair in _read(Chunk(**item)))
+    except InputError as error:
+        return str(error)
 
 
 def _mixed(pairs: Iterator[Pair], random: np.random.Generator) -> Iterator[Pair]:
