@@ -1,6 +1,7 @@
 """Unstructured and n:m sparsity of a whole retriever: what the paper compares EffiR with.
 
-Both orders work: prune a fine-tuned model, or prune first and fine-tune inside ``zeros_kept``.
+Both orders work: prune a fine-tuned model, or prune first and fine-tune with
+``TrainConfig(keep_zeros=True)`` (a loop of one's own: inside ``zeros_kept``).
 """
 
 from __future__ import annotations
@@ -64,17 +65,28 @@ def zero_fraction(retriever: Retriever) -> float:
 
 @contextmanager
 def zeros_kept(retriever: Retriever) -> Iterator[None]:
-    """Inside, weights that are zero get no gradient: an optimiser that starts there leaves them zero."""
+    """``mask_gradients`` for the duration of the context."""
+    with ExitStack() as stack:
+        for handle in mask_gradients(retriever):
+            stack.callback(handle.remove)
+        yield
+
+
+def mask_gradients(retriever: Retriever) -> list[Any]:
+    """From now on block weights that are zero get no gradient: AdamW, whose moments of them then are zero as
+    well, leaves them exactly zero, whatever its weight decay. Returns the handles of the hooks.
+
+    Called before an engine takes the model over it holds at every ZeRO stage: gradients are masked where they
+    are whole, before they are summed and partitioned. A mask costs a byte a weight on every rank.
+    """
 
     def hook(kept: Tensor) -> Any:
         return lambda gradient: gradient * kept
 
-    with ExitStack() as stack:
-        for _, module in retriever.family.linears(retriever.model):
-            mask = hook(module.weight != 0)
-            handle = module.weight.register_hook(mask)  # type: ignore[no-untyped-call]  # untyped in torch
-            stack.callback(handle.remove)
-        yield
+    return [
+        module.weight.register_hook(hook(module.weight != 0))  # type: ignore[no-untyped-call]  # torch's
+        for _, module in retriever.family.linears(retriever.model)
+    ]
 
 
 def _magnitude(weight: Tensor, pattern: Pattern) -> Tensor:

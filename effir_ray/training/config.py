@@ -62,6 +62,7 @@ class TrainConfig(Config):
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.
     elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
+    keep_zeros: weights of the blocks that are zero at the start stay zero (a model pruned to sparsity).
     """
 
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
@@ -80,13 +81,14 @@ class TrainConfig(Config):
     warmup: float = Field(default=0.1, ge=0, lt=1)  # fraction of the steps
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     temperature: float = Field(default=0.02, gt=0)
     distillation: DistillationConfig = DistillationConfig()
     matryoshka: tuple[int, ...] = ()
     elastic: Annotated[Ladder, AfterValidator(check_nested)] = ()
     lora: LoraConfig | None = LoraConfig()
+    keep_zeros: bool = False
 
     workers: int = Field(default=1, ge=1)
     cpus_per_worker: float = Field(default=1.0, gt=0)
@@ -100,6 +102,17 @@ class TrainConfig(Config):
     keep_checkpoints: int = Field(default=1, ge=1)  # the best by dev score, or the newest; and the newest
     max_failures: int = Field(default=2, ge=0)
     storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> TrainConfig:
+        if self.keep_zeros and self.lora is not None:
+            raise ValueError("keep_zeros needs lora: null; merged adapters would fill the zeros")
+        if self.dev is not None and self.split != "train":
+            raise ValueError(
+                f"split is '{self.split}' and dev is set: weights are chosen on dev queries, so train on "
+                "split 'train'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_splits_evenly(self) -> TrainConfig:

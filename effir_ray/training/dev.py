@@ -24,11 +24,20 @@ class DevScore:
     """Scores the weights as they are. Every rank calls it at the same steps and gets the same number."""
 
     def __init__(
-        self, engine: Engine, tokenize: Tokenize, pad_token: int, dataset: Dataset, dev: DevConfig, seed: int
+        self,
+        engine: Engine,
+        tokenize: Tokenize,
+        pad_token: int,
+        dataset: Dataset,
+        dev: DevConfig,
+        *,
+        seed: int,
+        token_budget: int | None = None,
     ) -> None:
+        """``token_budget``: at most so many tokens a pass, as in training."""
         sample = dataset.sample("dev", queries=dev.queries, documents=dev.documents, seed=seed)
         queries = sample.queries("dev")
-        self._engine, self._pad = engine, pad_token
+        self._engine, self._pad, self._token_budget = engine, pad_token, token_budget
         self._query_ids, self._document_ids = list(queries), sample.corpus.ids
         self._queries = tokenize(list(queries.values()), "query")
         self._documents = tokenize(
@@ -57,7 +66,7 @@ class DevScore:
         world = world_size()
         padding = -len(tokens) % world
         mine = [*tokens, *[tokens[0]] * padding][rank() :: world]
-        chunks = common_chunks([len(ids) for ids in mine], self._engine.device)
+        chunks = common_chunks([len(ids) for ids in mine], self._engine.device, self._token_budget)
         pieces = [encode_rows(self._engine, [mine[row] for row in rows], self._pad) for rows in chunks]
         order = torch.tensor([row for rows in chunks for row in rows], device=self._engine.device)
         gathered = gather_rows(torch.cat(pieces)[order.argsort()])

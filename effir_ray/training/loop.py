@@ -14,6 +14,7 @@ import torch
 
 from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
+from effir_ray.compression.sparsity import mask_gradients
 from effir_ray.config import parse
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.stages import StageStore
@@ -21,28 +22,29 @@ from effir_ray.training import survival
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.dev import DevScore
+from effir_ray.training.distillation import embeddings_for
 from effir_ray.training.distributed import rank, total, world_size
-from effir_ray.training.elastic import ElasticStep
+from effir_ray.training.elastic import ElasticStep, choose
 from effir_ray.training.engine import Engine, build_engine
 from effir_ray.training.gradcache import ContrastiveStep, StepOutcome
+from effir_ray.training.held_out import dev_dataset, training_pairs
 from effir_ray.training.lora import add_lora, plain_weights
 from effir_ray.training.losses import build_objective
 from effir_ray.training.monitoring import CollapseDetector, Utilization
 from effir_ray.training.optim import learning_rate
-from effir_ray.training.pairs import Pair
 from effir_ray.training.storage import upload
-from effir_ray.training.streaming import PairStream, open_pairs
 
 if TYPE_CHECKING:
+    from effir_ray.retrieval.datasets import Dataset
     from effir_ray.training.distillation import TeacherEmbeddings
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
-    ``job``: model, config (JSON), pairs and split (their source), run (folder or URI of the run's state),
-    saved (where the trained checkpoint goes), stages. Returns {"engine", "step"}, or {"error", "message"}
-    for an end that no restart would change.
+    ``job``: model, config (JSON), pairs and split (their source), left_out (how many pairs of a stream),
+    run (folder or URI of the run's state), saved (where the trained checkpoint goes), stages, teacher_dtype.
+    Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
         return Run(job).train()
@@ -61,14 +63,21 @@ class Run:
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
         self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
         self.skeleton = hollow(self.retriever)
-        self.utilization = Utilization(self.retriever, device, torch.bfloat16 if bfloat16 else torch.float32)
+        self.utilization = Utilization(
+            self.retriever,
+            device,
+            torch.bfloat16 if bfloat16 else torch.float32,
+            frozen=config.lora is not None,
+        )
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
-        pairs = open_pairs(job["pairs"], split=job["split"])
+        dev = dev_dataset(config)
+        pairs, self.left_out = training_pairs(job["pairs"], job["split"], dev, left_out=job["left_out"])
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = survival.halved_budget(self.run)
         pad_token = self.retriever.tokenizer.pad_token_id or 0
-        self.step = self._step(pad_token, _teacher(config, pairs, Path(job["stages"])))
-        self.dev_score = self._dev(pad_token)
+        teacher = embeddings_for(config, pairs, StageStore(Path(job["stages"])), job["teacher_dtype"])
+        self.step = self._step(pad_token, teacher)
+        self.dev_score = self._dev(pad_token, dev)
 
     def _step(self, pad_token: int, teacher: TeacherEmbeddings | None) -> ContrastiveStep | ElasticStep:
         config, budget = self.config, self.halved or self.config.token_budget
@@ -91,14 +100,19 @@ class Run:
         limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
         return self.retriever.tokenize(texts, kind, max_length=limit)
 
-    def _dev(self, pad_token: int) -> DevScore | None:
+    def _dev(self, pad_token: int, dataset: Dataset | None) -> DevScore | None:
         dev = self.config.dev
-        if dev is None:
+        if dev is None or dataset is None:
             return None
-        from effir_ray.retrieval.datasets import load_dataset
-
-        dataset = load_dataset(dev.dataset or self.config.dataset)
-        return DevScore(self.engine, self._tokenize, pad_token, dataset, dev, self.config.seed)
+        return DevScore(
+            self.engine,
+            self._tokenize,
+            pad_token,
+            dataset,
+            dev,
+            seed=self.config.seed,
+            token_budget=self.step.token_budget,
+        )
 
     def train(self) -> dict[str, Any]:
         reporter = survival.Reporter(self.engine, self.config)
@@ -119,8 +133,8 @@ class Run:
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
         """One row a step; ``step`` counts the finished ones."""
         steps, config = self.batches.steps, self.config
+        began = time.monotonic()  # a step that waits for its batch is as slow as that
         for done, batch in enumerate(self.batches.run(start), start=start):
-            began = time.monotonic()
             rate = learning_rate(
                 done, total=steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
             )
@@ -130,13 +144,24 @@ class Run:
                 norm = self.engine.step(rate)
             seconds = time.monotonic() - began
             row = self._row(done + 1, outcome, rate, norm, seconds)
-            row["mfu"] = self.utilization([len(tokens) for tokens in batch.tokens], seconds)
-            if done == start and self.halved is not None:
-                row["note"] = f"out of memory: token budget halved to {self.halved}"
+            rungs = choose(config.elastic, config.seed, batch.number) if config.elastic else ()
+            row["mfu"] = self.utilization([len(tokens) for tokens in batch.tokens], seconds, rungs)
+            if done == start and (note := self._note()):
+                row["note"] = note
             dev = config.dev
             if self.dev_score is not None and dev and ((done + 1) % dev.every == 0 or done + 1 == steps):
                 row[survival.DEV_SCORE] = self.dev_score()
             yield row
+            began = time.monotonic()
+
+    def _note(self) -> str:
+        """What is said once, with the first row."""
+        notes = []
+        if self.left_out:
+            notes.append(f"{self.left_out} pairs left out: they ask what dev queries ask")
+        if self.halved is not None:
+            notes.append(f"out of memory: token budget halved to {self.halved}")
+        return "; ".join(notes)
 
     def _row(
         self, step: int, outcome: StepOutcome, rate: float, norm: float, seconds: float
@@ -163,6 +188,8 @@ def prepare(retriever: Retriever, config: TrainConfig, device: torch.device, *, 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.seed)  # every rank draws the same adapters
+    if config.keep_zeros:
+        mask_gradients(retriever)
     if config.lora is not None:
         add_lora(retriever, config.lora)
     return build_engine(retriever, config, device, bfloat16=bfloat16)
@@ -207,23 +234,3 @@ def hollow(retriever: Retriever) -> Retriever:
         for parameter in retriever.model.parameters()
     }
     return replace(retriever, model=copy.deepcopy(retriever.model, empty))
-
-
-def _teacher(config: TrainConfig, pairs: list[Pair] | PairStream, stages: Path) -> TeacherEmbeddings | None:
-    """The teacher's embeddings, which the driver had computed: only maps files."""
-    if config.distillation.teacher is None:
-        return None
-    if isinstance(pairs, PairStream):
-        raise InputError(
-            f"{pairs.source} is streamed, and a teacher's embeddings of a stream are not kept; "
-            "annotate the pairs with a reranker's scores instead"
-        )
-    from effir_ray.training.distillation import teacher_embeddings
-
-    return teacher_embeddings(
-        config.distillation.teacher,
-        pairs,
-        stages=StageStore(stages),
-        query_max_length=config.query_max_length,
-        document_max_length=config.document_max_length,
-    )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from effir_ray.errors import TrialFailure
 
@@ -15,12 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from effir_ray.backbones.retriever import Retriever
-
-
-class Watcher(Protocol):
-    """Sees the row of every optimizer step: ``step``, ``loss``, ``learning_rate``, ``tokens_per_s``, ..."""
-
-    def on_row(self, row: Mapping[str, Any]) -> None: ...
+    from effir_ray.training.ladder import Rung
 
 
 class TensorBoard:
@@ -50,22 +45,35 @@ class TensorBoard:
 class Utilization:
     """Model FLOPs utilization (MFU) of a worker: 3 x forward FLOPs / seconds / the device's peak FLOP/s.
 
-    A backward pass costs twice a forward; padding and recomputation (GradCache, checkpointing) are work that
-    the model did not ask for and do not count. Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), appendix B.
-    The peak is that of large matrix products on this device, measured once.
+    A backward pass costs two forwards, one for the inputs of every product and one for its weights; where the
+    weights are frozen (under adapters, which are small) only the first. Padding and recomputation (GradCache,
+    checkpointing) are work that the model did not ask for and do not count. Chowdhery et al. 2022 (PaLM,
+    arXiv 2204.02311), appendix B. The peak is that of large matrix products on this device, measured once.
     """
 
-    def __init__(self, retriever: Retriever, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, retriever: Retriever, device: torch.device, dtype: torch.dtype, *, frozen: bool = False
+    ) -> None:
         from effir_ray.compression.accounting import flops
+        from effir_ray.compression.planning import within
         from effir_ray.retrieval.efficiency import gemm_peak
 
         config, plan = retriever.model.config, retriever.plan
-        self._flops = cache(lambda tokens: flops(config, plan, tokens))
+        widths = [retriever.family.width(layer) for layer in retriever.family.layers(retriever.model)]
+
+        def cost(tokens: int, rung: Rung | None) -> int:
+            return flops(config, plan if rung is None else within(rung.plan(widths), plan), tokens)
+
+        self._flops = cache(cost)
+        self._forwards = 2 if frozen else 3
         self._peak = gemm_peak(device, dtype)
 
-    def __call__(self, lengths: Sequence[int], seconds: float) -> float:
-        """MFU of a step that trained on texts of ``lengths`` tokens in ``seconds``."""
-        return 3 * sum(self._flops(tokens) for tokens in lengths) / seconds / self._peak
+    def __call__(self, lengths: Sequence[int], seconds: float, rungs: Sequence[Rung] = ()) -> float:
+        """MFU of a step that trained on texts of ``lengths`` tokens in ``seconds``, the model and ``rungs``
+        of it.
+        """
+        forward = sum(self._flops(tokens, network) for network in (None, *rungs) for tokens in lengths)
+        return self._forwards * forward / seconds / self._peak
 
 
 class CollapseDetector:

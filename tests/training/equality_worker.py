@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression.patterns import parse_pattern
+from effir_ray.compression.sparsity import sparsify
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import LoraConfig, TrainConfig
 from effir_ray.training.engine import Engine
@@ -134,6 +136,27 @@ def save(ranks: int, rank: int, folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "embedding": embedding}
 
 
+def sparse(ranks: int, rank: int, zero: int) -> dict[str, torch.Tensor]:
+    """Three steps on a 2:4 model with ``keep_zeros``; the weight of one projection before and after."""
+    config = training_config(Combination(ranks, zero, False, False, 1))
+    config = config.model_copy(update={"keep_zeros": True, "weight_decay": 0.1})
+    retriever = load_retriever(MODEL)
+    sparsify(retriever, "magnitude", parse_pattern("2:4"))
+    weight = retriever.model.get_submodule("layers.0.mlp.up_proj").weight
+    before = weight.detach().clone()
+    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
+
+    def tokenize(texts: Any, kind: Any) -> list[list[int]]:
+        return retriever.tokenize(texts, kind, max_length=64)
+
+    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False), pad_token=0)
+    for batch in Batches(training_pairs(), config, tokenize, rank=rank, world=ranks).run():
+        step(batch)
+        engine.step(1e-3)
+    with engine.whole([weight]):
+        return {"before": before, "after": weight.detach().clone()}
+
+
 def trained(engine: Engine, read: Any) -> dict[str, torch.Tensor]:
     result = {}
     for name, parameter in engine.encoder.model.named_parameters():
@@ -151,8 +174,9 @@ def main() -> None:
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     results = {str(combination): run(combination, rank) for combination in combinations(ranks)}
     saved = save(ranks, rank, out.with_suffix(""))
+    zeros = {f"sparse-{ranks}-{zero}": sparse(ranks, rank, zero) for zero in range(4)}
     if rank == 0:
-        torch.save({**results, f"saved-{ranks}": saved}, out)
+        torch.save({**results, f"saved-{ranks}": saved, **zeros}, out)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression.patterns import parse_pattern
+from effir_ray.compression.sparsity import sparsify
 from effir_ray.training import engine
 from effir_ray.training.config import LoraConfig, TrainConfig
 from effir_ray.training.loop import prepare
@@ -49,6 +51,37 @@ def test_without_deepspeed_bfloat16_trains_plainly_and_says_why(
     )
     assert found.step(1e-2) > 0
     assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+
+
+def test_zeros_that_are_kept_stay_and_the_other_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_import_deepspeed", refuse)
+    retriever = load_retriever("random:llama")
+    sparsify(retriever, "magnitude", parse_pattern("2:4"))
+    weights = [module.weight for _, module in retriever.family.linears(retriever.model)]
+    before = [weight.detach().clone() for weight in weights]
+    config = settings(keep_zeros=True, weight_decay=0.1)
+    found = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
+    ids = torch.tensor(retriever.tokenize(["a few words to train on"], "document"))
+    for _ in range(3):
+        found.backward((found(ids, torch.ones_like(ids)) * torch.arange(64)).sum(), last=True)
+        found.step(1e-3)
+    for old, new in zip(before, weights, strict=True):
+        assert ((new.reshape(-1, 4) == 0).sum(dim=1) == 2).all()
+        assert torch.equal(new == 0, old == 0)
+        assert (new != old)[old != 0].float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_zeros": True, "lora": LoraConfig()}, "keep_zeros needs lora: null"),
+        ({"split": "test", "dev": {"every": 5}}, "train on split 'train'"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
 
 
 def test_partitioned_models_have_no_plain_engine(monkeypatch: pytest.MonkeyPatch) -> None:

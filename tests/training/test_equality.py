@@ -127,6 +127,16 @@ def test_zero3_and_lora_save_what_is_in_memory(ranks: int, results: dict[str, An
     assert not torch.equal(before.weight, after.weight), "the adapters changed nothing"
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_zeros_that_are_kept_stay_at_every_stage(ranks: int, zero: int, results: dict[str, Any]) -> None:
+    found = results[f"sparse-{ranks}-{zero}"]
+    before, after = found["before"], found["after"]
+    assert torch.equal(after == 0, before == 0)
+    assert (after != before)[before != 0].float().mean() > 0.99
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5, abs=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)

@@ -11,9 +11,11 @@ import torch
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.accounting import flops
 from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.planning import within
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import TrialFailure
 from effir_ray.retrieval import efficiency
+from effir_ray.training.ladder import Rung
 from effir_ray.training.monitoring import CollapseDetector, TensorBoard, Utilization
 
 
@@ -28,8 +30,23 @@ def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
     full = Utilization(retriever, torch.device("cpu"), torch.float32)([7, 7, 30], 0.5)
     forward = sum(flops(retriever.model.config, retriever.plan, tokens) for tokens in (7, 7, 30))
     assert full == pytest.approx(3 * forward / 0.5 / 4e9)
+    frozen = Utilization(retriever, torch.device("cpu"), torch.float32, frozen=True)
+    assert frozen([7, 7, 30], 0.5) == pytest.approx(2 / 3 * full)
     small = apply_plan(retriever, plan)
     assert Utilization(small, torch.device("cpu"), torch.float32)([7, 7, 30], 0.5) < full
+
+
+def test_mfu_counts_every_network_of_an_elastic_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficiency, "gemm_peak", lambda device, dtype: 4e9)
+    retriever = apply_plan(
+        load_retriever("random:llama"), Plan(layers=(LayerPlan(attention=False), *[LayerPlan()] * 3))
+    )
+    rungs = [Rung(drop_mlp=(1,)), Rung(drop_mlp=(1, 2), width=0.5)]
+    plans = [retriever.plan]
+    plans += [within(rung.plan([128] * 4), retriever.plan) for rung in rungs]
+    found = Utilization(retriever, torch.device("cpu"), torch.float32)([7, 30], 2.0, rungs)
+    costs = [flops(retriever.model.config, plan, tokens) for plan in plans for tokens in (7, 30)]
+    assert found == pytest.approx(3 * sum(costs) / 2.0 / 4e9)
 
 
 def row(step: int, loss: float, cosine: float, norm: float = 1.0) -> dict[str, float]:
