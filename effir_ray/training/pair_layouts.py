@@ -118,6 +118,8 @@ def _labelled(documents: Any, labels: Any) -> tuple[list[Document], list[Documen
     found = _listed(documents, "documents")
     if not isinstance(labels, Sequence) or len(labels) != len(found):
         raise ValueError(f"expected {len(found)} 'labels' (1 relevant, 0 not) beside the documents")
+    if not all(isinstance(label, int | float) for label in labels):
+        raise ValueError("expected 'labels' that are numbers (1 relevant, 0 not)")
     split = sum(1 for label in labels if label > 0)
     if any(label > 0 for label in labels[split:]):
         raise ValueError("expected the relevant documents (label 1) before the others")
@@ -148,7 +150,10 @@ def _listed(value: Any, field: str) -> list[Document]:
 
 def _document(value: Any, field: str) -> Document:
     if isinstance(value, Mapping):
-        text = join_title(value.get("title"), str(value.get("text", "")))
+        text, title = value.get("text"), value.get("title")
+        if not isinstance(text, str) or not isinstance(title, str | None):
+            raise ValueError(f"{field}: expected a document whose 'text' (and 'title') is a string")
+        text = join_title(title, text)
         name = value.get("docid", value.get("_id"))
     elif isinstance(value, str):
         text, name = value, None
