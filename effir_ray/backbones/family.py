@@ -54,10 +54,6 @@ class Family:
     head_prefixes: tuple[str, ...] = ("lm_head.",)
 
     @property
-    def gated(self) -> bool:
-        return self.gate_name is not None
-
-    @property
     def fused(self) -> bool:
         """Gate and up projection are the two halves of one Linear."""
         return self.gate_name == self.up_name

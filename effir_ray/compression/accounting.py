@@ -122,8 +122,6 @@ def _anatomy(settings: str) -> Anatomy:
 
     config = AutoConfig.for_model(**json.loads(settings))
     family = families.get(config.model_type)
-    # Blocks differ only by the kind of their attention: a model of one block of each kind has all there is
-    # to know.
     model = build_on_meta(config)
     layers = tuple(
         _layer_anatomy(layer, family, config, index) for index, layer in enumerate(family.layers(model))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import pyarrow as pa
 from pyarrow import feather
 
+from effir_ray.backbones.folder import present_plan
 from effir_ray.backbones.registry import load_config
 from effir_ray.compression.accounting import count_parameters, flops, model_bytes
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import LayerPlan, Plan
-from effir_ray.compression.planning import make_plan
+from effir_ray.compression.planning import make_plan, within
 from effir_ray.compression.schedule import Criterion, Schedule
 from effir_ray.config import Config
 from effir_ray.errors import InputError
@@ -169,12 +170,13 @@ def summarize(
 ) -> Analysis:
     """Importance, order, shares and sizes from scores and a configuration; no weights."""
     layers = len(next(iter(scores.values())).block)
-    full = Plan.full(layers)
+    full, present = Plan.full(layers), present_plan(config)
+    # Of a compressed checkpoint only what is left of it costs anything.
     costs = _Costs(
-        parameters=lambda plan: count_parameters(config, plan),
-        query_flops=lambda plan: flops(config, plan, query_tokens),
-        document_flops=lambda plan: flops(config, plan, document_tokens),
-        float32_bytes=lambda plan: model_bytes(config, plan),
+        parameters=lambda plan: count_parameters(config, within(plan, present)),
+        query_flops=lambda plan: flops(config, within(plan, present), query_tokens),
+        document_flops=lambda plan: flops(config, within(plan, present), document_tokens),
+        float32_bytes=lambda plan: model_bytes(config, within(plan, present)),
     )
     return Analysis(
         backbone=backbone,

@@ -23,11 +23,11 @@ def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
     return dataset.corpus.texts(drawn[:count])
 
 
-def draw_pairs(dataset: str, count: int, seed: int) -> list[Pair]:
-    """Train pairs of the data set, shuffled."""
+def draw_pairs(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:
+    """Pairs of the data set, shuffled: train pairs to learn gates from, dev pairs for the dev loss."""
     from effir_ray.training.pairs import load_pairs, shuffled
 
-    return list(shuffled(load_pairs(dataset), seed=seed)[:count])
+    return list(shuffled(load_pairs(dataset, split=split), seed=seed)[:count])
 
 
 def analyze_on(
@@ -40,7 +40,7 @@ def analyze_on(
     first_blocks: int | None = None,
     seed: int = 0,
 ) -> Analysis:
-    """``analyze`` with ``texts`` documents of ``dataset``; pooled adds dev queries, dev-loss train pairs.
+    """``analyze`` with ``texts`` documents of ``dataset``; pooled adds dev queries, dev-loss dev pairs.
 
     Raises InputError for an unknown criterion.
     """
@@ -58,7 +58,7 @@ def analyze_on(
         out,
         texts=draw_texts(data, texts, seed),
         queries=list(data.queries("dev").values())[:texts] if "pooled" in asked else (),
-        pairs=draw_pairs(dataset, texts, seed) if "dev-loss" in asked else (),
+        pairs=draw_pairs(dataset, texts, seed, split="dev") if "dev-loss" in asked else (),
         criteria=cast("tuple[Criterion, ...]", asked),
         first_blocks=first_blocks,
         seed=seed,

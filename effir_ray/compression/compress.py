@@ -52,10 +52,10 @@ def compress(
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
 
     Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
-    documents of ``dataset``; neurons are ranked on ``gate_pairs`` of its train pairs (``gate_steps`` steps of
-    self-slimming). With ``out`` None nothing is trained or written and the size is that of the schedule (a
-    dry run; weights are loaded only where counts need importance). Raises InputError for a schedule that the
-    backbone has no room for.
+    documents of ``dataset`` (dev-loss: on its dev pairs); neurons are ranked on ``gate_pairs`` of its train
+    pairs (``gate_steps`` steps of self-slimming). With ``out`` None nothing is trained or written and the size
+    is that of the schedule (a dry run; weights are loaded only where counts need importance). Raises
+    InputError for a schedule that the backbone has no room for.
     """
     from effir_ray.backbones.folder import present_plan
     from effir_ray.backbones.registry import load_config
@@ -130,7 +130,7 @@ def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> Import
         retriever,
         draw_texts(load_dataset(data.dataset), data.texts, data.seed),
         criterion=schedule.importance,
-        pairs=draw_pairs(data.dataset, data.pairs, data.seed) if labelled else (),
+        pairs=draw_pairs(data.dataset, data.pairs, data.seed, split="dev") if labelled else (),
         max_length=data.max_length,
         seed=data.seed,
     )

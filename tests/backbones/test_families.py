@@ -26,7 +26,7 @@ def test_parts_of_a_layer(kind: str) -> None:
         assert mlp is not None
         assert family.width(layer) == family.down(mlp).in_features == 128
         assert family.up(mlp).out_features == (256 if family.fused else 128)
-        assert (family.gate(mlp) is not None) == family.gated
+        assert (family.gate(mlp) is not None) == (family.gate_name is not None)
         named = {name for name, _ in layer.named_parameters()}
         covered = {name for name in named if name.startswith((*family.attention_parts, *family.mlp_parts))}
         assert covered == named  # nothing of a layer stays when both sublayers go
