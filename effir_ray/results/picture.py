@@ -19,12 +19,11 @@ _FRONT, _OTHER, _INK = "#0a58ca", "#6e7781", "#1b1f24"
 def draw_front(table: pa.Table, out: Path) -> Path:
     """nDCG@10 against parameters, the front in colour, test scores of the front as open marks below it.
 
-    The split is chosen as ``pareto`` does: dev where there is one.
+    The split is chosen as ``pareto`` does: dev where there is one. ``out`` appears complete or not at all;
+    the plots of a notebook that calls this are left alone.
     """
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     from effir_ray.results.selection import chosen_rows, with_test_scores
 
@@ -32,14 +31,17 @@ def draw_front(table: pa.Table, out: Path) -> Path:
     objectives: dict[str, Direction] = {"ndcg_at_10": "max", "parameters": "min"}
     best = on_front(rows, objectives)
     records = with_test_scores(rows, table).to_pylist()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "effir-ray", "font.size": 11}):
-        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "effir-ray", "font.size": 11}):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
         _draw(axes, records, best.tolist())
         first = records[0]
         axes.set_title(f"{first['backbone']} on {first['dataset']}, {first['split']} queries", loc="left")
         out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, dpi=160, metadata={"Date": None} if out.suffix == ".svg" else None)
-        plt.close(figure)
+        kind = out.suffix.removeprefix(".")
+        aside = out.with_name(f".{out.name}.tmp")
+        figure.savefig(aside, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    aside.replace(out)
     return out
 
 

@@ -79,7 +79,7 @@ def page(table: pa.Table) -> str:
         "css": _asset("report.css"),
         "script": _asset("report.js"),
         "plotly": get_plotlyjs(),
-        "data": json.dumps(data, allow_nan=False, ensure_ascii=False).replace("</", "<\\/"),
+        "data": json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
     }
     html, *pieces = _asset("report.html").split("{{")
     for piece in pieces:

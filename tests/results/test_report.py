@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,17 @@ def test_the_page_holds_every_row_and_needs_no_network(study: Path, tmp_path: Pa
 def test_text_of_rows_cannot_become_markup(study: Path, tmp_path: Path) -> None:
     page = report([study], tmp_path / "report.html").read_text(encoding="utf-8")
     assert EVIL not in page
+    embedded = page.partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in embedded  # not even the "<!--" after which a parser would wait for another end
     assert data_of(page)["failed"][0]["reason"] == f"NaN {EVIL}"
+
+
+def test_the_script_writes_no_text_of_rows_as_markup() -> None:
+    """A property of a row never stands between tags without ``escape``."""
+    script = files("effir_ray.results").joinpath("page", "report.js").read_text(encoding="utf-8")
+    markup = [line for line in script.splitlines() if re.search(r"<\w+>", line)]
+    assert markup
+    assert not [line for line in markup if re.search(r"\$\{\w+\.\w+\}", line)]
 
 
 def test_every_objective_has_a_label() -> None:
@@ -64,6 +75,25 @@ def test_a_picture_is_the_same_for_the_same_rows(study: Path, tmp_path: Path) ->
     assert first == second
     assert b"nDCG@10" in first
     assert report([study], tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_is_whole_and_leaves_the_callers_plots_alone(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    def half(self: Figure, place: Path, **options: object) -> None:
+        Path(place).write_text("half")
+        raise MemoryError
+
+    before = matplotlib.rcParams["backend"]
+    whole = report([study], tmp_path / "a.svg").read_bytes()
+    assert matplotlib.rcParams["backend"] == before
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(MemoryError):
+        report([study], tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_bytes() == whole
 
 
 def test_other_formats_and_empty_studies_are_refused(study: Path, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ function drawFailed() {
   element("failed").hidden = !lost.length;
   element("failed").querySelector("summary").textContent = `${lost.length} failed trial${lost.length === 1 ? "" : "s"}`;
   element("failed").querySelector("ul").innerHTML =
-    lost.map((r) => `<li><b>${escape(r.schedule)}</b> (${r.split}): ${escape(r.reason)}</li>`).join("");
+    lost.map((r) => `<li><b>${escape(r.schedule)}</b> (${escape(r.split)}): ${escape(r.reason)}</li>`).join("");
 }
 
 function draw() {
