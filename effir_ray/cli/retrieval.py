@@ -120,4 +120,7 @@ def evaluate(
     for warning in result.warnings:
         typer.echo(f"effir-ray: {warning}", err=True)
     show_table(["metric", "mean"], [(name, value) for name, value in result.scores.mean.items()])
-    say(f"{result.n_queries} queries over {result.n_documents} documents, split {split}")
+    say(
+        f"{result.n_queries} queries over {result.n_documents} documents, split {split}; "
+        f"exact search {result.search_ms:.2f} ms a query"
+    )

@@ -153,19 +153,6 @@ def isotropy(embeddings: npt.NDArray[np.float32]) -> float:
     return float((np.square(units.sum(axis=0)).sum() - n) / (n * (n - 1)))
 
 
-def search_ms(
-    queries: npt.NDArray[np.float32], documents: npt.NDArray[np.float32], *, k: int = 100, rounds: int = 5
-) -> float:
-    """Milliseconds of exact search for one query (q, d) over all documents (n, d): median over rounds."""
-    from effir_ray.retrieval.index import exact_search
-
-    depth = min(k, len(documents))
-    times = [
-        _seconds(lambda: exact_search(queries, documents, k=depth, backend="auto")) for _ in range(rounds)
-    ]
-    return 1000 * float(np.median(times)) / len(queries)
-
-
 def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
     """Encode ``documents``: (their embeddings, the most bytes in use, see ``Efficiency``)."""
     import torch

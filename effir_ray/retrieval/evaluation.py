@@ -87,6 +87,7 @@ def evaluate(
             )
         else:
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
+        searching = time.perf_counter()
         run = search_corpus(
             list(queries),
             vectors,
@@ -96,6 +97,7 @@ def evaluate(
             workers=workers,
             address=address,
         )
+        searching = time.perf_counter() - searching
     evaluation = Evaluation(
         model=encoder.retriever.name,
         dataset=dataset.name,
@@ -106,6 +108,7 @@ def evaluate(
         n_queries=len(queries),
         n_documents=len(dataset.corpus),
         seconds=time.perf_counter() - started,
+        search_ms=1000 * searching / len(queries),
         feedback=feedback,
         warnings=dataset.warnings,
     )

@@ -14,7 +14,7 @@ from effir_ray.retrieval.trec import write_run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate`` measured."""
+    """What ``evaluate`` measured. ``search_ms``: exact search, milliseconds a query, all queries together."""
 
     model: str
     dataset: str
@@ -25,6 +25,7 @@ class Evaluation:
     n_queries: int
     n_documents: int
     seconds: float
+    search_ms: float
     feedback: Feedback | None
     warnings: tuple[str, ...]
 
@@ -38,6 +39,7 @@ class Evaluation:
             "n_queries": self.n_queries,
             "n_documents": self.n_documents,
             "seconds": self.seconds,
+            "search_ms": self.search_ms,
             "feedback": self.feedback.model_dump() if self.feedback else None,
             "warnings": list(self.warnings),
         }

@@ -10,7 +10,7 @@ from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.retrieval import efficiency
-from effir_ray.retrieval.efficiency import isotropy, measure_efficiency, search_ms
+from effir_ray.retrieval.efficiency import isotropy, measure_efficiency
 from effir_ray.retrieval.encoder import Encoder
 
 TEXTS = [f"the study of cells number {i} " + "and data " * (i % 7) for i in range(20)]
@@ -51,8 +51,3 @@ def test_unknown_reference_and_nothing_to_measure():
         measure_efficiency(models, TEXTS, TEXTS, reference="other")
     with pytest.raises(InputError, match="at least one query"):
         measure_efficiency(models, [], TEXTS, reference="full")
-
-
-def test_search_latency():
-    rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
-    assert search_ms(rows[:4], rows, k=100, rounds=1) > 0

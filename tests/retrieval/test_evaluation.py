@@ -47,6 +47,7 @@ def test_scores_equal_a_plain_computation_scored_by_beir(
     ndcg, _, recall, _ = EvaluateRetrieval.evaluate(dataset.qrels("test"), expected, [10, 100])
     assert result.scores.mean["ndcg@10"] == pytest.approx(ndcg["NDCG@10"], abs=1e-5)
     assert result.scores.mean["recall@100"] == pytest.approx(recall["Recall@100"], abs=1e-5)
+    assert 0 < result.search_ms * result.n_queries < 1000 * result.seconds
     assert (result.n_queries, result.n_documents) == (10, 40)
 
 
