@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    DType = torch.dtype | str  # "auto": as stored
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -31,7 +33,7 @@ class Loaded:
     plan: Plan
 
 
-def load(name: str, *, dtype: torch.dtype, trust_remote_code: bool, first_blocks: int | None) -> Loaded:
+def load(name: str, *, dtype: DType, trust_remote_code: bool, first_blocks: int | None) -> Loaded:
     """See ``retriever.load_retriever``."""
     source = resolve(name)
     if source.kind == "random":
@@ -51,7 +53,7 @@ def load(name: str, *, dtype: torch.dtype, trust_remote_code: bool, first_blocks
     )
 
 
-def _load_random(source: Source, dtype: torch.dtype, first_blocks: int | None) -> Loaded:
+def _load_random(source: Source, dtype: DType, first_blocks: int | None) -> Loaded:
     from effir_ray.backbones.random_models import random_config, random_model, random_tokenizer
 
     config = random_config(source.model)
@@ -60,7 +62,9 @@ def _load_random(source: Source, dtype: torch.dtype, first_blocks: int | None) -
     family = families.get(config.model_type)
     tokenizer = random_tokenizer(family.causal)
     spec = RetrieverSpec(pooling=family.pooling, append_eos=family.causal)
-    model = random_model(config, source.seed).to(dtype)
+    model = random_model(config, source.seed)
+    if not isinstance(dtype, str):
+        model = model.to(dtype)
     plan = Plan.full(config.num_hidden_layers)
     return Loaded(model, with_eos(tokenizer) if spec.append_eos else tokenizer, spec, plan)
 
@@ -97,7 +101,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return read_drop_lists(config, file)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, first_blocks: int | None = None) -> PreTrainedModel:
+def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -> PreTrainedModel:
     """The headless model of a folder. Raises InputError naming missing, unexpected and misshapen tensors."""
     whole = read_config(folder)
     config = whole if first_blocks is None else architecture.cut_depth(whole, first_blocks)

@@ -79,12 +79,13 @@ def load_retriever(
 ) -> Retriever:
     """Load a backbone or a checkpoint by name, see ``registry.resolve`` for what names there are.
 
-    ``first_blocks`` keeps only the first blocks, which then are the backbone's full depth. Raises InputError
-    for an unknown name or architecture, and for any tensor that is missing or left over, naming it.
+    ``dtype``: "auto" keeps the type that the weights are stored in. ``first_blocks`` keeps only the first
+    blocks, which then are the backbone's full depth. Raises InputError for an unknown name or architecture,
+    and for any tensor that is missing or left over, naming it.
     """
     loaded = loading.load(
         str(name_or_path),
-        dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
         trust_remote_code=trust_remote_code,
         first_blocks=first_blocks,
     )

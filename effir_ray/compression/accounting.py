@@ -81,19 +81,19 @@ def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") ->
     return count_parameters(config, plan) * BYTES_PER_PARAMETER[dtype]
 
 
-def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multiple: int) -> Plan:
+def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multiple: int | None) -> Plan:
     """``plan`` with its width target spread evenly, for counting before any neuron was ranked.
 
     Sizes and FLOPs come out exactly as those of the ranked plan, which keeps the same number of neurons
     overall (all of a backbone's layers have the same width).
     """
-    from effir_ray.compression.planning import target_width
+    from effir_ray.compression.planning import grain, target_width
 
     anatomy = anatomy_of(config)
     _check(anatomy, plan)
     slim = [index for index, layer in enumerate(plan.layers) if layer.mlp]
-    present = sum(width(anatomy.layers[index], plan.layers[index]) for index in slim)
-    target = target_width(present, reduction, multiple)
+    present = [width(anatomy.layers[index], plan.layers[index]) for index in slim]
+    target = target_width(sum(present), reduction, grain(multiple, present))
     layers = list(plan.layers)
     for place, index in enumerate(slim):
         share = target // len(slim) + (1 if place < target % len(slim) else 0)

@@ -53,9 +53,11 @@ def compress(
 
     Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
     documents of ``dataset`` (dev-loss: on its dev pairs); neurons are ranked on ``gate_pairs`` of its train
-    pairs (``gate_steps`` steps of self-slimming). With ``out`` None nothing is trained or written and the size
-    is that of the schedule (a dry run; weights are loaded only where counts need importance). Raises
-    InputError for a schedule that the backbone has no room for.
+    pairs (``gate_steps`` steps of self-slimming). Scores are measured in the type that suits the machine; the
+    weights that are kept are saved as they were. With ``out`` None nothing is trained or written and the size
+    is that of the schedule (a dry run; weights are loaded only where counts need importance).
+
+    Raises InputError for a schedule that the backbone has no room for, before anything is measured.
     """
     from effir_ray.backbones.folder import present_plan
     from effir_ray.backbones.registry import load_config
@@ -66,24 +68,25 @@ def compress(
     from effir_ray.hardware import detect
 
     config = load_config(backbone, first_blocks=first_blocks)
-    check_room(schedule, config.num_hidden_layers)
+    check_room(schedule, config)
     if out is None and not needs_scores(schedule):
         plan = within(make_plan(schedule, config.num_hidden_layers, None), present_plan(config))
         return _result(backbone, config, schedule, _sized(config, schedule, plan), max_length, None)
     hardware = detect()
-    retriever = load_retriever(
+    measured = load_retriever(
         backbone, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks
     )
     data = _Data(dataset=dataset, texts=calibration_texts, pairs=gate_pairs, max_length=max_length, seed=seed)
-    scores = _importance(retriever, schedule, data)
-    plan = within(make_plan(schedule, config.num_hidden_layers, scores), retriever.plan)
+    scores = _importance(measured, schedule, data)
+    plan = within(make_plan(schedule, config.num_hidden_layers, scores), measured.plan)
     if out is None:
         return _result(backbone, config, schedule, _sized(config, schedule, plan), max_length, None)
-    apply_plan(retriever, plan)
     if schedule.width_reduction:
-        plan = narrow_plan(plan, schedule, _neuron_scores(retriever, schedule, data, gate_steps))
-        apply_plan(retriever, plan)
-    save_checkpoint(retriever, out)
+        apply_plan(measured, plan)
+        plan = narrow_plan(plan, schedule, _neuron_scores(measured, schedule, data, gate_steps))
+    del measured  # its memory, before the model is loaded again as it is stored
+    kept = load_retriever(backbone, dtype="auto", first_blocks=first_blocks)
+    save_checkpoint(apply_plan(kept, plan), out)
     return _result(backbone, config, schedule, plan, max_length, out)
 
 
@@ -96,14 +99,21 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
     return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
 
 
-def check_room(schedule: Schedule, n_layers: int) -> None:
-    """Raise InputError when ``schedule`` drops more than ``n_layers`` layers have. Needs no model."""
-    from effir_ray.compression.importance_scores import ImportanceScores
-    from effir_ray.compression.planning import make_plan
+def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
+    """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
+    import numpy as np
 
-    equal = (0.0,) * n_layers
+    from effir_ray.backbones.folder import present_plan
+    from effir_ray.compression.accounting import anatomy_of, width
+    from effir_ray.compression.importance_scores import ImportanceScores
+    from effir_ray.compression.planning import make_plan, narrow_plan, within
+
+    equal = (0.0,) * config.num_hidden_layers
     scores = ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
-    make_plan(schedule, n_layers, scores)
+    plan = within(make_plan(schedule, config.num_hidden_layers, scores), present_plan(config))
+    if schedule.width_reduction:
+        sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
+        narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def _indices(values: Any, depth: int, where: str) -> set[int]:
 
 
 def load_adapter(
-    folder: Path, dtype: torch.dtype, trust_remote_code: bool, first_blocks: int | None
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, first_blocks: int | None
 ) -> Loaded:
     """A LoRA adapter merged into its base model. Raises InputError when they do not fit each other."""
     settings = read_json(folder / "adapter_config.json")

@@ -108,9 +108,9 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
     3.2).
 
     neuron_scores: layer -> one score a neuron that ``plan`` keeps, higher = keep; every kept MLP is
-    listed. Each layer keeps a multiple of ``width_multiple`` neurons, at least one multiple. The number kept
-    overall is the target rounded to the nearest such total, met exactly; within a layer the best neurons
-    stay.
+    listed. Each layer keeps a multiple of ``width_multiple`` (see ``grain``) neurons, at least one multiple.
+    The number kept overall is the target rounded to the nearest such total, met exactly; within a layer the
+    best neurons stay.
     """
     if schedule.width_reduction == 0.0:
         return plan
@@ -129,7 +129,8 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
             )
     if not all(np.isfinite(values).all() for values in scores.values()):
         raise InputError("neuron scores are not all finite; expected one number a neuron")
-    widths = _widths([scores[index] for index in layers], schedule.width_reduction, schedule.width_multiple)
+    multiple = grain(schedule.width_multiple, [len(values) for values in scores.values()])
+    widths = _widths([scores[index] for index in layers], schedule.width_reduction, multiple)
     entries = list(plan.layers)
     for index, width in zip(layers, widths, strict=True):
         if width == len(scores[index]):
@@ -139,6 +140,16 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
         kept = tuple(sorted(present[place] for place in best.tolist()))
         entries[index] = entries[index].model_copy(update={"neurons": kept})
     return Plan(layers=tuple(entries))
+
+
+def grain(multiple: int | None, widths: Sequence[int]) -> int:
+    """What divides the widths of all MLPs (now ``widths``): ``multiple``; when None, 64 or 8.
+
+    64 fills the tiles of a GPU's matrix products; on a small MLP it would be too coarse a step.
+    """
+    if multiple is not None:
+        return multiple
+    return 64 if all(width >= 4096 and width % 64 == 0 for width in widths) else 8
 
 
 def target_width(total: int, reduction: float, multiple: int) -> int:

@@ -34,7 +34,8 @@ class Schedule(Config):
     ``drop_*`` take a count (the least important go, by ``importance``) or explicit layer indices. Order of
     application: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
     ``width_reduction`` is the fraction of the remaining intermediate neurons removed, ranked globally
-    (paper section 3.2).
+    (paper section 3.2). ``width_multiple`` divides every width that is left; None takes 64 for models of GPU
+    size and 8 for small ones (``planning.grain``).
     """
 
     drop_attention: Drop = 0
@@ -44,7 +45,7 @@ class Schedule(Config):
     importance: Criterion = "cosine"
     width_reduction: float = Field(default=0.0, ge=0.0, lt=1.0)
     width_method: WidthMethod = "self-slimming"
-    width_multiple: int = Field(default=8, ge=1)
+    width_multiple: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _sound(self) -> Schedule:

@@ -13,6 +13,7 @@ from effir_ray.backbones.registry import load_config
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.accounting import count_parameters, flops
 from effir_ray.compression.analysis import Analysis, analyze, summarize
+from effir_ray.compression.compress import compress
 from effir_ray.compression.importance import measure_importance
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.planning import make_plan
@@ -108,6 +109,21 @@ def test_seven_billion_parameters_are_analysed_from_a_configuration() -> None:
     assert billions == [7.11, 5.70, 4.29]
     assert [row.order for row in analysis.group("cosine", "mlp")] == list(range(32, 0, -1))
     assert sizes["block", 32] == 32_000 * 4096 + 4096  # embeddings and the final norm
+
+
+def test_of_a_compressed_model_only_what_is_left_counts(tmp_path: Path) -> None:
+    compress("random:llama", Schedule(drop_mlp=(1,), width_reduction=0.5, width_method="magnitude"), tmp_path)
+    config, model = load_config(tmp_path), load_retriever(tmp_path).model
+    level = (0.0, 0.0, 0.0, 0.0)
+    scores = ImportanceScores(criterion="cosine", attention=level, mlp=level, block=level)
+    analysis = summarize(
+        "small", config, {"cosine": scores}, query_tokens=8, document_tokens=64, calibration_texts=1
+    )
+    assert analysis.parameters == sum(p.numel() for p in model.parameters())
+    shares = [row.parameter_share for row in analysis.group("cosine", "mlp")]
+    assert shares[1] == 0 < shares[0]
+    (last,) = (row for row in analysis.sizes if (row.unit, row.k) == ("block", 4))
+    assert last.parameters < analysis.parameters
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:

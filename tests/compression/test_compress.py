@@ -7,11 +7,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from effir_ray import hardware
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.compression import calibration_data
+from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.compress import compress
 from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
+from effir_ray.hardware import Hardware
+from effir_ray.training.pairs import Pair, load_pairs
 
 
 @pytest.fixture
@@ -56,4 +63,51 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
         compress("random:llama", Schedule(drop_last_blocks=5), tmp_path / "x", dataset="absent")
     with pytest.raises(InputError, match="the backbone has 2 blocks"):
         compress("random:llama", Schedule(drop_last_blocks=3), tmp_path / "x", first_blocks=2)
+    for schedule, message in (
+        (Schedule(width_reduction=0.5, width_multiple=48), "48 does not divide the MLP width 128"),
+        (Schedule(width_reduction=0.99), "leaves 8 neurons; 4 MLPs need 8 each"),
+        (Schedule(drop_mlp=4, width_reduction=0.5), "the schedule drops every MLP"),
+    ):
+        for out in (tmp_path / "x", None):
+            with pytest.raises(InputError, match=message):
+                compress("random:llama", schedule, out, dataset="absent")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_width_that_a_compressed_checkpoint_has_no_room_for(dataset: str, tmp_path: Path) -> None:
+    half = Schedule(width_reduction=0.5, width_method="magnitude")
+    compress("random:llama", half, tmp_path / "half", dataset=dataset)
+    with pytest.raises(InputError, match="does not divide the MLP width"):
+        again = half.model_copy(update={"width_multiple": 128})
+        compress(str(tmp_path / "half"), again, None, dataset="absent")
+
+
+def test_kept_weights_are_saved_as_they_were_stored(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever type the machine measures in."""
+    schedule = Schedule(drop_mlp=(1,), width_reduction=0.5, width_method="magnitude")
+    for stored, measured in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        original = load_retriever("random:llama", dtype=stored)
+        save_checkpoint(original, tmp_path / stored)
+        fake = Hardware(device="cpu", dtype=measured, threads=1, name="test")
+        monkeypatch.setattr(hardware, "detect", lambda fake=fake: fake)
+        made = compress(str(tmp_path / stored), schedule, tmp_path / f"small-{stored}", dataset=dataset)
+        expected = apply_plan(original, made.plan).model.state_dict()
+        found = load_retriever(tmp_path / f"small-{stored}", dtype="auto").model.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert value.dtype == getattr(torch, stored)
+            assert torch.equal(found[name], value)
+
+
+def test_the_dev_loss_is_measured_on_dev_pairs(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def draw(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:
+        drawn.append(split)
+        return load_pairs(dataset)[:4]
+
+    monkeypatch.setattr(calibration_data, "draw_pairs", draw)
+    compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), None, dataset=dataset)
+    assert drawn == ["dev"]

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MistralForCausalLM
 
+from effir_ray.backbones.registry import backbone_fingerprint
 from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.plan import LayerPlan, Plan
@@ -124,6 +125,40 @@ def test_effir_release(rows: int, tmp_path: Path) -> None:
     assert found.tokenize(["cell"], "document")[0][-1] == found.tokenizer.eos_token_id
     save_checkpoint(found, tmp_path / "ours")
     assert torch.equal(output(load_retriever(tmp_path / "ours")), output(found))
+
+
+def test_alpha_patterns_match_as_in_peft(tmp_path: Path) -> None:
+    """Parts of a name from its end, or a regular expression."""
+    base = load_retriever("random:mistral:4")
+    save_checkpoint(base, tmp_path / "base")
+    whole = MistralForCausalLM(base.model.config)
+    whole.model = base.model
+    pattern = {"down_proj": 32, r"layers\.[01]\.self_attn\.q_proj": 3}
+    config = LoraConfig(
+        r=4, lora_alpha=8, alpha_pattern=pattern, target_modules=["q_proj", "down_proj", "up_proj"]
+    )
+    tuned = get_peft_model(whole, config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = {**json.loads(file.read_text()), "base_model_name_or_path": "../base"}
+    file.write_text(json.dumps(settings))
+    with torch.inference_mode():
+        expected = tuned.merge_and_unload().model(input_ids=IDS).last_hidden_state
+    assert (output(load_retriever(tmp_path / "adapter")) - expected).abs().max() < 1e-5
+
+
+def test_an_adapters_fingerprint_follows_its_base(tmp_path: Path) -> None:
+    adapter, _ = effir_release(tmp_path)
+    before = backbone_fingerprint(adapter)
+    assert backbone_fingerprint(adapter) == before
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert backbone_fingerprint(adapter) != before
 
 
 class Payload:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import LayerPlan, Plan
-from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
+from effir_ray.compression.planning import grain, make_plan, narrow_plan, needs_scores, within
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 
@@ -124,6 +124,20 @@ def test_with_multiple_one_the_ranking_is_the_papers() -> None:
 def test_bad_neuron_scores(schedule: Schedule, scores: dict[int, np.ndarray], message: str) -> None:
     with pytest.raises(InputError, match=message):
         narrow_plan(Plan.full(2), schedule, scores)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "widths", "expected"),
+    [
+        (None, [14336, 14336], 64),
+        (None, [14336, 4104], 8),  # 64 does not divide it
+        (None, [1536, 1536], 8),
+        (None, [14336, 1536], 8),
+        (16, [14336], 16),
+    ],
+)
+def test_widths_suit_the_size_of_the_model(multiple: int | None, widths: list[int], expected: int) -> None:
+    assert grain(multiple, widths) == expected
 
 
 def test_width_without_any_mlp() -> None:
