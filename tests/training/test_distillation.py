@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from effir_ray import hardware
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.errors import InputError
+from effir_ray.hardware import Hardware
 from effir_ray.retrieval.encoder import Encoder
 from effir_ray.stages import StageStore
 from effir_ray.training import embedding_stage
@@ -35,6 +38,14 @@ def test_embeddings_are_the_teachers_in_any_order(tmp_path: Path, monkeypatch: p
         teacher.documents.lookup(["unknown"])
 
 
+def test_encoders_are_on_the_machines_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Hardware(device="cpu", dtype="bfloat16", threads=1, name="test")
+    monkeypatch.setattr(hardware, "detect", lambda: here)
+    encoder = embedding_stage.load_encoder("random:llama")
+    assert encoder.retriever.model.dtype == torch.bfloat16
+    assert embedding_stage.encoder_dtype() == "bfloat16"
+
+
 def test_the_teacher_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = StageStore(tmp_path)
     first = teacher_embeddings("random:llama", PAIRS, stages=stages)
@@ -46,5 +57,9 @@ def test_the_teacher_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = teacher_embeddings("random:llama", PAIRS, stages=stages)
     texts = ["document 1", "negative 5"]
     np.testing.assert_array_equal(first.documents.lookup(texts), again.documents.lookup(texts))
+    monkeypatch.setattr(embedding_stage, "encoder_dtype", lambda: "bfloat16")
+    teacher_embeddings("random:llama", PAIRS, stages=stages, dtype="float32")  # as the driver computed them
+    with pytest.raises(AssertionError, match="loaded again"):
+        teacher_embeddings("random:llama", PAIRS, stages=stages)
     with pytest.raises(AssertionError, match="loaded again"):
         teacher_embeddings("random:llama", PAIRS, stages=stages, document_max_length=3)

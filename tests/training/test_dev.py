@@ -1,0 +1,30 @@
+"""Dev scores during training: within the token budget, whatever the texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from effir_ray.backbones.retriever import load_retriever
+from effir_ray.retrieval.datasets import load_dataset
+from effir_ray.training.config import DevConfig, TrainConfig
+from effir_ray.training.dev import DevScore
+from effir_ray.training.engine import PlainEngine, TextEncoder
+from tests.training.test_pairs import beir_folder
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_no_pass_is_larger_than_the_budget(budget: int | None, tmp_path: Path) -> None:
+    retriever = load_retriever("random:llama")
+    config = TrainConfig(dataset="unused", lora=None)
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+    sizes: list[int] = []
+    engine.encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    dev = DevConfig(every=1, queries=10, documents=30)
+    dataset = load_dataset(beir_folder(tmp_path / "data"))
+    score = DevScore(engine, retriever.tokenize, 0, dataset, dev, seed=0, token_budget=budget)
+    assert 0 <= score() <= 1
+    assert max(sizes) <= (budget or 2048)
+    assert (len(sizes) > 4) == (budget is not None)
