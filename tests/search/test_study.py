@@ -14,6 +14,8 @@ import yaml
 from search_examples import small_space, write_corpus
 
 from effir_ray.cluster import connect
+from effir_ray.compression.compress import compress
+from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.search.folder import STAGES
@@ -72,9 +74,12 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
 
 @pytest.mark.integration
 def test_a_killed_study_resumes_without_doing_anything_twice(tmp_path: Path) -> None:
+    """Its backbone is a compressed checkpoint, which is searched like any other model."""
+    small = compress("random:llama", Schedule(drop_mlp=(1,), drop_attention=(2,)), tmp_path / "small")
     data = write_corpus(tmp_path / "data")
     schedules = [{"drop_mlp": 1}, {"drop_attention": 1}, {"drop_block": 1}]
-    space = small_space(dataset=str(data), dev={}, test={}, schedules=schedules)
+    backbone = str(tmp_path / "small")
+    space = small_space(backbone=backbone, dataset=str(data), dev={}, test={}, schedules=schedules)
     file = tmp_path / "space.yaml"
     file.write_text(yaml.safe_dump(space.model_dump(mode="json")))
     out = tmp_path / "study"
@@ -88,6 +93,8 @@ def test_a_killed_study_resumes_without_doing_anything_twice(tmp_path: Path) -> 
     rows = store.read([out]).to_pylist()
     names = Counter(row["schedule"] for row in rows if row["split"] == "dev")
     assert names == {"full": 1, "1M": 1, "1A": 1, "1B": 1}
+    sizes = {row["schedule"]: row["parameters"] for row in rows}
+    assert sizes["1B"] < sizes["1M"] == sizes["1A"] == sizes["full"] == small.parameters
     assert all(row["status"] == "ok" for row in rows)
     assert max(Counter((row["trial_id"], row["split"]) for row in rows).values()) == 1
     assert max(Counter(builds(out)).values()) == 1
