@@ -119,7 +119,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
             storage.remove("/".join(_place(out, old)))
     elif before != settings:
         raise InputError(
-            f"{out} holds a run of another model, other settings or other data ({known}: "
+            f"{out} holds a run of another model or other settings or data ({known}: "
             f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
 def _place(out: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """Where Ray Train keeps a run with these settings: folder or URI, and its name there."""
     name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
-    base = settings["config"]["storage_path"] or str(out / "run")
+    base = settings["config"].get("storage_path") or str(out / "run")
     return base.rstrip("/"), name
 
 
