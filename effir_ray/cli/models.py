@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,13 @@ from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
 
 _DROP = "K drops the K least important ones; 'i,j,..' drops these layers ('i,' for one)."
+
+
+class SparsityMethod(StrEnum):
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
 
 Drop = Annotated[str, typer.Option(help=_DROP, metavar="K|i,j,..")]
 Texts = Annotated[int, typer.Option(min=1, help="Documents that importance is measured on.")]
@@ -76,7 +84,21 @@ def compress(
             help="self-slimming, magnitude, activation, gate-activation, taylor or random.", metavar="METHOD"
         ),
     ] = "self-slimming",
-    width_multiple: Annotated[int, typer.Option(min=1, help="Round the width of every MLP to this.")] = 8,
+    width_multiple: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Round the width of every MLP to this; 64 for wide models, 8 for others when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="Set weights to zero: 2:4, or a fraction such as 0.5.", metavar="N:M|FRACTION"),
+    ] = None,
+    sparsity_method: Annotated[
+        SparsityMethod, typer.Option(help="How the weights that become zero are chosen.")
+    ] = SparsityMethod.wanda,
     dataset: Dataset = "stdlib",
     texts: Texts = 256,
     gate_steps: Annotated[int, typer.Option(min=1, help="Training steps of self-slimming.")] = 500,
@@ -90,13 +112,15 @@ def compress(
     """Cut sublayers and neurons out of a model and save it as a checkpoint, without training.
 
     Depth goes first (blocks, then attention and MLP sublayers), then width: the neurons that are left are
-    ranked over all layers at once. Train the result with `effir-ray train`.
+    ranked over all layers at once; sparsity, for comparison, zeroes single weights of what remains. Train the
+    result with `effir-ray train` (`keep_zeros: true` keeps it sparse).
 
     \b
     [bold]Examples[/bold]
     effir-ray compress --backbone smollm2-135m --drop-mlp 4 --out small
     effir-ray compress --backbone minilm-l6 --drop-attention 1,3 --width-reduction 0.3 --out smaller
     effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
+    effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     """
     from effir_ray import Schedule
     from effir_ray import compress as run
@@ -125,6 +149,8 @@ def compress(
             dataset=dataset,
             calibration_texts=texts,
             gate_steps=gate_steps,
+            sparsity=sparsity,
+            sparsity_method=sparsity_method.value,
             seed=seed,
         )
     if as_json:
@@ -157,4 +183,5 @@ def _show_plan(result: Any) -> None:
     say(
         f"{quantity(result.parameters)} of {quantity(result.full_parameters)} parameters ({share:.1%}), "
         f"{work:.1%} of the FLOPs of a document of {result.document_tokens} tokens"
+        + (f"; {result.zeros:.1%} of the block weights are zero" if result.zeros else "")
     )

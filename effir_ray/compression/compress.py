@@ -1,8 +1,8 @@
-"""Compress a retriever to a schedule in one call: importance, plan, neuron scores, surgery, checkpoint."""
+"""Compress a retriever in one call: importance, plan, neuron scores, surgery, sparsity, checkpoint."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
     from effir_ray.backbones.retriever import Retriever
     from effir_ray.compression.importance_scores import ImportanceScores
+    from effir_ray.compression.sparsity import SparsityMethod
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
     """What became of a backbone. ``checkpoint`` is None after a dry run.
 
-    parameters: without the LM head; flops_per_document: one forward pass over ``document_tokens`` tokens.
+    parameters: without the LM head; flops_per_document: one forward pass over ``document_tokens`` tokens;
+    zeros: fraction of the block weights that sparsity set to zero (they are stored and computed like others).
     """
 
     backbone: str
@@ -33,6 +35,7 @@ class Compression:
     flops_per_document: int
     full_flops_per_document: int
     document_tokens: int
+    zeros: float = 0.0
     checkpoint: Path | None = None
 
 
@@ -47,6 +50,8 @@ def compress(
     gate_pairs: int = 4000,
     gate_steps: int = 500,
     max_length: int = 512,
+    sparsity: str | None = None,
+    sparsity_method: SparsityMethod = "wanda",
     seed: int = 0,
 ) -> Compression:
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
@@ -54,8 +59,11 @@ def compress(
     Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
     documents of ``dataset`` (dev-loss: on its dev pairs); neurons are ranked on ``gate_pairs`` of its train
     pairs (``gate_steps`` steps of self-slimming). Scores are measured in the type that suits the machine; the
-    weights that are kept are saved as they were. With ``out`` None nothing is trained or written and the size
-    is that of the schedule (a dry run; weights are loaded only where counts need importance).
+    weights that are kept are saved as they were. ``sparsity`` (``2:4`` or a fraction) then sets weights to
+    zero by ``sparsity_method``, calibrated on the same documents.
+
+    With ``out`` None nothing is trained or written and the size is that of the schedule (a dry run; weights
+    are loaded only where counts need importance).
 
     Raises InputError for a schedule that the backbone has no room for, before anything is measured.
     """
@@ -63,11 +71,14 @@ def compress(
     from effir_ray.backbones.registry import load_config
     from effir_ray.backbones.retriever import load_retriever
     from effir_ray.compression.checkpoint import save_checkpoint
+    from effir_ray.compression.patterns import parse_pattern
     from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
+    from effir_ray.compression.sparsity import sparsify
     from effir_ray.compression.surgery import apply_plan
     from effir_ray.hardware import detect
 
     config = load_config(backbone, first_blocks=first_blocks)
+    pattern = parse_pattern(sparsity) if sparsity else None
     check_room(schedule, config)
     if out is None and not needs_scores(schedule):
         plan = within(make_plan(schedule, config.num_hidden_layers, None), present_plan(config))
@@ -85,9 +96,13 @@ def compress(
         apply_plan(measured, plan)
         plan = narrow_plan(plan, schedule, _neuron_scores(measured, schedule, data, gate_steps))
     del measured  # its memory, before the model is loaded again as it is stored
-    kept = load_retriever(backbone, dtype="auto", first_blocks=first_blocks)
-    save_checkpoint(apply_plan(kept, plan), out)
-    return _result(backbone, config, schedule, plan, max_length, out)
+    kept = apply_plan(load_retriever(backbone, dtype="auto", first_blocks=first_blocks), plan)
+    zeros = 0.0
+    if pattern is not None:
+        kept.model.to(hardware.device)
+        zeros = sparsify(kept, sparsity_method, pattern, data.draw_texts(), max_length=max_length)
+    save_checkpoint(kept, out)
+    return replace(_result(backbone, config, schedule, plan, max_length, out), zeros=zeros)
 
 
 def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
@@ -126,19 +141,24 @@ class _Data:
     max_length: int
     seed: int
 
+    def draw_texts(self) -> list[str]:
+        from effir_ray.compression.calibration_data import draw_texts
+        from effir_ray.retrieval.datasets import load_dataset
+
+        return draw_texts(load_dataset(self.dataset), self.texts, self.seed)
+
 
 def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> ImportanceScores | None:
-    from effir_ray.compression.calibration_data import draw_pairs, draw_texts
+    from effir_ray.compression.calibration_data import draw_pairs
     from effir_ray.compression.importance import measure_importance
     from effir_ray.compression.planning import needs_scores
-    from effir_ray.retrieval.datasets import load_dataset
 
     if not needs_scores(schedule):
         return None
     labelled = schedule.importance == "dev-loss"
     return measure_importance(
         retriever,
-        draw_texts(load_dataset(data.dataset), data.texts, data.seed),
+        data.draw_texts(),
         criterion=schedule.importance,
         pairs=draw_pairs(data.dataset, data.pairs, data.seed, split="dev") if labelled else (),
         max_length=data.max_length,

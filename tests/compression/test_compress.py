@@ -111,3 +111,19 @@ def test_the_dev_loss_is_measured_on_dev_pairs(dataset: str, monkeypatch: pytest
     monkeypatch.setattr(calibration_data, "draw_pairs", draw)
     compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), None, dataset=dataset)
     assert drawn == ["dev"]
+
+
+def test_sparsity_comes_last_and_a_bad_pattern_first(dataset: str, tmp_path: Path) -> None:
+    schedule = Schedule(drop_mlp=(1,))
+    out = tmp_path / "sparse"
+    result = compress(
+        "random:llama", schedule, out, dataset=dataset, sparsity="2:4", sparsity_method="sparsegpt"
+    )
+    retriever = load_retriever(out)
+    assert result.zeros == pytest.approx(0.5, abs=0.01)
+    assert retriever.plan == result.plan
+    for _, linear in retriever.family.linears(retriever.model):
+        assert ((linear.weight == 0).view(-1, 4).sum(dim=1) >= 2).all()
+    with pytest.raises(InputError, match="sparsity pattern '5:4'"):
+        compress("random:llama", schedule, tmp_path / "bad", dataset=dataset, sparsity="5:4")
+    assert not (tmp_path / "bad").exists()
