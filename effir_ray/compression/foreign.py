@@ -137,9 +137,12 @@ def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
 
 
 def _alpha(name: str, settings: Mapping[str, Any]) -> float:
-    """The first pattern that matches the end of the module's name, whole parts of it, counts (as in PEFT)."""
+    """The first pattern that matches the end of the module's name, whole parts of it, counts (as in PEFT).
+
+    PEFT's name of it begins with ``model.`` where the adapter is that of a whole language model.
+    """
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", whole) for whole in (name, f"model.{name}")):
             return float(alpha)
     return float(settings["lora_alpha"])
 

@@ -133,7 +133,11 @@ def test_alpha_patterns_match_as_in_peft(tmp_path: Path) -> None:
     save_checkpoint(base, tmp_path / "base")
     whole = MistralForCausalLM(base.model.config)
     whole.model = base.model
-    pattern = {"down_proj": 32, r"layers\.[01]\.self_attn\.q_proj": 3}
+    pattern = {
+        "down_proj": 32,
+        r"layers\.[01]\.self_attn\.q_proj": 3,
+        "model.layers.2.mlp.up_proj": 5,
+    }
     config = LoraConfig(
         r=4, lora_alpha=8, alpha_pattern=pattern, target_modules=["q_proj", "down_proj", "up_proj"]
     )

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import torch
 
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.errors import InputError
-from effir_ray.training import launcher, survival
+from effir_ray.training import launcher, loop, survival
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.ladder import Rung
 
@@ -93,8 +95,6 @@ def test_a_rung_that_drops_what_the_model_has_not_got_is_refused_before_training
 def test_workers_get_a_gpu_each_or_none_at_all(
     gpus: int, backend: str, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
     monkeypatch.setattr(launcher, "_in_worker", lambda: False)
     scaling, found = launcher._scaling(settings(pairs, workers=2))
@@ -102,8 +102,6 @@ def test_workers_get_a_gpu_each_or_none_at_all(
 
 
 def test_fewer_gpus_than_workers_is_said(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
     with pytest.raises(InputError, match="2 workers, but the cluster has 1 GPUs"):
         launcher._scaling(settings(pairs, workers=2))
@@ -117,3 +115,15 @@ def test_a_gpu_that_was_out_of_memory_halves_the_budget_once(pairs: Path, tmp_pa
     killed = RuntimeError("the worker was killed by Ray's memory monitor")
     assert launcher._budget_after(killed, job, config) == 1024
     assert launcher._budget_after(RuntimeError("something else"), job, config) is None
+
+
+def test_a_gpu_that_ray_did_not_assign_is_left_alone(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    threads = torch.get_num_threads()
+    try:
+        assert loop._device(settings(pairs)) == (torch.device("cpu"), False)
+        assert loop._device(settings(pairs, precision="bfloat16")) == (torch.device("cpu"), True)
+    finally:
+        torch.set_num_threads(threads)
