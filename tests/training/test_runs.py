@@ -118,7 +118,7 @@ def test_a_gpu_that_was_out_of_memory_halves_the_budget_once(pairs: Path, tmp_pa
 
 
 def test_a_gpu_that_ray_did_not_assign_is_left_alone(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "get_gpu_ids", lambda: [])
+    monkeypatch.setattr(ray, "get_gpu_ids", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     threads = torch.get_num_threads()
