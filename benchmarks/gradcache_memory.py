@@ -25,7 +25,6 @@ from effir_ray.training.losses import build_objective
 from effir_ray.training.pairs import Pair
 
 BATCHES = (32, 64, 128, 256, 512)
-WIDTH, HEIGHT, MARGIN = 560, 320, 56
 
 
 def peak(model: str, batch_size: int, budget: int | None) -> float:
@@ -71,38 +70,23 @@ def status(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def figure(series: dict[str, list[float]]) -> str:
-    """A line a series over the batch size, both axes logarithmic, as SVG."""
-    highest = max(max(values) for values in series.values())
-    lowest = max(1.0, min(min(values) for values in series.values()))
+def draw(series: dict[str, list[float]], file: Path) -> None:
+    """A line a series over the batch size, both axes logarithmic."""
+    from matplotlib.figure import Figure
 
-    def x(index: int) -> float:
-        return MARGIN + index * (WIDTH - 2 * MARGIN) / (len(BATCHES) - 1)
-
-    def y(value: float) -> float:
-        share = torch.log(torch.tensor(max(value, 1.0) / lowest)) / torch.log(torch.tensor(highest / lowest))
-        return HEIGHT - MARGIN - float(share) * (HEIGHT - 2 * MARGIN)
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif">'
-    ]
-    parts.append(f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>')
-    for index, size in enumerate(BATCHES):
-        parts.append(
-            f'<text x="{x(index):.0f}" y="{HEIGHT - 32}" font-size="12" text-anchor="middle">{size}</text>'
-        )
-    parts.append(
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 10}" font-size="13" text-anchor="middle">queries a step</text>'
-    )
-    for colour, (name, values) in zip(("#c0392b", "#1f6f8b"), series.items(), strict=True):
-        points = " ".join(f"{x(index):.1f},{y(value):.1f}" for index, value in enumerate(values))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for index, value in enumerate(values):
-            label = f'<text x="{x(index):.0f}" y="{y(value) - 8:.0f}" font-size="11" text-anchor="middle"'
-            parts.append(f'{label} fill="{colour}">{value:.0f}</text>')
-        height = 20 if colour == "#c0392b" else 38
-        parts.append(f'<text x="{MARGIN}" y="{height}" font-size="13" fill="{colour}">{name} (MiB)</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    figure = Figure(figsize=(5.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (name, values), colour in zip(series.items(), ("#1f6f8b", "#c0392b"), strict=True):
+        axes.plot(BATCHES, values, marker="o", color=colour, label=name)
+        for size, value in zip(BATCHES, values, strict=True):
+            axes.annotate(f"{value:.0f}", (size, value), (0, 6), textcoords="offset points", color=colour)
+    axes.set(xscale="log", yscale="log", xlabel="queries a step", ylabel="peak memory of a step, MiB")
+    axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
+    axes.minorticks_off()
+    axes.margins(y=0.15)
+    axes.legend(frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
@@ -119,8 +103,7 @@ def main() -> None:
         row = "  ".join(f"{size}: {value:.0f}" for size, value in zip(BATCHES, values, strict=True))
         print(f"{name:20} MiB by batch size   {row}")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(figure(series), encoding="utf-8")
+        draw(series, options.out)
 
 
 if __name__ == "__main__":
