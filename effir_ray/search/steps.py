@@ -69,7 +69,7 @@ def importance(config: TrialConfig, split: Split, parents: Parents, out: Path, s
         load_model(parents["model"]),
         texts,
         criterion=criterion,
-        pairs=draw_pairs(config.dataset, config.gates.pairs, config.seed) if labelled else (),
+        pairs=draw_pairs(config.dataset, config.gates.pairs, config.seed, split="dev") if labelled else (),
         max_length=config.document_max_length,
         seed=config.seed,
     )

@@ -19,7 +19,8 @@ from effir_ray.search.provenance import git_commit, package_versions
 from effir_ray.search.recipe import Recipe, Sources, Split, Stage, recipe
 from effir_ray.search.space import Protocol, TrialConfig
 from effir_ray.search.steps import RESUMABLE, SCORES, STEPS, TIMING, read_plan
-from effir_ray.stages import StageStore, fingerprint
+from effir_ray.stages import StageStore
+from effir_ray.training.streaming import source_fingerprint
 
 Listener = Callable[[str], None]
 
@@ -98,7 +99,7 @@ def sources_of(config: Protocol) -> Sources:
     names = {config.dataset, *(training.dataset for training in trainings)}
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
-        datasets={name: _data_fingerprint(name) for name in sorted(names)},
+        datasets={name: source_fingerprint(name) for name in sorted(names)},
     )
 
 
@@ -152,12 +153,6 @@ def _measured(config: TrialConfig, plan: Recipe, store: StageStore) -> dict[str,
 
 
 @lru_cache(maxsize=16)
-def _data_fingerprint(name: str) -> str:
-    from effir_ray.retrieval.datasets import load_dataset
-
-    return fingerprint(Path(name)) if name.endswith(".jsonl") else load_dataset(name).fingerprint
-
-
 def _reason(error: BaseException) -> str:
     """One line. Our own errors speak for themselves; others are named by their class, and of a traceback
     that came from another process only its last line, the error there, is kept."""

@@ -23,6 +23,7 @@ from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.masking import Sublayer, masked
 from effir_ray.compression.neurons import on_neurons, sort_neurons
+from effir_ray.compression.planning import within
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.training.batches import Batch
 from effir_ray.training.engine import Passes
@@ -53,7 +54,7 @@ def prepare_elastic(
 def extract(elastic: str | Path, rung: Rung, out: Path) -> Path:
     """The rung as an ordinary compressed checkpoint in ``out``, cut physically from the elastic one."""
     retriever = load_retriever(elastic)
-    apply_plan(retriever, rung.plan(layer_widths(retriever)))
+    apply_plan(retriever, within(rung.plan(layer_widths(retriever)), retriever.plan))
     save_checkpoint(retriever, out)
     return out
 
