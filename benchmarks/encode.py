@@ -117,7 +117,7 @@ def onnx_runtime(retriever) -> Encode:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
-            Headless(),
+            Headless().eval(),  # the export puts the model back into the mode of this wrapper
             (example, padded),
             path,
             input_names=names,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -74,7 +74,7 @@ class Encoder:
     ) -> npt.NDArray[np.float32]:
         """Embeddings (n, d), row i for text i. ``progress`` is what a progress display calls the work.
 
-        Raises InputError when one text alone does not fit memory.
+        Without dropout, also in the middle of a training. Raises InputError when one text alone does not fit memory.
         """
         self._refresh()
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -83,7 +83,7 @@ class Encoder:
             if progress
             else nullcontext(Progress("", None, ""))
         )
-        with display as bar, torch.inference_mode():
+        with display as bar, torch.inference_mode(), _evaluating(self.retriever.model):
             for start, tokens in self._tokenised(texts, kind, max_length):
                 self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
         return embeddings
@@ -158,6 +158,18 @@ class Encoder:
         self.token_budget = max(1, min(self.token_budget, longest * texts) // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode, and afterwards as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _state(model: torch.nn.Module) -> tuple[object, ...]:

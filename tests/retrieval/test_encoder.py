@@ -85,6 +85,17 @@ def test_packed_pooling(family, pooling, normalize):
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
 
 
+def test_no_dropout_in_the_middle_of_a_training():
+    retriever = load_retriever("random:bert")
+    expected = Encoder(retriever).encode(TEXTS, "document")
+    retriever.model.train()
+    for module in retriever.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    np.testing.assert_array_equal(Encoder(retriever).encode(TEXTS, "document"), expected)
+    assert all(module.training for module in retriever.model.modules())
+
+
 @pytest.mark.parametrize(
     ("family", "packed"),
     [("llama", True), ("qwen2", True), ("qwen3", True), ("bert", True), ("gemma2", False)],
