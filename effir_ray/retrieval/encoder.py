@@ -74,7 +74,8 @@ class Encoder:
     ) -> npt.NDArray[np.float32]:
         """Embeddings (n, d), row i for text i. ``progress`` is what a progress display calls the work.
 
-        Without dropout, also in the middle of a training. Raises InputError when one text alone does not fit memory.
+        Without dropout, also in the middle of a training. Raises InputError when one text alone does not fit
+        memory.
         """
         self._refresh()
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
