@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from effir_ray.cluster_jobs import list_jobs, submit_search
@@ -93,8 +94,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     try:
         yield Head(f"http://127.0.0.1:{dashboard}", token)
     finally:
-        process.send_signal(signal.SIGTERM)  # with --block it ends its daemons too
-        process.wait(timeout=60)
+        daemons = psutil.Process(process.pid).children(recursive=True)
+        process.kill()  # asked politely it would wait half a minute for its daemons
+        for daemon in daemons:
+            with suppress(psutil.NoSuchProcess):
+                daemon.kill()
+        process.wait()
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
