@@ -1,4 +1,4 @@
-# make demo   install into .venv and run the demonstration search (a Pareto front in about a quarter of an hour)
+# make demo   install into .venv and run the demonstration search (a Pareto front in about ten minutes)
 # make test   install into .venv and run all tests; `make test-fast` leaves the integration tests out
 # make check  lint and types
 

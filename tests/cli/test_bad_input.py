@@ -202,7 +202,9 @@ def test_a_place_that_cannot_be_written_is_named(
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("effir_ray.doctor.diagnose", lambda: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     result = run("doctor")
+    signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert result.stderr == "effir-ray: interrupted; what is finished is kept\n"
 
