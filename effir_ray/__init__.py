@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from effir_ray.compression.analysis import analyze
     from effir_ray.compression.compress import compress
     from effir_ray.compression.plan import Plan
+    from effir_ray.compression.quantization import measure_size, quantize
     from effir_ray.compression.schedule import Schedule
     from effir_ray.demo import run_demo
     from effir_ray.doctor import diagnose
@@ -62,9 +63,11 @@ _PUBLIC = {
     "list_jobs": "cluster_jobs:list_jobs",
     "load": "backbones.retriever:load_retriever",
     "load_dataset": "retrieval.datasets:load_dataset",
+    "measure_size": "compression.quantization:measure_size",
     "mine": "training.negatives:mine",
     "pareto": "results.selection:pareto",
     "preview_search": "search.dry_run:dry_run",
+    "quantize": "compression.quantization:quantize",
     "query": "results.query:query",
     "repeat": "search.repeat:repeat",
     "report": "results.report:report",
@@ -98,9 +101,11 @@ __all__ = [
     "list_jobs",
     "load",
     "load_dataset",
+    "measure_size",
     "mine",
     "pareto",
     "preview_search",
+    "quantize",
     "query",
     "repeat",
     "report",
