@@ -95,7 +95,7 @@ class Encoder:
         if snapshot == self._snapshot:
             return
         self._snapshot = snapshot
-        fast = None if _is_modified(self.retriever) else packed_forward(self.retriever, self.quantize)
+        fast = None if _is_hooked(self.retriever.model) else packed_forward(self.retriever, self.quantize)
         if self.quantize and (fast is None or self.retriever.model.device.type != "cpu"):
             raise InputError(
                 f"int8 is for unmodified Llama-like and BERT models on CPUs; '{self.retriever.name}' is a "
@@ -180,11 +180,9 @@ def _state(model: torch.nn.Module) -> tuple[object, ...]:
     return (*weights, hooks)
 
 
-def _is_modified(retriever: Retriever) -> bool:
-    """Hooks (gates, statistics) or wrapped linears (LoRA, 4-bit): only the model's own forward has them."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in retriever.model.modules())
-    linears = retriever.family.linears(retriever.model)
-    return hooked or any(type(linear) is not torch.nn.Linear for _, linear in linears)
+def _is_hooked(model: torch.nn.Module) -> bool:
+    """Hooks (gates, statistics) act in the model's own forward only."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

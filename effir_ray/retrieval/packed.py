@@ -23,7 +23,7 @@ from transformers.activations import GELUActivation
 
 from effir_ray.backbones.retriever import Retriever
 from effir_ray.retrieval.padded import PaddedForward
-from effir_ray.retrieval.projections import GatedProjection, Quantize, fuse
+from effir_ray.retrieval.projections import GatedProjection, NotPlainError, Quantize, fuse
 from effir_ray.retrieval.varlen_attention import Packing, attend, attend_once, mean_pool
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
@@ -68,15 +68,20 @@ class PackedForward:
 
 
 def packed_forward(retriever: Retriever, quantize: Quantize = None) -> PackedForward | None:
-    """None where there is no packed pass: other families, unusual settings, float32 on CUDA (no kernel)."""
+    """None where there is no packed pass: other families, unusual settings, adapters, quantised layers, and
+    float32 on CUDA (no kernel).
+    """
     config: Any = retriever.model.config
     if retriever.model.device.type == "cuda" and retriever.model.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if retriever.family.name == "llama" and config.hidden_act == "silu":
-        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        return PackedForward(retriever, _Llama(retriever, quantize)) if rope in _PLAIN_ROPE else None
-    if retriever.family.name == "bert":
-        return PackedForward(retriever, _Bert(retriever, quantize))
+    try:
+        if retriever.family.name == "llama" and config.hidden_act == "silu":
+            rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+            return PackedForward(retriever, _Llama(retriever, quantize)) if rope in _PLAIN_ROPE else None
+        if retriever.family.name == "bert":
+            return PackedForward(retriever, _Bert(retriever, quantize))
+    except NotPlainError:
+        pass
     return None
 
 

@@ -19,6 +19,10 @@ Activation = Literal["none", "gelu", "silu"]
 Quantize = Literal["int8"] | None
 
 
+class NotPlainError(TypeError):
+    """A layer that computes more than its weight says: wrapped by an adapter, or quantised."""
+
+
 class Projection(Protocol):
     def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
         """then(x W^T + b), (t, o)."""
@@ -33,8 +37,10 @@ def fuse(
     """One projection whose outputs are those of ``linears`` side by side.
 
     ``scale`` (i,) multiplies the inputs: the weight of the norm before. W diag(g) computes the same as a
-    norm with weight g followed by W, without touching the activations once more.
+    norm with weight g followed by W, without touching the activations once more. Raises NotPlainError for
+    what is no ``nn.Linear`` itself.
     """
+    _check_plain(*linears)
     weight = torch.cat([linear.weight.detach() for linear in linears])  # (o, i)
     if scale is not None:
         weight = (weight.float() * scale.detach().float()).to(weight.dtype)
@@ -50,6 +56,7 @@ class GatedProjection:
     """silu(gate(x)) * up(x): the first half of a gated MLP."""
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, scale: Tensor, quantize: Quantize) -> None:
+        _check_plain(gate, up)
         self._both: Projection | None = None
         if quantize or not _has_one_dnn(gate.weight):
             self._both = fuse([gate, up], scale=scale, quantize=quantize)
@@ -64,6 +71,12 @@ class GatedProjection:
             return self._up.multiply_by(self._gate.project(x_ti, "silu"), x_ti)
         gate, up = self._both.project(x_ti).chunk(2, dim=1)
         return F.silu(gate, inplace=True).mul_(up)
+
+
+def _check_plain(*linears: nn.Module) -> None:
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise NotPlainError(f"{type(linear).__name__} instead of Linear")
 
 
 def _has_one_dnn(weight: Tensor) -> bool:

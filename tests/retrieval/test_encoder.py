@@ -9,12 +9,15 @@ import torch
 from effir_ray.backbones.random_models import RANDOM_MODELS
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.plan import LayerPlan, Plan
+from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.retrieval import encoder as encoder_module
 from effir_ray.retrieval.batching import token_budget_batches
 from effir_ray.retrieval.encoder import Encoder
 from effir_ray.retrieval.padded import PaddedForward
+from effir_ray.training.config import LoraConfig
+from effir_ray.training.lora import add_lora
 
 TEXTS = [
     "the study of cells and protein",
@@ -83,6 +86,26 @@ def test_packed_pooling(family, pooling, normalize):
     retriever.spec = retriever.spec.model_copy(update={"pooling": pooling, "normalize": normalize})
     got = Encoder(retriever).encode(TEXTS, "document")
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("change", ["adapters", "int8"])
+def test_adapted_and_quantised_models_take_their_own_forward(family, change):
+    retriever = load_retriever(f"random:{family}")
+    plain = Encoder(retriever).encode(TEXTS, "document")
+    if change == "int8":
+        quantize(retriever, "int8")
+    else:
+        add_lora(retriever, LoraConfig(r=2))
+        for name, parameter in retriever.model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.constant_(parameter, 0.05)
+    encoder = Encoder(retriever)
+    got = encoder.encode(TEXTS, "document")
+    assert encoder._forward.padded
+    assert np.abs(got - plain).max() > 1e-4
+    if change == "adapters":  # activations are quantised a batch as they come: int8 depends on the batch
+        np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
 
 
 def test_no_dropout_in_the_middle_of_a_training():
