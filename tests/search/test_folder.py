@@ -52,7 +52,10 @@ def test_the_last_row_of_a_trial_counts_and_failed_ones_run_again(tmp_path: Path
     ("address", "message"),
     [("ray://127.0.0.1:10001", "effir-ray submit"), ("127.0.0.1:1", "no Ray cluster answers")],
 )
-def test_an_address_that_cannot_be_used_leaves_no_folder(tmp_path: Path, address: str, message: str) -> None:
+def test_an_address_that_cannot_be_used_leaves_no_folder(
+    tmp_path: Path, address: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's instance would be taken
     space = small_space(dataset=str(write_corpus(tmp_path / "data")), dev={}, test={})
     with pytest.raises(InputError, match=message) as refused:
         search(space, tmp_path / "study", address=address)
