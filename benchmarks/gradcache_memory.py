@@ -19,10 +19,11 @@ import torch
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.engine import PlainEngine, TextEncoder
+from effir_ray.training.engine import PlainEngine
 from effir_ray.training.gradcache import ContrastiveStep
 from effir_ray.training.losses import build_objective
 from effir_ray.training.pairs import Pair
+from effir_ray.training.text_encoder import TextEncoder
 
 BATCHES = (32, 64, 128, 256, 512)
 
@@ -38,9 +39,7 @@ def peak(model: str, batch_size: int, budget: int | None) -> float:
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=24)
 
-    step = ContrastiveStep(
-        engine, build_objective(config, has_teacher_scores=False), pad_token=0, token_budget=budget
-    )
+    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False), token_budget=budget)
     batches = Batches([pair(number) for number in range(2 * batch_size)], config, tokenize).run()
     step(next(batches))  # gradients exist from here on
     gc.collect()

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
-from effir_ray.hardware import detect
+from effir_ray.hardware import detect, keep_freed_memory
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.gradcache import ContrastiveStep
@@ -46,6 +46,7 @@ Step = tuple[float, float]  # seconds, loss
 
 def ours(model: Path, pairs: list[Pair], options: argparse.Namespace, budget: int | None) -> list[Step]:
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    keep_freed_memory()  # as training workers do
     group = f"file://{model.parent}/group-{os.getpid()}"
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=group)
     config = train_config(options, budget)
@@ -55,9 +56,7 @@ def ours(model: Path, pairs: list[Pair], options: argparse.Namespace, budget: in
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=options.max_length)
 
-    step = ContrastiveStep(
-        engine, build_objective(config, has_teacher_scores=False), pad_token=0, token_budget=budget
-    )
+    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False), token_budget=budget)
     steps = []
     began = time.perf_counter()
     for batch in Batches(pairs, config, tokenize).run():

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from effir_ray.backbones.retriever import Retriever
+from effir_ray.retrieval.cuda_graphs import SingleTextGraphs
+from effir_ray.retrieval.fused_kernels import rotate
 from effir_ray.retrieval.padded import PaddedForward
 from effir_ray.retrieval.projections import GatedProjection, NotPlainError, Quantize, fuse
-from effir_ray.retrieval.varlen_attention import Packing, attend, attend_once, mean_pool
+from effir_ray.retrieval.varlen_attention import HALF, Packing, attend, attend_once, pool
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
 
@@ -44,27 +46,30 @@ class PackedForward:
     def __init__(self, retriever: Retriever, model: _Model) -> None:
         self._retriever, self._model = retriever, model
         self._long = PaddedForward(retriever)
+        device = retriever.model.device
+        self._alone = SingleTextGraphs(self._embed, device) if device.type == "cuda" else None
 
     def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """b token lists, best ordered by length -> embeddings (b, d) on the model's device."""
         lengths = [len(ids) for ids in tokens]
         if self._model.window is not None and max(lengths) > self._model.window:
             return self._long(tokens)
+        if self._alone is not None and len(tokens) == 1:
+            return self._alone(tokens[0])
         ids = torch.tensor([i for text in tokens for i in text])
         device = self._retriever.model.device
         if device.type == "cuda":
             ids = ids.pin_memory().to(device, non_blocking=True)
         packing = Packing.of(lengths, device)
-        how = self._retriever.spec.pooling
-        rows = packing.pooled_rows(how)
+        return self._embed(ids, packing)
+
+    def _embed(self, ids_t: Tensor, packing: Packing) -> Tensor:
+        spec = self._retriever.spec
         # A causal model's first token sees itself alone: not what the last attention for `rows` computes.
-        early = rows if how == "last" or not self._retriever.family.causal else None
-        pooled = self._model.hidden(ids, packing, early)
-        if rows is None:
-            pooled = mean_pool(pooled, packing)
-        elif early is None:
-            pooled = pooled[rows]
-        return F.normalize(pooled, dim=-1) if self._retriever.spec.normalize else pooled
+        if spec.pooling == "mean" or (spec.pooling == "cls" and self._retriever.family.causal):
+            return pool(self._model.hidden(ids_t, packing, None), packing, spec)
+        pooled = self._model.hidden(ids_t, packing, packing.pooled_rows(spec.pooling))
+        return F.normalize(pooled, dim=-1) if spec.normalize else pooled
 
 
 def packed_forward(retriever: Retriever, quantize: Quantize = None) -> PackedForward | None:
@@ -72,7 +77,7 @@ def packed_forward(retriever: Retriever, quantize: Quantize = None) -> PackedFor
     float32 on CUDA (no kernel).
     """
     config: Any = retriever.model.config
-    if retriever.model.device.type == "cuda" and retriever.model.dtype not in (torch.float16, torch.bfloat16):
+    if retriever.model.device.type == "cuda" and retriever.model.dtype not in HALF:
         return None
     try:
         if retriever.family.name == "llama" and config.hidden_act == "silu":
@@ -147,7 +152,7 @@ class _LlamaLayer:
                 query_rotation = rotation[0][rows_n], rotation[1][rows_n]
             if self._norm_query is not None and self._norm_key is not None:
                 query, key = self._norm_query(query), self._norm_key(key)
-            query, key = _rotate(query, *query_rotation), _rotate(key, *rotation)
+            query, key = rotate(query, *query_rotation), rotate(key, *rotation)
             if rows_n is None:
                 attended = attend(query, key, value, packing, causal=True)
             else:
@@ -165,16 +170,6 @@ def _rms_normalise(x_th: Tensor, eps: float) -> Tensor:
     # Two passes over x; torch's own CPU RMSNorm makes five.
     mean_square = torch.linalg.vector_norm(x_th, dim=1, keepdim=True).square_().div_(x_th.shape[1])
     return torch.mul(x_th, mean_square.add_(eps).rsqrt_())
-
-
-def _rotate(x_tnd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), Hugging Face's layout: channel c turns with channel c + d / 2."""
-    first, second = x_tnd.chunk(2, dim=-1)
-    rotated = torch.empty(x_tnd.shape, dtype=x_tnd.dtype, device=x_tnd.device)
-    low, high = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return rotated
 
 
 def _window(config: Any) -> int | None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effir_ray.retrieval.fused_kernels import gated
+
 Activation = Literal["none", "gelu", "silu"]
 Quantize = Literal["int8"] | None
 
@@ -69,8 +71,7 @@ class GatedProjection:
     def __call__(self, x_ti: Tensor) -> Tensor:
         if self._both is None:
             return self._up.multiply_by(self._gate.project(x_ti, "silu"), x_ti)
-        gate, up = self._both.project(x_ti).chunk(2, dim=1)
-        return F.silu(gate, inplace=True).mul_(up)
+        return gated(self._both.project(x_ti))
 
 
 def _check_plain(*linears: nn.Module) -> None:

@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effir_ray.backbones.spec import RetrieverSpec
+
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -45,13 +49,20 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def attend(
-    query_tqd: Tensor, key_tkd: Tensor, value_tkd: Tensor, packing: Packing, *, causal: bool
+    query_tqd: Tensor,
+    key_tkd: Tensor,
+    value_tkd: Tensor,
+    packing: Packing,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention inside each text, (t, q * d)."""
-    if query_tqd.is_cuda:
+    # torch's kernel for packed texts knows neither float32 nor dropout.
+    if query_tqd.is_cuda and query_tqd.dtype in HALF and not dropout:
         longest = max(packing.lengths)
         return _attend_flash(query_tqd, packing.bounds, longest, key_tkd, value_tkd, packing, causal)
-    return _attend_by_length(query_tqd, packing.lengths, key_tkd, value_tkd, packing, causal)
+    return _attend_by_length(query_tqd, packing.lengths, key_tkd, value_tkd, packing, causal, dropout)
 
 
 def attend_once(query_nqd: Tensor, key_tkd: Tensor, value_tkd: Tensor, packing: Packing) -> Tensor:
@@ -92,7 +103,13 @@ def _attend_flash(
 
 
 def _attend_by_length(
-    query: Tensor, queries: Sequence[int], key: Tensor, value: Tensor, packing: Packing, causal: bool
+    query: Tensor,
+    queries: Sequence[int],
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    causal: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """One call for each run of texts of equal length (batches are ordered by it): views, no mask.
 
@@ -106,7 +123,7 @@ def _attend_by_length(
         q = query[query_start:query_stop].view(count, rows, *query.shape[1:]).transpose(1, 2)
         k, v = (x[start:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (key, value))
         output = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal and length > 1, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal=causal and length > 1, enable_gqa=grouped
         )  # (count, q, rows, d)
         parts.append(output.transpose(1, 2).reshape(count * rows, -1))
         query_start, start = query_stop, stop
@@ -115,5 +132,13 @@ def _attend_by_length(
 
 def mean_pool(hidden_th: Tensor, packing: Packing) -> Tensor:
     """(t, h) -> (n, h): the mean over the tokens of each text."""
-    pooled: Tensor = torch.segment_reduce(hidden_th, "mean", lengths=packing.lengths_n, axis=0)
+    # unsafe: without checks of ``lengths``, for which a GPU would have to be waited for.
+    pooled: Tensor = torch.segment_reduce(hidden_th, "mean", lengths=packing.lengths_n, axis=0, unsafe=True)
     return pooled
+
+
+def pool(hidden_th: Tensor, packing: Packing, spec: RetrieverSpec) -> Tensor:
+    """(t, h) -> (n, h): embeddings as ``spec`` pools and normalises them."""
+    rows = packing.pooled_rows(spec.pooling)
+    pooled = mean_pool(hidden_th, packing) if rows is None else hidden_th[rows]
+    return F.normalize(pooled, dim=-1) if spec.normalize else pooled

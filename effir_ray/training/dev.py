@@ -27,7 +27,6 @@ class DevScore:
         self,
         engine: Engine,
         tokenize: Tokenize,
-        pad_token: int,
         dataset: Dataset,
         dev: DevConfig,
         *,
@@ -37,7 +36,7 @@ class DevScore:
         """``token_budget``: at most so many tokens a pass, as in training."""
         sample = dataset.sample("dev", queries=dev.queries, documents=dev.documents, seed=seed)
         queries = sample.queries("dev")
-        self._engine, self._pad, self._token_budget = engine, pad_token, token_budget
+        self._engine, self._token_budget = engine, token_budget
         self._query_ids, self._document_ids = list(queries), sample.corpus.ids
         self._queries = tokenize(list(queries.values()), "query")
         self._documents = tokenize(
@@ -66,8 +65,8 @@ class DevScore:
         world = world_size()
         padding = -len(tokens) % world
         mine = [*tokens, *[tokens[0]] * padding][rank() :: world]
-        chunks = common_chunks([len(ids) for ids in mine], self._engine.device, self._token_budget)
-        pieces = [encode_rows(self._engine, [mine[row] for row in rows], self._pad) for rows in chunks]
+        chunks = common_chunks([len(ids) for ids in mine], self._engine, self._token_budget)
+        pieces = [encode_rows(self._engine, [mine[row] for row in rows]) for rows in chunks]
         order = torch.tensor([row for rows in chunks for row in rows], device=self._engine.device)
         gathered = gather_rows(torch.cat(pieces)[order.argsort()])
         # Row i of rank r is text i * world + r.

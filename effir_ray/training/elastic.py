@@ -94,7 +94,6 @@ class ElasticStep:
         objective: Objective,
         config: TrainConfig,
         *,
-        pad_token: int,
         token_budget: int | None = None,
         teacher: TeacherEmbeddings | None = None,
     ) -> None:
@@ -102,15 +101,12 @@ class ElasticStep:
         self._retriever, self._ladder, self._seed = retriever, config.elastic, config.seed
         self.token_budget = token_budget
         self._passes = _Passes(engine)
-        self._largest = ContrastiveStep(
-            self._passes, objective, pad_token=pad_token, token_budget=token_budget, teacher=teacher
-        )
+        self._largest = ContrastiveStep(self._passes, objective, token_budget=token_budget, teacher=teacher)
         labels = {name: term for name, term in objective.terms.items() if name in ("info_nce", "scores")}
         distilled = Objective({**labels, "largest": (1.0, SimilarityDistillation(config.temperature))})
         self._smaller = ContrastiveStep(
             self._passes,
             distilled,
-            pad_token=pad_token,
             token_budget=token_budget,
             teacher=lambda batch: self._said,
         )
@@ -146,7 +142,7 @@ class _Passes:
 
     def __init__(self, engine: Passes) -> None:
         self._engine = engine
-        self.device = engine.device
+        self.device, self.padded = engine.device, engine.padded
         self._networks = self._left = 1
 
     def begin(self, networks: int) -> None:
@@ -155,8 +151,8 @@ class _Passes:
     def next(self) -> None:
         self._left -= 1
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self._engine(ids, mask)
+    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return self._engine(ids, lengths)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.backward(loss / self._networks, last=last and self._left == 1)

@@ -15,28 +15,18 @@ from effir_ray.backbones.retriever import Retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.distributed import world_size
 from effir_ray.training.optim import adamw
-
-
-class TextEncoder(nn.Module):
-    """The model and its pooling as one module: engines wrap exactly what is trained."""
-
-    def __init__(self, retriever: Retriever) -> None:
-        super().__init__()
-        self.model = retriever.model
-        self._pool = retriever.pool
-
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """(batch, tokens) token ids and mask -> (batch, hidden) embeddings, float32."""
-        hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return self._pool(hidden, mask).float()
+from effir_ray.training.text_encoder import TextEncoder
 
 
 class Passes(Protocol):
-    """Forward and backward passes. ``last`` marks the backward pass after which the optimizer steps."""
+    """Forward passes, see ``TextEncoder``, and backward passes. ``last`` marks the backward pass after which
+    the optimizer steps. ``padded``: a pass costs as much as if all its texts were as long as the longest.
+    """
 
     device: torch.device
+    padded: bool
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor: ...
+    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor: ...
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
 
 
@@ -105,10 +95,10 @@ class DeepSpeedEngine:
         )
         self._deepspeed = deepspeed
         self.name = f"DeepSpeed ZeRO-{config.zero_stage}"
-        self.device, self.encoder = device, encoder
+        self.device, self.encoder, self.padded = device, encoder, encoder.padded
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        embeddings: Tensor = self._engine(ids, mask)
+    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        embeddings: Tensor = self._engine(ids, lengths)
         return embeddings
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -152,17 +142,18 @@ class PlainEngine:
         reason: str = "",
     ) -> None:
         self.name = f"DDP ({reason})" if reason else "DDP"
-        self.device, self.encoder, self._bfloat16 = device, encoder, bfloat16
+        self.device, self.encoder, self.padded = device, encoder, encoder.padded
+        self._bfloat16 = bfloat16
         self._clip = config.max_grad_norm
         self._parameters = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
         for parameter in self._parameters:  # adapters of a bfloat16 model
             parameter.data = parameter.data.float()
         self._optimizer = adamw(self._parameters, rate=config.learning_rate, weight_decay=config.weight_decay)
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
         # float32 weights with bfloat16 products: the optimizer then has its full-precision copy already.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            embeddings: Tensor = self.encoder(ids, mask)
+            embeddings: Tensor = self.encoder(ids, lengths)
         return embeddings
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -56,12 +56,11 @@ class ContrastiveStep:
         engine: Passes,
         objective: Objective,
         *,
-        pad_token: int,
         token_budget: int | None = None,
         teacher: TeacherEmbeddings | None = None,
     ) -> None:
         self._engine, self._objective = engine, objective
-        self._pad, self._teacher = pad_token, teacher
+        self._teacher = teacher
         self.token_budget = token_budget
 
     def __call__(self, batch: Batch) -> StepOutcome:
@@ -85,7 +84,7 @@ class ContrastiveStep:
             with _replayed(noise[index], self._engine.device):
                 embedding = self._encode(batch, chunks[index])
             self._engine.backward((embedding * cached[index]).sum(), last=index == again - 1)
-        computed = sum(_padded(lengths, rows) * (2 if i < again else 1) for i, rows in enumerate(chunks))
+        computed = sum(self._cost(lengths, rows) * (2 if i < again else 1) for i, rows in enumerate(chunks))
         return StepOutcome(
             loss=loss, terms=terms, tokens=sum(lengths), computed=computed, mean_cosine=mean_cosine
         )
@@ -106,17 +105,15 @@ class ContrastiveStep:
 
         ZeRO exchanges weights and gradients inside the passes, so no rank may make one more than another.
         """
-        chunks = common_chunks(lengths, self._engine.device, self.token_budget)
-        kept, used = 0, 0
-        for rows in reversed(chunks):
-            used += _padded(lengths, rows)
-            if self.token_budget is not None and used > self.token_budget:
-                break
-            kept += 1
-        return chunks, max(1, -int(largest(-kept, self._engine.device)))
+        chunks = common_chunks(lengths, self._engine, self.token_budget)
+        costs = [self._cost(lengths, rows) for rows in chunks]
+        return chunks, -int(largest(-kept_passes(costs, self.token_budget), self._engine.device))
+
+    def _cost(self, lengths: Sequence[int], rows: Sequence[int]) -> int:
+        return pass_tokens([lengths[row] for row in rows], padded=self._engine.padded)
 
     def _encode(self, batch: Batch, rows: Sequence[int]) -> Tensor:
-        return encode_rows(self._engine, [batch.tokens[row] for row in rows], self._pad)
+        return encode_rows(self._engine, [batch.tokens[row] for row in rows])
 
     def _loss(self, batch: Batch, local: Tensor) -> tuple[float, dict[str, float], Tensor, float]:
         """Loss and terms of the global batch, and the gradient for this rank's own embeddings.
@@ -154,43 +151,65 @@ class ContrastiveStep:
         )
 
 
-def encode_rows(engine: Passes, tokens: Sequence[list[int]], pad: int) -> Tensor:
-    """Embeddings (len(tokens), d) of some texts in one pass, padded on the right to the longest."""
-    longest = max(len(ids) for ids in tokens)
-    ids = torch.full((len(tokens), longest), pad)
-    mask = torch.zeros((len(tokens), longest), dtype=torch.long)
-    for row, text in enumerate(tokens):
-        ids[row, : len(text)] = torch.tensor(text)
-        mask[row, : len(text)] = 1
-    return engine(ids.to(engine.device), mask.to(engine.device))
+def encode_rows(engine: Passes, tokens: Sequence[list[int]]) -> Tensor:
+    """Embeddings (len(tokens), d) of some texts in one pass."""
+    ids = torch.tensor([token for text in tokens for token in text])
+    return engine(ids.to(engine.device), torch.tensor([len(text) for text in tokens]))
 
 
-def common_chunks(
-    lengths: Sequence[int], device: torch.device, token_budget: int | None = None
-) -> list[list[int]]:
-    """Rows of each forward pass, equally many passes on every rank (a collective)."""
-    limit = CHUNK_TOKENS[device.type]
-    chunks = plan_chunks(
-        lengths, min(token_budget or limit, limit), worthwhile=WORTHWHILE_TOKENS[device.type]
-    )
-    return split_chunks(chunks, int(largest(len(chunks), device)))
+def common_chunks(lengths: Sequence[int], engine: Passes, token_budget: int | None = None) -> list[list[int]]:
+    """Rows of each forward pass, equally many passes on every rank (a collective).
+
+    Passes as large as the budget recompute nearly everything when the batch is a little larger than that;
+    smaller ones leave more of the budget to graphs that are kept. A pass itself costs as much as some tokens.
+    """
+    most, worthwhile = CHUNK_TOKENS[engine.device.type], WORTHWHILE_TOKENS[engine.device.type]
+    limits = [most] if token_budget is None else [min(token_budget // part, most) for part in (1, 2, 4)]
+
+    def cost(chunks: list[list[int]]) -> float:
+        tokens = [pass_tokens([lengths[row] for row in rows], padded=engine.padded) for rows in chunks]
+        again = tokens[: len(chunks) - kept_passes(tokens, token_budget)]
+        return sum(tokens) + sum(again) + len(chunks) * worthwhile / 4
+
+    plans = [
+        plan_chunks(lengths, max(1, limit), worthwhile=worthwhile, padded=engine.padded) for limit in limits
+    ]
+    chunks = min(plans, key=cost)
+    return split_chunks(chunks, int(largest(len(chunks), engine.device)))
 
 
-def plan_chunks(lengths: Sequence[int], limit: int, *, worthwhile: int) -> list[list[int]]:
-    """Row numbers in groups of similar length, each at most ``limit`` tokens when padded (or one text).
+def pass_tokens(lengths: Sequence[int], *, padded: bool) -> int:
+    """Tokens that a pass over texts of these lengths computes."""
+    return max(lengths) * len(lengths) if padded else sum(lengths)
+
+
+def kept_passes(tokens: Sequence[int], token_budget: int | None) -> int:
+    """How many of the last passes fit the budget together: their graphs are kept, at least one's."""
+    kept, used = 0, 0
+    for count in reversed(tokens):
+        used += count
+        if token_budget is not None and used > token_budget:
+            break
+        kept += 1
+    return max(1, kept)
+
+
+def plan_chunks(lengths: Sequence[int], limit: int, *, worthwhile: int, padded: bool) -> list[list[int]]:
+    """Row numbers in groups of similar length, each a pass of at most ``limit`` tokens (or one text).
 
     A group of ``worthwhile`` tokens takes no text that would be a quarter padding.
     """
     chunks: list[list[int]] = []
     longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        padded = longest * (len(chunks[-1]) + 1) if chunks else 0
-        alike = lengths[row] >= 0.75 * longest or padded <= worthwhile
-        if chunks and alike and padded <= limit:
-            chunks[-1].append(row)
-        else:
-            chunks.append([row])
-            longest = lengths[row]
+        if chunks:
+            tokens = pass_tokens([*(lengths[other] for other in chunks[-1]), lengths[row]], padded=padded)
+            alike = not padded or lengths[row] >= 0.75 * longest or tokens <= worthwhile
+            if alike and tokens <= limit:
+                chunks[-1].append(row)
+                continue
+        chunks.append([row])
+        longest = lengths[row]
     return chunks
 
 
@@ -211,10 +230,6 @@ def mean_cosine(embeddings: Tensor) -> float:
         return 0.0
     unit = torch.nn.functional.normalize(embeddings.float(), dim=1)
     return float((unit.sum(dim=0).square().sum() - n) / (n * (n - 1)))
-
-
-def _padded(lengths: Sequence[int], rows: Sequence[int]) -> int:
-    return max(lengths[row] for row in rows) * len(rows)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.sparsity import mask_gradients
 from effir_ray.config import parse
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import keep_freed_memory
 from effir_ray.stages import StageStore
 from effir_ray.training import survival
 from effir_ray.training.batches import Batches
@@ -74,12 +75,11 @@ class Run:
         pairs, self.left_out = training_pairs(job["pairs"], job["split"], dev, left_out=job["left_out"])
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = survival.halved_budget(self.run)
-        pad_token = self.retriever.tokenizer.pad_token_id or 0
         teacher = embeddings_for(config, pairs, StageStore(Path(job["stages"])), job["teacher_dtype"])
-        self.step = self._step(pad_token, teacher)
-        self.dev_score = self._dev(pad_token, dev)
+        self.step = self._step(teacher)
+        self.dev_score = self._dev(dev)
 
-    def _step(self, pad_token: int, teacher: TeacherEmbeddings | None) -> ContrastiveStep | ElasticStep:
+    def _step(self, teacher: TeacherEmbeddings | None) -> ContrastiveStep | ElasticStep:
         config, budget = self.config, self.halved or self.config.token_budget
         objective = build_objective(config, has_teacher_scores=self.batches.has_teacher_scores)
         if config.elastic:
@@ -88,26 +88,22 @@ class Run:
                 self.retriever,
                 objective,
                 config,
-                pad_token=pad_token,
                 token_budget=budget,
                 teacher=teacher,
             )
-        return ContrastiveStep(
-            self.engine, objective, pad_token=pad_token, token_budget=budget, teacher=teacher
-        )
+        return ContrastiveStep(self.engine, objective, token_budget=budget, teacher=teacher)
 
     def _tokenize(self, texts: Any, kind: Any) -> list[list[int]]:
         limit = self.config.query_max_length if kind == "query" else self.config.document_max_length
         return self.retriever.tokenize(texts, kind, max_length=limit)
 
-    def _dev(self, pad_token: int, dataset: Dataset | None) -> DevScore | None:
+    def _dev(self, dataset: Dataset | None) -> DevScore | None:
         dev = self.config.dev
         if dev is None or dataset is None:
             return None
         return DevScore(
             self.engine,
             self._tokenize,
-            pad_token,
             dataset,
             dev,
             seed=self.config.seed,
@@ -222,6 +218,7 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
+    keep_freed_memory()
     return torch.device("cpu"), config.precision == "bfloat16"
 
 

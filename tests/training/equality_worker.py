@@ -101,7 +101,7 @@ def run(combination: Combination, rank: int) -> dict[str, Any]:
 
     batches = Batches(training_pairs(), config, tokenize, rank=rank, world=combination.ranks)
     objective = build_objective(config, has_teacher_scores=True)
-    step = ContrastiveStep(engine, objective, pad_token=0, token_budget=config.token_budget)
+    step = ContrastiveStep(engine, objective, token_budget=config.token_budget)
     losses, norms, gradients = [], [], {}
     for done, batch in enumerate(batches.run()):
         outcome = step(batch)
@@ -127,11 +127,11 @@ def save(ranks: int, rank: int, folder: Path) -> dict[str, Any]:
         return retriever.tokenize(texts, kind, max_length=64)
 
     batches = Batches(training_pairs(), config, tokenize, rank=rank, world=ranks)
-    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False), pad_token=0)
+    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False))
     step(next(batches.run()))
     engine.step(1e-2)
     with torch.no_grad():
-        embedding = encode_rows(engine, tokenize([SENTENCE], "document"), 0)
+        embedding = encode_rows(engine, tokenize([SENTENCE], "document"))
     write_checkpoint(engine, skeleton, str(folder))
     return {"folder": str(folder), "embedding": embedding}
 
@@ -149,7 +149,7 @@ def sparse(ranks: int, rank: int, zero: int) -> dict[str, torch.Tensor]:
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=64)
 
-    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False), pad_token=0)
+    step = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False))
     for batch in Batches(training_pairs(), config, tokenize, rank=rank, world=ranks).run():
         step(batch)
         engine.step(1e-3)

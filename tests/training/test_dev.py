@@ -11,7 +11,8 @@ from effir_ray.backbones.retriever import load_retriever
 from effir_ray.retrieval.datasets import load_dataset
 from effir_ray.training.config import DevConfig, TrainConfig
 from effir_ray.training.dev import DevScore
-from effir_ray.training.engine import PlainEngine, TextEncoder
+from effir_ray.training.engine import PlainEngine
+from effir_ray.training.text_encoder import TextEncoder
 from tests.training.test_pairs import beir_folder
 
 
@@ -24,7 +25,7 @@ def test_no_pass_is_larger_than_the_budget(budget: int | None, tmp_path: Path) -
     engine.encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
     dev = DevConfig(every=1, queries=10, documents=30)
     dataset = load_dataset(beir_folder(tmp_path / "data"))
-    score = DevScore(engine, retriever.tokenize, 0, dataset, dev, seed=0, token_budget=budget)
+    score = DevScore(engine, retriever.tokenize, dataset, dev, seed=0, token_budget=budget)
     assert 0 <= score() <= 1
     assert max(sizes) <= (budget or 2048)
     assert (len(sizes) > 4) == (budget is not None)

@@ -15,11 +15,12 @@ from effir_ray.errors import InputError
 from effir_ray.training.batches import Batch, Batches
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.elastic import ElasticStep, choose, extract, layer_widths, prepare_elastic, selected
-from effir_ray.training.engine import PlainEngine, TextEncoder
+from effir_ray.training.engine import PlainEngine
 from effir_ray.training.gradcache import ContrastiveStep
 from effir_ray.training.ladder import Rung, make_ladder
 from effir_ray.training.losses import build_objective
 from effir_ray.training.pairs import Pair
+from effir_ray.training.text_encoder import TextEncoder
 
 LADDER = make_ladder([(1, 1.0), (1, 0.75), (2, 0.5), (3, 0.25)], mlp_order=[2, 1], attention_order=[3])
 TEXTS = ["a short text", "another text that is somewhat longer than the first one", "three"]
@@ -48,7 +49,8 @@ def embed(retriever: Retriever, texts: list[str] = TEXTS) -> torch.Tensor:
     mask = torch.zeros_like(ids)
     for row, text in enumerate(tokens):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-    return TextEncoder(retriever)(ids, mask)
+    hidden = retriever.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return retriever.pool(hidden, mask)
 
 
 def run_of(model: Path | str, **settings: object) -> tuple[Retriever, PlainEngine, TrainConfig, Batch]:
@@ -94,12 +96,12 @@ def test_gradients_are_the_mean_over_networks(token_budget: int | None, tmp_path
     model = sorted_model("random:llama", tmp_path)
     retriever, engine, config, batch = run_of(model)
     objective = build_objective(config, has_teacher_scores=False)
-    step = ElasticStep(engine, retriever, objective, config, pad_token=0, token_budget=token_budget)
+    step = ElasticStep(engine, retriever, objective, config, token_budget=token_budget)
     outcome = step(batch)
     found = {name: parameter.grad for name, parameter in retriever.model.named_parameters()}
 
     other, plain, _, _ = run_of(model)
-    largest = ContrastiveStep(plain, objective, pad_token=0)
+    largest = ContrastiveStep(plain, objective)
     teacher = largest.embed(batch)
     networks = [Rung(), *choose(LADDER, config.seed, 0)]
     for rung in networks[1:]:
@@ -120,7 +122,7 @@ def reference(retriever: Retriever, batch: Batch, teacher: torch.Tensor, tempera
     mask = torch.zeros_like(ids)
     for row, text in enumerate(tokens):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-    embeddings = TextEncoder(retriever)(ids, mask)
+    embeddings = retriever.pool(retriever.model(ids, attention_mask=mask).last_hidden_state, mask)
     scores = embeddings[:b] @ embeddings[b:].T / temperature
     wanted = teacher[:b] @ teacher[b:].T / temperature
     positives = torch.arange(b) * batch.document_ids.shape[1]
@@ -132,7 +134,7 @@ def reference(retriever: Retriever, batch: Batch, teacher: torch.Tensor, tempera
 def test_the_smallest_rung_learns(tmp_path: Path) -> None:
     retriever, engine, config, batch = run_of(sorted_model("random:llama", tmp_path))
     objective = build_objective(config, has_teacher_scores=False)
-    step = ElasticStep(engine, retriever, objective, config, pad_token=0)
+    step = ElasticStep(engine, retriever, objective, config)
     smallest = LADDER[-1].name
     first = step(batch).terms[smallest]
     for _ in range(15):

@@ -45,10 +45,9 @@ def test_without_deepspeed_bfloat16_trains_plainly_and_says_why(
     trained = [parameter for parameter in retriever.model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     before = [parameter.detach().clone() for parameter in trained]
-    ids = torch.tensor(retriever.tokenize(["some words"], "document"))
-    found.backward(
-        found(ids, torch.ones_like(ids)).square().sum() - found(ids[:, :2], ids[:, :2]).sum(), last=True
-    )
+    (ids,) = retriever.tokenize(["some words"], "document")
+    embeddings = found(torch.tensor([*ids, *ids[:2]]), torch.tensor([len(ids), 2]))
+    found.backward(embeddings[0].square().sum() - embeddings[1].sum(), last=True)
     assert found.step(1e-2) > 0
     assert any(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
 
@@ -61,9 +60,10 @@ def test_zeros_that_are_kept_stay_and_the_other_weights_move(monkeypatch: pytest
     before = [weight.detach().clone() for weight in weights]
     config = settings(keep_zeros=True, weight_decay=0.1)
     found = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
-    ids = torch.tensor(retriever.tokenize(["a few words to train on"], "document"))
+    (ids,) = retriever.tokenize(["a few words to train on"], "document")
     for _ in range(3):
-        found.backward((found(ids, torch.ones_like(ids)) * torch.arange(64)).sum(), last=True)
+        embedding = found(torch.tensor(ids), torch.tensor([len(ids)]))
+        found.backward((embedding * torch.arange(64)).sum(), last=True)
         found.step(1e-3)
     for old, new in zip(before, weights, strict=True):
         assert ((new.reshape(-1, 4) == 0).sum(dim=1) == 2).all()

@@ -10,9 +10,18 @@ import torch
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.training.batches import Batch, Batches
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.engine import PlainEngine, TextEncoder
-from effir_ray.training.gradcache import ContrastiveStep, mean_cosine, plan_chunks, split_chunks
+from effir_ray.training.engine import PlainEngine
+from effir_ray.training.gradcache import (
+    ContrastiveStep,
+    common_chunks,
+    kept_passes,
+    mean_cosine,
+    pass_tokens,
+    plan_chunks,
+    split_chunks,
+)
 from effir_ray.training.losses import build_objective
+from effir_ray.training.text_encoder import TextEncoder
 from tests.training.equality_worker import training_pairs
 
 
@@ -34,7 +43,7 @@ def gradients(model: str, budget: int | None, **settings: Any) -> tuple[dict[str
         rows = torch.randn(len(batch.texts), 64, generator=torch.Generator().manual_seed(1))
         return rows[: batch.n_queries], rows[batch.n_queries :]
 
-    step = ContrastiveStep(engine, objective, pad_token=0, token_budget=budget, teacher=teacher)
+    step = ContrastiveStep(engine, objective, token_budget=budget, teacher=teacher)
     torch.manual_seed(5)
     outcome = step(batch)
     return {
@@ -63,8 +72,8 @@ def test_recomputed_passes_draw_the_dropout_they_drew_before(monkeypatch: pytest
     seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     forward = TextEncoder.forward
 
-    def with_dropout(self: TextEncoder, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        embeddings = torch.nn.functional.dropout(forward(self, ids, mask), 0.5)
+    def with_dropout(self: TextEncoder, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        embeddings = torch.nn.functional.dropout(forward(self, ids, lengths), 0.5)
         seen[torch.is_grad_enabled()].append(embeddings.detach())
         return embeddings
 
@@ -82,16 +91,33 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.allclose(plain[name], checkpointed[name], atol=1e-5), name
 
 
-def test_chunks_hold_every_row_once_within_the_limit() -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_chunks_hold_every_row_once_within_the_limit(padded: bool) -> None:
     lengths = [5, 100, 7, 7, 30, 1, 64, 64, 64]
-    chunks = plan_chunks(lengths, 128, worthwhile=32)
+    chunks = plan_chunks(lengths, 128, worthwhile=32, padded=padded)
     assert sorted(row for rows in chunks for row in rows) == list(range(9))
-    for rows in chunks:
-        assert len(rows) == 1 or max(lengths[row] for row in rows) * len(rows) <= 128
-    padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in chunks)
-    assert padded <= sum(lengths) / 0.75 + 32
+    costs = [pass_tokens([lengths[row] for row in rows], padded=padded) for rows in chunks]
+    for rows, cost in zip(chunks, costs, strict=True):
+        assert len(rows) == 1 or cost <= 128
+    assert sum(costs) <= (sum(lengths) / 0.75 + 32 if padded else sum(lengths))
     assert len(split_chunks(chunks, 9)) == 9
     assert sorted(row for rows in split_chunks(chunks, 8) for row in rows) == list(range(9))
+
+
+def test_a_batch_little_larger_than_the_budget_recomputes_little() -> None:
+    engine = PlainEngine(
+        TextEncoder(load_retriever("random:llama")),
+        TrainConfig(dataset="d", lora=None),
+        torch.device("cpu"),
+        False,
+    )
+    lengths, budget = [100] * 24, 2048
+    chunks = common_chunks(lengths, engine, budget)
+    costs = [100 * len(rows) for rows in chunks]
+    kept = sum(costs[len(chunks) - kept_passes(costs, budget) :])
+    assert kept <= budget
+    assert sum(lengths) - kept < sum(lengths) / 3
+    assert len(common_chunks(lengths, engine, None)) == 2  # nothing to recompute: passes as large as can be
 
 
 def test_mean_cosine_is_one_for_collapsed_embeddings() -> None:

@@ -1,0 +1,44 @@
+"""The compiled kernels, here for the CPU, compute what the plain passes do."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from effir_ray.retrieval import fused_kernels
+from effir_ray.retrieval.fused_kernels import Fused
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@compiler
+@pytest.mark.integration
+def test_rotation() -> None:
+    cos, sin = torch.rand(7, 1, 4), torch.rand(7, 1, 4)
+    for heads in (3, 5):
+        x = torch.randn(7, heads, 8)
+        expected = fused_kernels.rotate(x, cos, sin)
+        torch.testing.assert_close(fused_kernels.rotate.compiled(x, cos, sin), expected)
+
+
+@compiler
+@pytest.mark.integration
+def test_gate() -> None:
+    for tokens in (5, 9):
+        x = torch.randn(tokens, 12)
+        found = fused_kernels.gated.compiled(x)
+        torch.testing.assert_close(found, torch.nn.functional.silu(x[:, :6]) * x[:, 6:])
+        torch.testing.assert_close(fused_kernels.gated(x.clone()), found)
+
+
+def test_without_a_compiler_the_plain_function_is_used_and_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*tensors: torch.Tensor) -> torch.Tensor:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nat length")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
+    fused = Fused(torch.neg, otherwise=torch.neg)
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here: no compiler$"):
+        assert fused.compiled(torch.ones(2)).tolist() == [-1, -1]
+    assert not fused._works
