@@ -31,6 +31,10 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Go on from the last checkpoint in --out, or start over.")
     ] = True,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="'mlflow' or 'wandb' (or both): show the curves there too, beside TensorBoard."),
+    ] = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +56,7 @@ def train(
     if trained is None:
         raise InputError(f"{config}: says no model to train; add 'model: NAME' to it, or give --model")
     with show_progress():
-        result = run(trained, settings, out, address=address, resume=resume)
+        result = run(trained, settings, out, address=address, resume=resume, track=track or ())
     if as_json:
         show_json(result)
     else:

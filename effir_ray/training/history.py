@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ray.train import UserCallback
 
 from effir_ray.progress import Progress, progress
 from effir_ray.training.monitoring import TensorBoard
+from effir_ray.training.trackers import Board
 
 HISTORY = "history.jsonl"
 _POLL_SECONDS = 0.3
@@ -39,11 +40,13 @@ def read_history(file: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def follow(out: Path, description: str) -> Iterator[None]:
-    """Within this context rows that arrive in ``out`` go to the progress display and to TensorBoard files."""
+def follow(out: Path, description: str, boards: Sequence[Board] = ()) -> Iterator[None]:
+    """Within this context rows that arrive in ``out`` go to the progress display, to TensorBoard files and to
+    ``boards``.
+    """
     stop = threading.Event()
     context = contextvars.copy_context()  # the display belongs to the caller's context
-    thread = threading.Thread(target=context.run, args=(_show, out, description, stop), daemon=True)
+    thread = threading.Thread(target=context.run, args=(_show, out, description, boards, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -52,7 +55,7 @@ def follow(out: Path, description: str) -> Iterator[None]:
         thread.join()
 
 
-def _show(out: Path, description: str, stop: threading.Event) -> None:
+def _show(out: Path, description: str, boards: Sequence[Board], stop: threading.Event) -> None:
     file = out / HISTORY
     known = read_history(file)
     at = file.stat().st_size if file.exists() else 0
@@ -64,7 +67,8 @@ def _show(out: Path, description: str, stop: threading.Event) -> None:
             rows, at = _lines(file, at)
             for row in rows:
                 _advance(bar, row)
-                board.on_row(row)
+                for each in (board, *boards):
+                    each.on_row(row)
             if ending:
                 return
 

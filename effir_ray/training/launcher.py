@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import HISTORY, HistoryWriter, follow, read_history
 from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget
+from effir_ray.training.trackers import Board, check_installed, tracked
 
 _SETTINGS, _RESULT = "training.json", "result.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
@@ -46,16 +47,19 @@ def train(
     address: str | None = None,
     resume: bool = True,
     stages: StageStore | None = None,
+    track: Collection[str] = (),
 ) -> TrainResult:
     """Fine-tune ``model`` (any name or path that ``load_retriever`` takes) into ``out/checkpoint``.
 
     Run again with the same arguments it goes on from the newest training checkpoint, or returns at once when
     it had finished; ``resume=False`` starts over. Works in a script, a notebook and inside a Ray Tune trial.
     ``stages`` keeps mined negatives and teacher embeddings (by default below ``out``).
+    ``track``: "mlflow" and "wandb" (Weights & Biases), where the curves are then shown too.
 
     Raises InputError for data or settings that cannot work (a folder of another run included) and
     TrialFailure when the weights can no longer be trusted.
     """
+    check_installed(track)
     out = Path(out).absolute()
     stages = stages or StageStore(out / "stages")
     model, config = _absolute(str(model), PACKAGED), with_absolute_paths(config)
@@ -66,7 +70,8 @@ def train(
     began = time.monotonic()
     connect(address)
     job |= _prepare_data(config, stages)
-    outcome = _fit(job, config, out)
+    with tracked(track, out.name, job["name"], {"model": model, **job["config"]}) as boards:
+        outcome = _fit(job, config, out, boards)
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
@@ -109,29 +114,30 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
         "contents": _contents(model, config),
     }
     base, name = _place(out, settings)
-    run = f"{base}/{name}"
+    run = storage.join(base, name)
     known = out / _SETTINGS
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY):
             (out / file).unlink(missing_ok=True)
         for old in (before, settings):
-            storage.remove("/".join(_place(out, old)))
+            storage.remove(storage.join(*_place(out, old)))
     elif before != settings:
         raise InputError(
             f"{out} holds a run of another model or other settings or data ({known}: "
             f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
         )
     out.mkdir(parents=True, exist_ok=True)
+    storage.check(base)
     _write_json(known, settings)
-    return {**settings, "base": base, "name": name, "run": run, "saved": f"{run}/model"}
+    return {**settings, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
 
 
 def _place(out: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """Where Ray Train keeps a run with these settings: folder or URI, and its name there."""
     name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
     base = settings["config"].get("storage_path") or str(out / "run")
-    return base.rstrip("/"), name
+    return base, name
 
 
 def _contents(model: str, config: TrainConfig) -> dict[str, str]:
@@ -190,7 +196,7 @@ def _split_of(pairs: str, config: TrainConfig) -> str:
     return "train" if pairs != config.dataset else config.split
 
 
-def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
+def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]) -> dict[str, Any]:
     """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -203,7 +209,7 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path) -> dict[str, Any]:
     while True:
         budget = halved_budget(job["run"])
         try:
-            with follow(out, f"Training {Path(job['model']).name}"):
+            with follow(out, f"Training {Path(job['model']).name}", boards):
                 outcome = _trainer(job, config, out).fit().return_value
             break
         except SystemExit:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from effir_ray.errors import TrialFailure
+from effir_ray.training.trackers import numbers
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=purge_from)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if isinstance(value, int | float) and name not in ("step", "steps"):
-                self._writer.add_scalar(f"train/{name}", value, row["step"])
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(f"train/{name}", value, row["step"])
         self._writer.flush()
 
     def __enter__(self) -> TensorBoard:

@@ -5,9 +5,35 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from effir_ray.errors import InputError
+
+
+def join(base: str, name: str) -> str:
+    """``base/name``; a URI's options (``s3://bucket/runs?endpoint_override=...``) stay at its end."""
+    if "://" not in base:
+        return f"{base.rstrip('/')}/{name}"
+    place, mark, options = base.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
+
+
+def check(base: str) -> None:
+    """Raise InputError where no files can be written to ``base``: workers would fail much later and at
+    length.
+    """
+    if "://" not in base:
+        return
+    probe = join(base, f".effir-ray-{uuid.uuid4().hex}")
+    try:
+        write_json(probe, {})
+        remove(probe)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{base} cannot be written to: {reason}") from error
 
 
 def upload(target: str, write: Callable[[Path], None]) -> None:
@@ -78,14 +104,15 @@ def exists(source: str) -> bool:
 
 
 def remove(source: str) -> None:
-    """Delete the folder at ``source``; nothing happens when there is none."""
+    """Delete the folder (at a URI also the file) at ``source``; nothing happens when there is none."""
     if "://" not in source:
         shutil.rmtree(source, ignore_errors=True)
     elif exists(source):
         from pyarrow import fs
 
         filesystem, path = fs.FileSystem.from_uri(source)
-        filesystem.delete_dir(path)
+        kind: Any = filesystem.get_file_info(path).type
+        (filesystem.delete_file if kind == fs.FileType.File else filesystem.delete_dir)(path)
 
 
 def _copy(source: str, folder: Path) -> None:

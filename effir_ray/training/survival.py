@@ -114,12 +114,12 @@ def halving(run: str, budget: int) -> Iterator[None]:
 
 
 def halve(run: str, budget: int) -> None:
-    storage.write_json(f"{run}/{_BUDGET}", {"token_budget": budget // 2})
+    storage.write_json(storage.join(run, _BUDGET), {"token_budget": budget // 2})
 
 
 def halved_budget(run: str) -> int | None:
     """The token budget that an earlier start of this run was brought down to; None when it never was."""
-    found = storage.read_json(f"{run}/{_BUDGET}")
+    found = storage.read_json(storage.join(run, _BUDGET))
     return None if found is None else int(found["token_budget"])
 
 

@@ -28,9 +28,7 @@ def test_a_filled_text_has_the_embedding_of_the_text_alone(family: str, pooling:
         ids, packing = filled.read()
         assert packing.bounds.tolist() == [0, len(text), 256]
         lengths = (len(text), 256 - len(text))  # a GPU takes them from memory
-        packing = Packing(
-            (len(text), 256 - len(text)), packing.lengths_n, packing.bounds, packing.positions_t
-        )
+        packing = Packing(lengths, packing.lengths_n, packing.bounds, packing.positions_t)
         with torch.inference_mode():
             torch.testing.assert_close(forward._embed(ids, packing)[:1], forward([text]), atol=1e-5, rtol=0)
 
