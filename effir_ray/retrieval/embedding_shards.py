@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,8 @@ class ShardFolder:
 
     def header(self) -> Encoding | None:
         """What the folder holds; None when it is new. Raises InputError when it is something else."""
-        text = self._read(_HEADER)
+        with self._reached():
+            text = self._read(_HEADER)
         if text is None:
             return None
         try:
@@ -111,8 +113,9 @@ class ShardFolder:
     def write_header(self, encoding: Encoding) -> None:
         """Make the folder."""
         system, root = self._root()
-        system.create_dir(f"{root}/shards", recursive=True)
-        self._write(_HEADER, (encoding.model_dump_json(indent=1) + "\n").encode())
+        with self._reached():
+            system.create_dir(f"{root}/shards", recursive=True)
+            self._write(_HEADER, (encoding.model_dump_json(indent=1) + "\n").encode())
 
     def finished(self) -> set[int]:
         """Numbers of the shards that are there completely."""
@@ -179,6 +182,17 @@ class ShardFolder:
         folder = self.local
         for leftover in folder.glob("shards/*.tmp-*") if folder else ():
             leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        """An object store that does not answer, or has no such bucket, is named in one line."""
+        try:
+            yield
+        except OSError as error:
+            if "://" not in self.location:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"{self.location} cannot be used: {reason}") from error
 
     def _read(self, name: str) -> bytes | None:
         system, root = self._root()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from effir_ray.errors import InputError
+from effir_ray.retrieval.embedding_shards import ShardFolder
 from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import read_history
@@ -63,3 +64,27 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
     with pytest.raises(InputError, match="another model or other settings"):
         train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
+
+
+def test_options_of_a_uri_stay_at_its_end() -> None:
+    assert storage.join("/runs/", "a") == "/runs/a"
+    assert storage.join("s3://bucket/runs", "a") == "s3://bucket/runs/a"
+    assert storage.join("s3://b/runs/?scheme=http", "a") == "s3://b/runs/a?scheme=http"
+
+
+def test_a_place_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
+    storage.check(tmp_path.as_uri())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^s4://bucket cannot be written to: Unrecognized"):
+        storage.check("s4://bucket")
+
+
+@pytest.mark.integration
+def test_an_object_store_that_does_not_answer_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    nobody = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=x"
+    with pytest.raises(InputError, match=r"cannot be written to: .*connect"):
+        storage.check(nobody)
+    with pytest.raises(InputError, match=r"cannot be used: .*connect"):
+        ShardFolder(nobody).header()
