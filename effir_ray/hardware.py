@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from dataclasses import dataclass, field
@@ -70,18 +69,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees instead of handing it back to the system (glibc only).
-
-    Tensors above 32 MiB otherwise come as fresh pages each time, and a training step frees and takes
-    gigabytes: on CPUs a fifth of its time went into page faults.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(mmap_max, 0)

@@ -21,8 +21,9 @@ from effir_ray.retrieval.varlen_attention import Packing
 LENGTH_CLASSES = (16, 32, 64, 128, 256)
 """Longer texts keep a GPU busy without help."""
 
-_AGREEMENT = 0.999
-"""Least cosine between a recording's first result and the ordinary pass: half precision, other shapes."""
+_AGREEMENT = 0.99
+"""Least cosine between a recording's first result and the ordinary pass: half precision differs a little in
+products of another shape, a wrong recording a lot."""
 
 Embed = Callable[[Tensor, Packing], Tensor]  # token ids (t,), where the texts lie -> embeddings (n, d)
 

@@ -17,7 +17,6 @@ from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.sparsity import mask_gradients
 from effir_ray.config import parse
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import keep_freed_memory
 from effir_ray.stages import StageStore
 from effir_ray.training import survival
 from effir_ray.training.batches import Batches
@@ -218,7 +217,6 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
-    keep_freed_memory()
     return torch.device("cpu"), config.precision == "bfloat16"
 
 
