@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from pathlib import Path
+
+from effir_ray.files import write_whole
 
 _WORTH_A_NOTE = 2**20  # bytes; hashing less takes no longer than looking up a note
 
@@ -30,13 +31,5 @@ def file_hash(path: Path) -> str:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(note, digest)
+    write_whole(note, digest)
     return digest
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Readers see the old content or the new, never half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as stream:
-        stream.write(text)
-    Path(temporary).replace(path)

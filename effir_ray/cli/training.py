@@ -126,13 +126,11 @@ def _deliver(found: Path, out: Path, as_json: bool) -> None:
     """Copy a stage's file to where the user wants it, complete or not at all."""
     import shutil
 
+    from effir_ray.files import whole
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    try:
+    with whole(out) as aside:
         shutil.copyfile(found, aside)
-        aside.replace(out)
-    finally:
-        aside.unlink(missing_ok=True)
     with out.open(encoding="utf-8") as file:
         pairs = sum(1 for _ in file)
     if as_json:

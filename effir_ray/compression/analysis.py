@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from effir_ray.compression.planning import make_plan, within
 from effir_ray.compression.schedule import Criterion, Schedule
 from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -152,9 +152,9 @@ def analyze(
         document_tokens=document_tokens,
         calibration_texts=len(texts),
     )
-    write_atomic(out / "sublayers.arrow", _arrow(analysis.sublayers))
-    write_atomic(out / "sizes.arrow", _arrow(analysis.sizes))
-    write_atomic(out / "analysis.json", analysis.model_dump_json(indent=2).encode())
+    write_whole(out / "sublayers.arrow", _arrow(analysis.sublayers))
+    write_whole(out / "sizes.arrow", _arrow(analysis.sizes))
+    write_whole(out / "analysis.json", analysis.model_dump_json(indent=2).encode())
     write_page(analysis, out)
     return analysis
 
@@ -268,10 +268,3 @@ def _prepare(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be used as the output folder: {error.strerror}") from None
-
-
-def write_atomic(file: Path, content: bytes) -> None:
-    """``file`` appears complete or not at all."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(file)

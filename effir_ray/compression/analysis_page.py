@@ -11,14 +11,15 @@ from string import Template
 
 import effir_ray
 from effir_ray.compression import analysis_figures as figures
-from effir_ray.compression.analysis import UNITS, Analysis, write_atomic
+from effir_ray.compression.analysis import UNITS, Analysis
+from effir_ray.files import write_whole
 
 
 def write_page(analysis: Analysis, out: Path) -> None:
     """``out/analysis.html``, and every figure of it as ``out/<name>.svg``."""
     parts = []
     for name, (caption, svg) in _figures(analysis).items():
-        write_atomic(out / f"{name}.svg", svg.encode())
+        write_whole(out / f"{name}.svg", svg.encode())
         data = base64.b64encode(svg.encode()).decode()
         parts.append(
             f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(caption)}">'
@@ -33,7 +34,7 @@ def write_page(analysis: Analysis, out: Path) -> None:
         sublayers=_sublayers(analysis),
         sizes=_sizes(analysis),
     )
-    write_atomic(out / "analysis.html", page.encode())
+    write_whole(out / "analysis.html", page.encode())
 
 
 def _figures(analysis: Analysis) -> dict[str, tuple[str, str]]:

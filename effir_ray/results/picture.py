@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from effir_ray.files import whole
 from effir_ray.results.pareto import on_front
 from effir_ray.results.schema import Direction
 
@@ -39,9 +40,8 @@ def draw_front(table: pa.Table, out: Path) -> Path:
         axes.set_title(f"{first['backbone']} on {first['dataset']}, {first['split']} queries", loc="left")
         out.parent.mkdir(parents=True, exist_ok=True)
         kind = out.suffix.removeprefix(".")
-        aside = out.with_name(f".{out.name}.tmp")
-        figure.savefig(aside, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-    aside.replace(out)
+        with whole(out) as aside:
+            figure.savefig(aside, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     return out
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from effir_ray.errors import InputError
+from effir_ray.files import write_whole
 from effir_ray.results import store
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
@@ -60,9 +61,7 @@ def report(folders: Iterable[Path | str], out: Path | str) -> Path:
     if target.suffix != ".html":
         raise InputError(f"{target}: a report is written as .html, .svg or .png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.tmp")
-    aside.write_text(page(table), encoding="utf-8")
-    aside.replace(target)
+    write_whole(target, page(table))
     return target
 
 

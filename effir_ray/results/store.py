@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from effir_ray.errors import InputError, is_disk_full
+from effir_ray.files import whole
 from effir_ray.results.schema import ARROW_SCHEMA, SCHEMA_VERSION, TrialRow
 
 ROWS_FOLDER = "rows"
@@ -25,13 +26,11 @@ def append(folder: Path | str, rows: Sequence[TrialRow]) -> Path:
     table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=ARROW_SCHEMA)
     target = Path(folder) / ROWS_FOLDER
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.parquet"
-    aside = target / f".{name}.tmp"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, aside)
-        aside.rename(target / name)
+        with whole(target / name) as aside:
+            pq.write_table(table, aside)
     except Exception as error:
-        aside.unlink(missing_ok=True)
         if is_disk_full(error):
             raise InputError(f"{target}: no disk space left to write results; free some and resume") from None
         raise

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effir_ray.files import write_whole
 from effir_ray.retrieval.feedback import Feedback
 from effir_ray.retrieval.metrics import Run, Scores
 from effir_ray.retrieval.trec import write_run
@@ -76,6 +77,4 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> None:
         "evaluation.json": evaluation.summary(),
     }
     for name, content in files.items():
-        aside = out / f"{name}.partial"
-        aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
-        aside.replace(out / name)
+        write_whole(out / name, json.dumps(content, indent=2))

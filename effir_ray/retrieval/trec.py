@@ -5,19 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from effir_ray.errors import InputError
+from effir_ray.files import whole
 from effir_ray.retrieval.metrics import Run
 
 
 def write_run(run: Run, path: Path, *, tag: str) -> None:
     """Write ``run``, best hit first (ties in the run's own order), scores exact to the last float32 bit."""
     tag = "_".join(tag.split()) or "effir-ray"
-    aside = path.with_name(path.name + ".partial")
-    with aside.open("w", encoding="utf-8") as file:
+    with whole(path) as aside, aside.open("w", encoding="utf-8") as file:
         for query_id, hits in run.items():
             ranked = sorted(hits.items(), key=lambda hit: -hit[1])
             for rank, (document_id, score) in enumerate(ranked, 1):
                 file.write(f"{query_id} Q0 {document_id} {rank} {score:.9g} {tag}\n")
-    aside.replace(path)
 
 
 def read_run(path: Path) -> Run:

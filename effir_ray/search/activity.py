@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from effir_ray.files import write_whole
 from effir_ray.progress import show_progress
 
 FOLDER = "activity"
@@ -41,9 +42,7 @@ class Reporter:
 
     def __call__(self, stage: str) -> None:
         activity = Activity(trial=self.trial, split=self.split, stage=stage, since=time.time())
-        aside = self.file.with_suffix(f".tmp{os.getpid()}")
-        aside.write_text(json.dumps(asdict(activity)))
-        aside.replace(self.file)
+        write_whole(self.file, json.dumps(asdict(activity)))
         self.file.with_suffix(".log").write_text("")
 
 

@@ -9,7 +9,6 @@ OUT/tune/           Ray Tune's own logs
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.files import write_whole
 from effir_ray.hardware import available_cores
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
@@ -66,10 +66,7 @@ def claim(out: Path, space: SearchSpace, *, resume: bool) -> SearchSpace:
         record = StudyRecord(
             space=space, threads=space.threads or max(1, available_cores() // space.concurrency)
         )
-        file = out / STUDY_FILE
-        aside = file.with_suffix(f".tmp{os.getpid()}")
-        aside.write_text(record.model_dump_json(indent=1) + "\n")
-        aside.replace(file)
+        write_whole(out / STUDY_FILE, record.model_dump_json(indent=1) + "\n")
     return space.model_copy(update={"threads": record.threads})
 
 

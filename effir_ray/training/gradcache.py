@@ -200,16 +200,17 @@ def plan_chunks(lengths: Sequence[int], limit: int, *, worthwhile: int, padded: 
     A group of ``worthwhile`` tokens takes no text that would be a quarter padding.
     """
     chunks: list[list[int]] = []
-    longest = 0
+    longest = tokens = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if chunks:
-            tokens = pass_tokens([*(lengths[other] for other in chunks[-1]), lengths[row]], padded=padded)
-            alike = not padded or lengths[row] >= 0.75 * longest or tokens <= worthwhile
-            if alike and tokens <= limit:
+            together = longest * (len(chunks[-1]) + 1) if padded else tokens + lengths[row]
+            alike = not padded or lengths[row] >= 0.75 * longest or together <= worthwhile
+            if alike and together <= limit:
                 chunks[-1].append(row)
+                tokens += lengths[row]
                 continue
         chunks.append([row])
-        longest = lengths[row]
+        longest = tokens = lengths[row]
     return chunks
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from effir_ray.backbones.registry import PACKAGED, backbone_fingerprint, load_config
 from effir_ray.cluster import connect
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.files import write_whole
 from effir_ray.stages import StageStore
 from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
@@ -315,6 +316,4 @@ def _finished(out: Path) -> TrainResult:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    aside.replace(file)
+    write_whole(file, json.dumps(value, indent=1) + "\n")
