@@ -61,49 +61,59 @@ class FilledText:
 
 
 class SingleTextGraphs:
-    """``embed`` for one text, as a CUDA graph a length class. Falls back to ``embed`` itself, with a warning,
-    where recording fails or does not reproduce it.
+    """A packed pass over one text, as a CUDA graph a length class. Falls back to the pass itself, for the
+    rest of the process and with a warning, where recording fails or does not reproduce it.
     """
 
-    def __init__(self, embed: Embed, device: torch.device) -> None:
-        self._embed, self._device = embed, device
+    _usable = True  # of the class: a recording that failed may leave torch's allocator in the middle of one
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._recorded: dict[int, tuple[FilledText, torch.cuda.CUDAGraph, Tensor]] = {}
-        self._usable = True
         self._pool: Any = None
 
-    def __call__(self, ids: Sequence[int]) -> Tensor:
-        """(1, d)"""
+    def __call__(self, ids: Sequence[int], embed: Embed) -> Tensor:
+        """(1, d). ``embed`` is always the same; it is not kept, so that whoever owns it can be freed."""
         size = length_class(len(ids))
-        if size is None or not self._usable:
-            return self._alone(ids)
+        if size is None or not SingleTextGraphs._usable:
+            return self._alone(ids, embed)
         if size not in self._recorded:
-            expected = self._alone(ids)
+            expected = self._alone(ids, embed)
             try:
-                self._recorded[size] = self._record(size, ids)
+                # Recorded with another text: what a recording took for constant then shows.
+                self._recorded[size] = self._record(size, ids[:1], embed)
                 _check(self._replay(size, ids), expected)
-            except RuntimeError as error:
-                self._usable = False
+            except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+                SingleTextGraphs._usable = False
                 self._recorded.clear()
                 warnings.warn(f"no CUDA graphs for single texts: {error}", RuntimeWarning, stacklevel=2)
                 return expected
         return self._replay(size, ids)
 
-    def _alone(self, ids: Sequence[int]) -> Tensor:
-        return self._embed(torch.tensor(ids, device=self._device), Packing.of([len(ids)], self._device))
+    def _alone(self, ids: Sequence[int], embed: Embed) -> Tensor:
+        return embed(torch.tensor(ids, device=self._device), Packing.of([len(ids)], self._device))
 
-    def _record(self, size: int, ids: Sequence[int]) -> tuple[FilledText, torch.cuda.CUDAGraph, Tensor]:
+    def _record(
+        self, size: int, ids: Sequence[int], embed: Embed
+    ) -> tuple[FilledText, torch.cuda.CUDAGraph, Tensor]:
         text = FilledText(size, self._device)
         text.write(ids)
+        current = torch.cuda.current_stream(self._device)
+        # Not torch's default for recording, which belongs to the device that was current when it was made.
         aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types for it
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):  # compiles kernels and reserves workspaces, which a recording cannot
-            for _ in range(2):
-                self._embed(*text.read())
-        torch.cuda.current_stream(self._device).wait_stream(aside)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        aside.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._embed(*text.read())
+        try:
+            with torch.cuda.device(self._device):
+                with torch.cuda.stream(aside):  # compiles kernels, reserves workspaces: recordings cannot
+                    for _ in range(2):
+                        embed(*text.read())
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+                    output = embed(*text.read())
+        finally:
+            torch.cuda.set_stream(current)  # a recording that fails leaves its own
+        current.wait_stream(aside)
         return text, graph, output
 
     def _replay(self, size: int, ids: Sequence[int]) -> Tensor:

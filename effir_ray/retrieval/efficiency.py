@@ -90,7 +90,8 @@ class _Run:
         by_length = {n: flops(retriever.model.config, retriever.plan, n) for n in set(lengths)}
         self._flops = sum(by_length[n] for n in lengths)
         self._embeddings, self._memory = peak_memory(encoder, documents)  # also warms up
-        encoder.encode(queries[:1], "query")
+        for query in queries:  # a GPU records a pass for every class of lengths at its first text
+            encoder.encode([query], "query")
         self._query_seconds: list[list[float]] = []
         self._document_seconds: list[float] = []
         self._mfu: list[float] = []

@@ -47,7 +47,7 @@ class PackedForward:
         self._retriever, self._model = retriever, model
         self._long = PaddedForward(retriever)
         device = retriever.model.device
-        self._alone = SingleTextGraphs(self._embed, device) if device.type == "cuda" else None
+        self._alone = SingleTextGraphs(device) if device.type == "cuda" else None
 
     def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """b token lists, best ordered by length -> embeddings (b, d) on the model's device."""
@@ -55,7 +55,7 @@ class PackedForward:
         if self._model.window is not None and max(lengths) > self._model.window:
             return self._long(tokens)
         if self._alone is not None and len(tokens) == 1:
-            return self._alone(tokens[0])
+            return self._alone(tokens[0], self._embed)
         ids = torch.tensor([i for text in tokens for i in text])
         device = self._retriever.model.device
         if device.type == "cuda":

@@ -48,6 +48,15 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def has_flash(device: torch.device, channels: int) -> bool:
+    """Whether torch's kernel for packed texts takes heads of so many channels there. It knows half precision
+    only, and no dropout.
+    """
+    if device.type != "cuda" or channels % 8 or channels > 256:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def attend(
     query_tqd: Tensor,
     key_tkd: Tensor,
@@ -58,8 +67,7 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention inside each text, (t, q * d)."""
-    # torch's kernel for packed texts knows neither float32 nor dropout.
-    if query_tqd.is_cuda and query_tqd.dtype in HALF and not dropout:
+    if has_flash(query_tqd.device, query_tqd.shape[-1]) and query_tqd.dtype in HALF and not dropout:
         longest = max(packing.lengths)
         return _attend_flash(query_tqd, packing.bounds, longest, key_tkd, value_tkd, packing, causal)
     return _attend_by_length(query_tqd, packing.lengths, key_tkd, value_tkd, packing, causal, dropout)
@@ -68,7 +76,7 @@ def attend(
 def attend_once(query_nqd: Tensor, key_tkd: Tensor, value_tkd: Tensor, packing: Packing) -> Tensor:
     """Softmax attention of one query a text over that whole text, (n, q * d)."""
     n = len(packing.lengths)
-    if query_nqd.is_cuda:
+    if has_flash(query_nqd.device, query_nqd.shape[-1]) and query_nqd.dtype in HALF:
         bounds = torch.arange(n + 1, dtype=torch.int32, device=query_nqd.device)
         return _attend_flash(query_nqd, bounds, 1, key_tkd, value_tkd, packing, causal=False)
     return _attend_by_length(query_nqd, (1,) * n, key_tkd, value_tkd, packing, causal=False)
@@ -133,8 +141,11 @@ def _attend_by_length(
 def mean_pool(hidden_th: Tensor, packing: Packing) -> Tensor:
     """(t, h) -> (n, h): the mean over the tokens of each text."""
     # unsafe: without checks of ``lengths``, for which a GPU would have to be waited for.
-    pooled: Tensor = torch.segment_reduce(hidden_th, "mean", lengths=packing.lengths_n, axis=0, unsafe=True)
-    return pooled
+    # It adds up in the type of its input, and sums of hundreds of tokens stand still in half precision.
+    pooled: Tensor = torch.segment_reduce(
+        hidden_th.float(), "mean", lengths=packing.lengths_n, axis=0, unsafe=True
+    )
+    return pooled.to(hidden_th.dtype)
 
 
 def pool(hidden_th: Tensor, packing: Packing, spec: RetrieverSpec) -> Tensor:

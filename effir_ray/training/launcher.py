@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from effir_ray.training.history import HISTORY, HistoryWriter, follow, read_hist
 from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget
 from effir_ray.training.trackers import Board, check_installed, tracked
 
-_SETTINGS, _RESULT = "training.json", "result.json"
+_SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
 
 
@@ -71,13 +72,23 @@ def train(
     began = time.monotonic()
     connect(address)
     job |= _prepare_data(config, stages)
-    with tracked(track, out.name, job["name"], {"model": model, **job["config"]}) as boards:
+    with tracked(
+        track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
+    ) as boards:
         outcome = _fit(job, config, out, boards)
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
     storage.remove(job["run"])
     return _finished(out)
+
+
+def _tracking_id(out: Path) -> str:
+    """What trackers know the run in ``out`` by: the same when it goes on, another when it starts over."""
+    file = out / _TRACKING
+    if not file.is_file():
+        _write_json(file, {"id": uuid.uuid4().hex[:12]})
+    return str(json.loads(file.read_text(encoding="utf-8"))["id"])
 
 
 def _absolute(name: str, reserved: Collection[str]) -> str:
@@ -115,11 +126,12 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
         "contents": _contents(model, config),
     }
     base, name = _place(out, settings)
+    storage.check(base)
     run = storage.join(base, name)
     known = out / _SETTINGS
     before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
     if not resume:
-        for file in (_SETTINGS, _RESULT, HISTORY):
+        for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
         for old in (before, settings):
             storage.remove(storage.join(*_place(out, old)))
@@ -129,7 +141,6 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
             f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
         )
     out.mkdir(parents=True, exist_ok=True)
-    storage.check(base)
     _write_json(known, settings)
     return {**settings, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
 

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from effir_ray.backbones.retriever import Retriever
-from effir_ray.retrieval.varlen_attention import Packing, attend, pool
+from effir_ray.retrieval.varlen_attention import Packing, attend, has_flash, pool
 
 _NAME = "effir_packed"
 _FAMILIES = ("llama", "bert")  # attention without logit caps and without layers of different windows
@@ -34,7 +34,7 @@ class TextEncoder(nn.Module):
         self.model = retriever.model
         self._spec, self._pool_padded = retriever.spec, retriever.pool
         self._window: int | None = getattr(retriever.model.config, "sliding_window", None)
-        self.padded = retriever.family.name not in _FAMILIES
+        self.padded = retriever.family.name not in _FAMILIES or _slow_when_packed(retriever)
         if not self.padded:
             self.model.set_attn_implementation(_NAME)
 
@@ -44,9 +44,25 @@ class TextEncoder(nn.Module):
 
         ``lengths`` stays on the CPU. Texts of equal length side by side make attention on CPUs fastest.
         """
-        sizes = lengths.tolist()
-        if self.padded or (self._window is not None and max(sizes) > self._window):
+        sizes: list[int] = lengths.tolist()
+        if self.padded:
             return self._forward_padded(ids, sizes)
+        window = self._window or max(sizes)
+        if max(sizes) <= window:
+            return self._forward_packed(ids, sizes)
+        # Only the model's own masks know windows.
+        texts: tuple[Tensor, ...] = torch.split(ids, sizes)
+        short, long = (
+            [row for row, size in enumerate(sizes) if (size > window) is far] for far in (False, True)
+        )
+        parts = [
+            forward(torch.cat([texts[row] for row in rows]), [sizes[row] for row in rows])
+            for forward, rows in ((self._forward_packed, short), (self._forward_padded, long))
+            if rows
+        ]
+        return torch.cat(parts)[torch.tensor([*short, *long], device=ids.device).argsort()]
+
+    def _forward_packed(self, ids: Tensor, sizes: list[int]) -> Tensor:
         packing = Packing.of(sizes, ids.device)
         with _without_mask():
             # A decoder would otherwise fill a key-value cache that nobody reads.
@@ -61,6 +77,20 @@ class TextEncoder(nn.Module):
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
         hidden = self.model(input_ids=together, attention_mask=mask, use_cache=False).last_hidden_state
         return self._pool_padded(hidden, mask).float()
+
+
+def _slow_when_packed(retriever: Retriever) -> bool:
+    """On GPUs attention with dropout, or with heads that the packed kernel does not take, would be a call for
+    every length of text.
+    """
+    model: Any = retriever.model
+    config = model.config
+    if model.device.type != "cuda":
+        return False
+    heads = config.num_attention_heads
+    channels = getattr(config, "head_dim", None) or config.hidden_size // heads
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attention_probs_dropout_prob", 0)
+    return bool(dropout) or not has_flash(model.device, channels)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -51,35 +52,53 @@ def tracked(
             try:
                 log = opened.enter_context(_OPENERS[tracker](name, run_id, settings))
             except Exception as error:  # each tracker has its own
-                reason = str(error).strip().partition("\n")[0]
-                raise InputError(f"{tracker} does not start: {reason}") from error
-            boards.append(_Logged(tracker, log))
+                raise InputError(f"{tracker} does not start: {_reason(error)}") from error
+            boards.append(opened.enter_context(_Logged(tracker, log)))
         yield boards
 
 
 class _Logged:
-    """Training goes on without a tracker that stops answering."""
+    """Sends rows in a thread of its own, since a server may take its time; training goes on without a tracker
+    that stops answering.
+    """
 
     def __init__(self, tracker: str, log: Log) -> None:
         self._tracker, self._log = tracker, log
         self._works = True
+        self._thread = ThreadPoolExecutor(1)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
+        self._thread.submit(self._send, numbers(row), row["step"])
+
+    def _send(self, values: dict[str, float], step: int) -> None:
         if not self._works:
             return
         try:
-            self._log(numbers(row), row["step"])
+            self._log(values, step)
         except Exception as error:
             self._works = False
-            reason = str(error).strip().partition("\n")[0]
-            warnings.warn(f"{self._tracker} gets no more rows: {reason}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{self._tracker} gets no more rows: {_reason(error)}", RuntimeWarning, stacklevel=1
+            )
+
+    def __enter__(self) -> _Logged:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager
 def _mlflow(name: str, run_id: str, settings: Mapping[str, Any]) -> Iterator[Log]:
+    import mlflow
     from ray.air.integrations.mlflow import setup_mlflow
 
-    mlflow: Any = setup_mlflow(
+    callers = mlflow.active_run()  # then the rows belong there, and the caller ends it
+    setup_mlflow(
         {key: str(value) for key, value in settings.items()},
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI"),
         experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT),
@@ -88,10 +107,8 @@ def _mlflow(name: str, run_id: str, settings: Mapping[str, Any]) -> Iterator[Log
         tags={"effir_ray.run": run_id},
     )
     opened = mlflow.active_run().info.run_id  # active in this thread only
-    try:
+    with _ended("mlflow", lambda ok: None if callers else mlflow.end_run("FINISHED" if ok else "FAILED")):
         yield lambda values, step: mlflow.log_metrics(values, step=step, run_id=opened)
-    finally:
-        mlflow.end_run()
 
 
 @contextmanager
@@ -100,10 +117,24 @@ def _wandb(name: str, run_id: str, settings: Mapping[str, Any]) -> Iterator[Log]
 
     project = os.environ.get("WANDB_PROJECT", _PROJECT)
     run: Any = setup_wandb(dict(settings), trial_id=run_id, trial_name=name, project=project)
-    try:
+    with _ended("wandb", lambda ok: run.finish(exit_code=0 if ok else 1)):
         yield lambda values, step: run.log(values, step=step)
+
+
+@contextmanager
+def _ended(tracker: str, end: Callable[[bool], object]) -> Iterator[None]:
+    """Calls ``end`` with whether all went well; a tracker that cannot be told costs no result."""
+    ok = False
+    try:
+        yield
+        ok = True
     finally:
-        run.finish()
+        try:
+            end(ok)
+        except Exception as error:
+            warnings.warn(
+                f"{tracker} was not told of the end: {_reason(error)}", RuntimeWarning, stacklevel=2
+            )
 
 
 _OPENERS = {"mlflow": _mlflow, "wandb": _wandb}

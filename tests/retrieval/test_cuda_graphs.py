@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from effir_ray.backbones.retriever import load_retriever
-from effir_ray.retrieval.cuda_graphs import LENGTH_CLASSES, FilledText, length_class
+from effir_ray.retrieval.cuda_graphs import LENGTH_CLASSES, FilledText, SingleTextGraphs, length_class
 from effir_ray.retrieval.encoder import Encoder
 from effir_ray.retrieval.packed import packed_forward
-from effir_ray.retrieval.varlen_attention import Packing
+from effir_ray.retrieval.varlen_attention import Packing, mean_pool
 
 QUERIES = ["why", "what is a dense retriever", "what is a dense retriever " * 9]
 
@@ -36,6 +36,25 @@ def test_a_filled_text_has_the_embedding_of_the_text_alone(family: str, pooling:
 def test_a_class_leaves_room_for_the_filling() -> None:
     assert [length_class(length) for length in (1, 15, 16, 255, 256)] == [16, 16, 32, 256, None]
     assert list(LENGTH_CLASSES) == sorted(LENGTH_CLASSES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="recording works there")
+def test_without_recordings_the_pass_itself_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SingleTextGraphs, "_usable", True)
+    forward = packed_forward(load_retriever("random:bert"))
+    assert forward is not None
+    graphs = SingleTextGraphs(torch.device("cpu"))
+    with torch.inference_mode():
+        expected = forward([[3, 5, 7]])
+        with pytest.warns(RuntimeWarning, match="no CUDA graphs for single texts"):
+            torch.testing.assert_close(graphs([3, 5, 7], forward._embed), expected)
+        torch.testing.assert_close(graphs([3, 5, 7], forward._embed), expected)  # and not tried again
+
+
+def test_a_mean_in_half_precision_does_not_stand_still() -> None:
+    packing = Packing.of([512, 3], torch.device("cpu"))
+    hidden = torch.ones(515, 4, dtype=torch.bfloat16)
+    assert (mean_pool(hidden, packing) == 1).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

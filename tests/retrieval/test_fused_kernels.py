@@ -42,3 +42,19 @@ def test_without_a_compiler_the_plain_function_is_used_and_said_so(monkeypatch: 
     with pytest.warns(RuntimeWarning, match="torch.compile does not work here: no compiler$"):
         assert fused.compiled(torch.ones(2)).tolist() == [-1, -1]
     assert not fused._works
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_kernels_are_near_the_plain_passes(recwarn: pytest.WarningsRecorder) -> None:
+    with torch.inference_mode():
+        for tokens in (1, 7, 300):
+            both = torch.randn(tokens, 9, 16, device="cuda", dtype=torch.bfloat16)
+            cos, sin = torch.rand(2, tokens, 1, 8, device="cuda", dtype=torch.bfloat16)
+            found = fused_kernels.rotate(both[:, 2:5], cos, sin)
+            expected = fused_kernels.rotate._otherwise(both[:, 2:5], cos, sin)
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+            halves = torch.randn(tokens, 12, device="cuda", dtype=torch.bfloat16)
+            found = fused_kernels.gated(halves.clone())
+            expected = fused_kernels.gated._otherwise(halves)
+            torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+    assert not [warning for warning in recwarn if "torch.compile" in str(warning.message)]

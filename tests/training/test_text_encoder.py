@@ -93,6 +93,9 @@ def test_gradients_on_cuda_are_near_those_of_the_padded_pass(family: str) -> Non
     wanted = gradients(retriever, padded(retriever, texts))
     retriever.model.to("cuda", torch.bfloat16)
     found = TextEncoder(retriever)(torch.cat(texts).cuda(), torch.tensor(LENGTHS))
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
     for name, gradient in gradients(retriever, found).items():
+        if wanted[name].norm() < 1e-3 * largest:
+            continue  # zero but for rounding, as the bias of BERT's keys is
         flat = torch.stack([gradient.float().cpu().flatten(), wanted[name].flatten()])
         assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.98, name

@@ -65,11 +65,41 @@ def test_training_goes_on_without_a_tracker_that_stops_answering() -> None:
         seen.append(step)
         raise ConnectionError("gone\nfor good")
 
-    board = trackers._Logged("mlflow", log)
-    with pytest.warns(RuntimeWarning, match="mlflow gets no more rows: gone$"):
-        board.on_row(ROWS[0])
-    board.on_row(ROWS[1])
+    with (
+        pytest.warns(RuntimeWarning, match="mlflow gets no more rows: gone$"),
+        trackers._Logged("mlflow", log) as board,
+    ):
+        for row in ROWS:
+            board.on_row(row)
     assert seen == [1]
+
+
+def test_a_tracker_that_is_gone_at_the_end_costs_no_result() -> None:
+    def end(ok: bool) -> None:
+        told.append(ok)
+        raise ConnectionError("gone")
+
+    told: list[bool] = []
+    with pytest.warns(RuntimeWarning, match="mlflow was not told of the end: gone"):
+        with trackers._ended("mlflow", end):
+            pass
+        with pytest.raises(ValueError, match="training"), trackers._ended("mlflow", end):
+            raise ValueError("training")
+    assert told == [True, False]
+
+
+def test_rows_join_a_run_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    place = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(place)
+    with mlflow.start_run() as own:
+        with tracked(["mlflow"], "small", "abc", SETTINGS) as (board,):
+            board.on_row(ROWS[0])
+        assert mlflow.active_run().info.run_id == own.info.run_id
+    assert mlflow.get_run(own.info.run_id).data.metrics["loss"] == 2.0
 
 
 def test_unknown_and_missing_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
