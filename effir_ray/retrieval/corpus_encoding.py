@@ -143,7 +143,7 @@ def _encode_missing(
     from ray.data import ActorPoolStrategy, DataContext
 
     workers = min(workers, len(missing))
-    nodes = max(1, sum(node["Alive"] for node in ray.nodes()))
+    resources = _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     tasks = ray.data.from_items(
@@ -157,10 +157,10 @@ def _encode_missing(
             "folder": folder,
             "encoding": encoding,
             "path": corpus.path,
-            "workers_a_node": -(-workers // nodes),
+            "workers_a_node": _workers_a_node(workers, resources),
             "computed_in": _computed_in(folder),
         },
-        **_resources(workers),
+        **resources,
     )
     already = encoding.documents - sum(len(encoding.rows(shard)) for shard in missing)
     started, tokens, flops = time.monotonic(), 0, 0.0
@@ -199,6 +199,15 @@ def _resources(workers: int) -> dict[str, float]:
     if workers > limit:
         raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
     return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+
+
+def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
+    """How many of ``workers`` share a node. A head that only schedules has no room for any."""
+    import ray
+
+    kind = "GPU" if "num_gpus" in resources else "CPU"
+    able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
+    return -(-workers // max(1, len(able)))
 
 
 class _ShardEncoder:

@@ -8,10 +8,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from effir_ray.backbones.retriever import load_retriever
@@ -19,8 +22,9 @@ from effir_ray.errors import InputError
 from effir_ray.retrieval import corpus_encoding
 from effir_ray.retrieval.corpus_encoding import _ShardEncoder, encode_corpus
 from effir_ray.retrieval.datasets import load_dataset
-from effir_ray.retrieval.embedding_shards import Encoding, ShardFolder
+from effir_ray.retrieval.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.retrieval.encoder import Encoder
+from tests.lost_node import lose_a_node
 
 MODEL = "random:llama"
 DOCUMENTS = 700
@@ -146,10 +150,47 @@ def test_killed_at_random_moments_then_resumed_gives_the_same_bits(beir_folder, 
     for _ in range(int(os.environ.get("EFFIR_RAY_KILLS", "2"))):
         run_and_kill(beir_folder, out, after_shards=draw.randint(0, 3), delay=draw.uniform(0, 0.3))
     resumed = encode_corpus(MODEL, str(beir_folder), out, shard_size=64)
-    assert resumed.ids == undisturbed.ids  # every document exactly once, in order
-    for mine, theirs in zip(resumed.shards(), undisturbed.shards(), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    assert_same_bits(resumed, undisturbed)
     assert not list(out.glob("shards/*.tmp-*"))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_killed_worker_is_replaced_and_its_shard_encoded_again(beir_folder, undisturbed, tmp_path):
+    out, killed = tmp_path / "out", []
+
+    def kill_the_worker() -> None:
+        while not has_shards(out, 2):
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if "MapWorker" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                process.kill()
+
+    killer = threading.Thread(target=kill_the_worker, daemon=True)
+    killer.start()
+    replaced = encode_corpus(MODEL, str(beir_folder), out, shard_size=64)
+    killer.join()
+    assert killed
+    assert_same_bits(replaced, undisturbed)
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_lost_node_is_replaced_and_the_embeddings_are_the_same(beir_folder, undisturbed, tmp_path):
+    encode = partial(encode_corpus, MODEL, str(beir_folder), tmp_path / "out", shard_size=64)
+    lose_a_node(encode, partial(has_shards, tmp_path / "out", 2))
+    assert_same_bits(encode(), undisturbed)
+
+
+def has_shards(out: Path, count: int) -> bool:
+    return len(ShardFolder(out).finished()) >= count
+
+
+def assert_same_bits(embeddings: CorpusEmbeddings, undisturbed: CorpusEmbeddings) -> None:
+    assert embeddings.ids == undisturbed.ids  # every document exactly once, in order
+    for mine, theirs in zip(embeddings.shards(), undisturbed.shards(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def run_and_kill(folder: Path, out: Path, *, after_shards: int, delay: float) -> None:

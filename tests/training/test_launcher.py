@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import read_history
 from effir_ray.training.launcher import TrainResult, train
+from tests.lost_node import lose_a_node
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
 
@@ -114,6 +116,15 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert again.history == result.history
 
 
+def test_a_lost_node_is_replaced_and_the_loss_curve_is_the_same(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", settings(dataset)
+    lose_a_node(partial(train, "random:llama", config, out), partial(has_step, out, 4))
+    result = train("random:llama", config, out)
+    assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+
+
 def test_names_of_files_are_relative_to_where_the_call_is_made(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,10 +184,14 @@ class when_step:
         self._thread.join(timeout=60)
 
 
+def has_step(out: Path, step: int) -> bool:
+    return any(row["step"] >= step for row in read_history(out / "history.jsonl"))
+
+
 def wait_for_step(out: Path, step: int) -> None:
     deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
-        if any(row["step"] >= step for row in read_history(out / "history.jsonl")):
+        if has_step(out, step):
             return
         time.sleep(0.05)
     raise TimeoutError(f"{out} never reached step {step}")
