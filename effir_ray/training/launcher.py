@@ -20,7 +20,7 @@ from effir_ray.stages import StageStore
 from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import HISTORY, HistoryWriter, follow, read_history
-from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget
+from effir_ray.training.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
 from effir_ray.training.trackers import Board, check_installed, tracked
 
 _SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
@@ -227,6 +227,7 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
         except SystemExit:
             raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
         except TrainingFailedError as error:
+            release(job["run"])
             halved = _budget_after(error, job, config)
             if halved is None or halved == budget:
                 raise
@@ -241,13 +242,15 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
 def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) -> int | None:
     """The token budget for the next start after ``error``; None when memory was not the reason.
 
-    A worker that runs out of memory writes it; one that Ray's memory monitor killed could not.
-    torch's error for GPUs has the name of Ray's, so the text of a traceback does not tell them apart.
+    A worker that runs out of memory writes it; one that Ray's memory monitor killed could not. The monitor
+    kills several actors at once, so that its reason may come as the controller's. torch's error for GPUs
+    has the name of Ray's, so the text of a traceback does not tell them apart.
     """
     from ray.exceptions import OutOfMemoryError
 
-    text, failures = str(error), getattr(error, "worker_failures", {}).values()
-    if "memory monitor" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
+    text = str(error)
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    if "low on memory" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
         lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
         everything = config.batch_size // config.workers * lengths
         halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)

@@ -58,6 +58,7 @@ class Run:
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
+        survival.note_reservation(self.run)
         device, bfloat16 = _device(config)
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"

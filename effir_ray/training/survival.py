@@ -24,7 +24,7 @@ DEV_SCORE = "dev_ndcg_at_10"
 SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
 
-_PROGRESS, _BUDGET = "progress.json", "token_budget.json"
+_PROGRESS, _BUDGET, _RESERVED = "progress.json", "token_budget.json", "placement_group.json"
 
 
 class Reporter:
@@ -91,6 +91,29 @@ def _load(engine: Engine, checkpoint: Any) -> int:
     with checkpoint.as_directory() as folder:
         engine.load(Path(folder))
         return int(json.loads((Path(folder) / _PROGRESS).read_text())["step"])
+
+
+def note_reservation(run: str) -> None:
+    """Write down in which placement group this worker runs, for ``release``."""
+    from ray.util.placement_group import get_current_placement_group
+
+    group = get_current_placement_group()
+    if group is not None and rank() == 0:
+        storage.write_json(storage.join(run, _RESERVED), {"id": group.id.hex()})
+
+
+def release(run: str) -> None:
+    """Give back what the workers of a failed start had reserved.
+
+    Ray Train's controller does it, unless helpers of its own died with the workers, as they do under Ray's
+    memory monitor: then CPUs and GPUs stay taken until the driver ends, and the next start waits for them.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    found = storage.read_json(storage.join(run, _RESERVED))
+    if found is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(found["id"])))
 
 
 class OutOfMemory(RuntimeError):

@@ -112,7 +112,7 @@ def test_a_gpu_that_was_out_of_memory_halves_the_budget_once(pairs: Path, tmp_pa
     survival.halve(job["run"], 4096)  # the worker's own doing
     error = RuntimeError("OutOfMemory: ... torch.OutOfMemoryError: CUDA out of memory")
     assert launcher._budget_after(error, job, config) == 2048
-    killed = RuntimeError("the worker was killed by Ray's memory monitor")
+    killed = RuntimeError("4 worker(s) were killed due to the node running low on memory. Memory on")
     assert launcher._budget_after(killed, job, config) == 1024
     assert launcher._budget_after(RuntimeError("something else"), job, config) is None
 

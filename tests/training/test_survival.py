@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from effir_ray.cluster import connect
 from effir_ray.errors import InputError
 from effir_ray.retrieval.embedding_shards import ShardFolder
 from effir_ray.training import storage
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.history import read_history
 from effir_ray.training.launcher import train
-from effir_ray.training.survival import OutOfMemory, halved_budget, halving
+from effir_ray.training.survival import OutOfMemory, halved_budget, halving, note_reservation, release
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), MemoryError(), RuntimeError("x: can't allocate memory: y")]
-)
-def test_out_of_memory_halves_the_budget_of_the_next_start(tmp_path: Path, error: Exception) -> None:
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("too_much", [on_a_gpu, lambda: torch.empty(1 << 50), lambda: bytearray(1 << 50)])
+def test_out_of_memory_halves_the_budget_of_the_next_start(
+    tmp_path: Path, too_much: Callable[[], object]
+) -> None:
     run = str(tmp_path / "run")
     assert halved_budget(run) is None
     with pytest.raises(OutOfMemory, match="token budget of 3000"), halving(run, 3000):
-        raise error
+        too_much()
     assert halved_budget(run) == 1500
 
 
@@ -52,6 +61,19 @@ def test_storage_is_the_same_on_a_path_and_on_a_uri(tmp_path: Path, scheme: str)
     storage.remove(base)
     assert not storage.exists(base)
     storage.remove(base)
+
+
+@pytest.mark.integration
+def test_what_a_failed_start_reserved_is_given_back(tmp_path: Path) -> None:
+    connect(None)
+    group = placement_group([{"CPU": 0.1}])
+    inside = PlacementGroupSchedulingStrategy(placement_group=group)
+    note = ray.remote(note_reservation).options(num_cpus=0.1, scheduling_strategy=inside)
+    release(str(tmp_path))  # nothing was written down: nothing to do
+    ray.get(note.remote(str(tmp_path)))
+    assert placement_group_table(group)["state"] == "CREATED"
+    release(str(tmp_path))
+    assert placement_group_table(group)["state"] == "REMOVED"
 
 
 def test_steps_done_again_after_a_restart_replace_the_first(tmp_path: Path) -> None:
