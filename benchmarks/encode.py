@@ -4,9 +4,10 @@
     python benchmarks/encode.py DATA --model minilm-l6 --documents 60 --threads 1 --rounds 3    a laptop
 
 Compared: effir-ray (float32, int8), sentence-transformers, plain Transformers with padded batches, the same
-under torch.compile, and ONNX Runtime where it is installed. Every row carries wall-clock and CPU seconds of
-each round; with --threads 1 CPU seconds stay meaningful on a machine that others use too. The table goes to
-results/encoding/, named after model and hardware; with matplotlib a plot goes beside it.
+under torch.compile, and ONNX Runtime and OpenVINO where they are installed (`pip install onnx onnxruntime
+openvino`). Every row carries wall-clock and CPU seconds of each round; with --threads 1 CPU seconds stay
+meaningful on a machine that others use too. Table and plot go to results/encoding/, named after model and
+hardware.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,7 @@ def contestants(retriever, chosen: list[str]) -> dict[str, Encode]:
         "transformers": lambda: transformers_padded(retriever, retriever.model),
         "transformers compiled": lambda: transformers_compiled(retriever),
         "onnxruntime": lambda: onnx_runtime(retriever),
+        "openvino": lambda: openvino(retriever),
     }
     ready = {}
     for name in chosen or makers:
@@ -97,10 +100,49 @@ def transformers_compiled(retriever) -> Encode:
 
 
 def onnx_runtime(retriever) -> Encode:
-    """Exported with torch.onnx: sentence-transformers' own ONNX backend needs optimum, which pins
-    transformers below 5."""
-    import onnx  # noqa: F401  # torch.onnx needs it and says so only while exporting
     import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with onnx_model(retriever) as path:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return exported(retriever, lambda inputs: session.run(None, inputs)[0])
+
+
+def openvino(retriever) -> Encode:
+    import openvino
+    import torch
+
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # its default is bfloat16 where the processor has that
+        "PERFORMANCE_HINT": "LATENCY",  # all threads for one batch
+    }
+    with onnx_model(retriever) as path:
+        compiled = openvino.compile_model(path, "CPU", settings)
+    return exported(retriever, lambda inputs: compiled(inputs)[0])
+
+
+def exported(retriever, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Encode:
+    """The padded loop around a model outside torch: ``run`` makes hidden states from ids and mask."""
+    import torch
+
+    class Output:
+        def __init__(self, hidden) -> None:
+            self.last_hidden_state = torch.from_numpy(hidden)
+
+    def model(input_ids, attention_mask) -> Output:
+        return Output(run({"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}))
+
+    return transformers_padded(retriever, model)
+
+
+@contextmanager
+def onnx_model(retriever) -> Iterator[Path]:
+    """Exported with torch.onnx: sentence-transformers' own ONNX and OpenVINO backends need optimum, which
+    pins transformers below 5."""
+    import onnx  # noqa: F401  # torch.onnx needs it and says so only while exporting
     import torch
 
     class Headless(torch.nn.Module):
@@ -125,19 +167,7 @@ def onnx_runtime(retriever) -> Encode:
             dynamic_axes={name: {0: "batch", 1: "tokens"} for name in [*names, "hidden"]},
             dynamo=False,
         )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    class Output:
-        def __init__(self, hidden) -> None:
-            self.last_hidden_state = torch.from_numpy(hidden)
-
-    def model(input_ids, attention_mask) -> Output:
-        inputs = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
-        return Output(session.run(None, inputs)[0])
-
-    return transformers_padded(retriever, model)
+        yield path
 
 
 def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: int) -> list[dict]:
@@ -145,6 +175,7 @@ def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: in
     import torch
 
     from effir_ray.compression.accounting import flops
+    from effir_ray.retrieval.efficiency import gemm_peak
 
     lengths = [len(ids) for ids in retriever.tokenize(texts, "document")]
     work = sum(flops(retriever.model.config, retriever.plan, length) for length in lengths)
@@ -153,7 +184,7 @@ def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: in
         encode(texts[:2])
     for number in range(rounds):
         for name, encode in encoders.items():
-            peak = gemm_peak_cpu_time() * torch.get_num_threads()
+            peak = gemm_peak(clock=time.process_time) * torch.get_num_threads()
             wall, cpu = time.perf_counter(), time.process_time()
             embeddings = encode(texts)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -177,19 +208,6 @@ def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: in
     return rows
 
 
-def gemm_peak_cpu_time(side: int = 1536, repeats: int = 6) -> float:
-    """FLOP a CPU second of float32 matrix products, the best of a few."""
-    import torch
-
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.process_time()
-        a @ b
-        best = min(best, time.process_time() - started)
-    return 2 * side**3 / best
-
-
 def summary(rows: list[dict], clock: str) -> list[tuple[str, float, float, float, float]]:
     """(contestant, docs/s, speed against sentence-transformers, share of peak, cosine): medians."""
     names = list(dict.fromkeys(row["contestant"] for row in rows))
@@ -205,11 +223,8 @@ def summary(rows: list[dict], clock: str) -> list[tuple[str, float, float, float
 
 
 def plot(lines: list[tuple[str, float, float, float, float]], title: str, path: Path) -> None:
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("plot: left out (matplotlib is not installed)")
-        return
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(lines) + 1.2), layout="constrained")
     names, ratios = [line[0] for line in lines][::-1], [line[2] for line in lines][::-1]
     axes.barh(names, ratios, color=["#1f77b4" if name.startswith("effir") else "#b0b0b0" for name in names])

@@ -51,7 +51,7 @@ def fuse(
         bias = torch.cat([linear.bias.detach() for linear in linears])  # (o,)
     if quantize:
         return Int8Projection(weight, bias)
-    return OneDnnProjection(weight, bias) if _has_one_dnn(weight) else FloatProjection(weight, bias)
+    return OneDnnProjection(weight, bias) if has_one_dnn(weight) else FloatProjection(weight, bias)
 
 
 class GatedProjection:
@@ -60,7 +60,7 @@ class GatedProjection:
     def __init__(self, gate: nn.Linear, up: nn.Linear, scale: Tensor, quantize: Quantize) -> None:
         _check_plain(gate, up)
         self._both: Projection | None = None
-        if quantize or not _has_one_dnn(gate.weight):
+        if quantize or not has_one_dnn(gate.weight):
             self._both = fuse([gate, up], scale=scale, quantize=quantize)
             return
         gate_projection, up_projection = fuse([gate], scale=scale), fuse([up], scale=scale)
@@ -80,7 +80,8 @@ def _check_plain(*linears: nn.Module) -> None:
             raise NotPlainError(f"{type(linear).__name__} instead of Linear")
 
 
-def _has_one_dnn(weight: Tensor) -> bool:
+def has_one_dnn(weight: Tensor) -> bool:
+    """Whether ``OneDnnProjection`` works with weights like this one."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return False
     built_in: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ TOLERANCE = {"one_dnn": 1e-5, "float": 1e-5, "int8": 0.05}
 @pytest.fixture(params=TOLERANCE)
 def kind(request, monkeypatch):
     if request.param == "float":
-        monkeypatch.setattr(projections, "_has_one_dnn", lambda weight: False)
+        monkeypatch.setattr(projections, "has_one_dnn", lambda weight: False)
     return request.param
 
 
