@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from effir_ray.errors import InputError
 
 Encode = Callable[[list[str]], np.ndarray]
 BATCH = 32  # texts a padded batch: the default of sentence-transformers
@@ -274,4 +277,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"encode: {error}")

@@ -16,9 +16,12 @@ import argparse
 import copy
 import csv
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from effir_ray.errors import InputError
 
 BACKBONE = "mistralai/Mistral-7B-v0.1"
 SCHEDULES = {
@@ -199,4 +202,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"speedup: {error}")

@@ -144,8 +144,13 @@ def load_dataset(name_or_path: str | Path) -> Dataset:
         return read_beir_folder(build_stdlib(), name="stdlib")
     if path.is_dir():
         return read_beir_folder(path)
+    if path.is_absolute() or str(name_or_path).startswith("."):
+        raise InputError(
+            f"data set '{name_or_path}': no such folder; give 'stdlib', a BEIR folder (corpus.jsonl, "
+            "queries.jsonl, qrels/test.tsv), or a name of: effir-ray data list"
+        )
     downloaded = data_folder() / str(name_or_path)
-    if not path.is_absolute() and ".." not in path.parts and downloaded.is_dir():
+    if ".." not in path.parts and downloaded.is_dir():
         return read_beir_folder(downloaded, name=str(name_or_path))
     raise InputError(
         f"data set '{name_or_path}': no such folder, and nothing of that name in {data_folder()}; "

@@ -166,6 +166,12 @@ def test_an_unknown_name_says_how_to_get_it(
     assert load_dataset("scifact").name == "scifact"
 
 
+def test_a_missing_folder_is_not_said_to_be_downloadable(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder; give 'stdlib', a BEIR folder") as error:
+        load_dataset(tmp_path / "absent")
+    assert "data get" not in str(error.value)
+
+
 def test_lines_up_to_the_limit_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(len(line) for line in (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True))
     monkeypatch.setattr(beir_files, "MAX_LINE_BYTES", longest)
