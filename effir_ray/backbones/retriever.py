@@ -42,7 +42,10 @@ class Retriever:
     def tokenize(
         self, texts: Sequence[str], kind: Literal["query", "document"], max_length: int | None = None
     ) -> list[list[int]]:
-        """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding."""
+        """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding.
+
+        Never empty: a text without any token, as an empty document of a model that appends none, is one EOS.
+        """
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         if not texts:
             return []
@@ -52,7 +55,8 @@ class Retriever:
             max_length=max_length or self.spec.max_length,
             return_attention_mask=False,
         )
-        return [list(ids) for ids in encoded["input_ids"]]
+        ending = self.tokenizer.eos_token_id
+        return [list(ids) or [0 if ending is None else ending] for ids in encoded["input_ids"]]
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, tokens, hidden), (batch, tokens) -> (batch, hidden). Padding may be on either side."""

@@ -101,7 +101,7 @@ def read_documents(path: Path, offsets: Sequence[int]) -> Iterator[Document]:
                 file.seek(offset)
             raw = file.readline()
             try:
-                yield _document(_json_object(raw, path, 0), path, 0)
+                yield _document(_json_object(raw, path, 1 if offset == 0 else 0), path, 0)
             except InputError:  # it was valid when it was scanned
                 raise InputError(f"{path}: changed while it was in use; load the data set again") from None
 
@@ -232,8 +232,10 @@ def _decode(raw: bytes, path: Path, number: int) -> str:
 def _json_object(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(_decode(raw, path, number))
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        reason = {RecursionError: "nested too deeply", ValueError: "a number of too many digits"}.get(
+            type(error), getattr(error, "msg", "")
+        )
         raise InputError(f"{path}:{number}: not valid JSON: {reason}; expected one object a line") from None
     if not isinstance(record, dict):
         raise InputError(
@@ -248,7 +250,7 @@ def _identifier(record: dict[str, Any], path: Path, number: int) -> str:
         raise InputError(
             f"{path}:{number}: _id is {identifier!r}; expected a string that is not empty and has no tabs"
         )
-    return identifier
+    return _encodable(identifier, "_id", path, number)
 
 
 def _text(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
@@ -258,7 +260,20 @@ def _text(record: dict[str, Any], field: str, path: Path, number: int, *, defaul
     if not isinstance(value, str):
         found = "is missing" if field not in record else f"is a JSON {type(value).__name__}"
         raise InputError(f"{path}:{number}: field '{field}' {found}; expected a string")
-    return value
+    return _encodable(value, field, path, number)
+
+
+def _encodable(text: str, field: str, path: Path, number: int) -> str:
+    """JSON can escape halves of a character ("\\ud83d"), which neither tokenizers nor Arrow take."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}:{number}: field '{field}' holds half of a surrogate pair at character "
+                f"{error.start + 1}; write the whole character"
+            ) from None
+    return text
 
 
 def _check_new(identifier: str, first_line: dict[str, int], path: Path, number: int) -> None:

@@ -52,6 +52,7 @@ def encode_corpus(
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
+    A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
     A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
     arguments, for an ``out`` that holds other embeddings, and while another run writes to it.
@@ -62,12 +63,12 @@ def encode_corpus(
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
     if dtype not in ("float32", "float16"):
         raise InputError(f"dtype '{dtype}' cannot be stored; expected float32 or float16")
-    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, queries=False)
     encoding = Encoding(
         model=str(model),
         model_fingerprint=backbone_fingerprint(model),
         dataset=data.name,
-        dataset_fingerprint=data.fingerprint,
+        corpus_fingerprint=data.corpus.fingerprint,
         documents=len(data.corpus),
         shard_size=shard_size,
         max_length=max_length,

@@ -20,6 +20,7 @@ from effir_ray.retrieval.beir_files import Document, read_documents, read_qrels,
 
 DEV_SHARE = 0.1
 _SPLITS = ("train", "dev", "test")
+_ALIASES = {"dbpedia": "dbpedia-entity", "touche2020": "webis-touche2020", "touche-2020": "webis-touche2020"}
 
 Qrels = dict[str, dict[str, int]]
 
@@ -31,6 +32,7 @@ class Corpus:
     path: Path
     ids: list[str]
     offsets: array[int]  # byte offset in ``path`` of each document's line; in Parquet, its row
+    fingerprint: str = ""  # of all documents and their order
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,9 +64,9 @@ class Corpus:
 
     def subset(self, indices: Sequence[int]) -> Corpus:
         """The documents at ``indices``, in that order."""
-        return Corpus(
-            self.path, [self.ids[i] for i in indices], array("q", [self.offsets[i] for i in indices])
-        )
+        offsets = array("q", [self.offsets[i] for i in indices])
+        chosen = hashlib.sha256(offsets.tobytes()).hexdigest()
+        return Corpus(self.path, [self.ids[i] for i in indices], offsets, _digest(self.fingerprint, chosen))
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,10 @@ class Dataset:
         )
 
 
-def load_dataset(name_or_path: str | Path) -> Dataset:
+def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
     """``stdlib`` (built on first use), a BEIR folder, or the name of a data set downloaded before.
+
+    Without ``queries`` only the corpus is read and need be there: the data set has no split.
 
     Raises InputError for anything missing or malformed, naming file and line.
     """
@@ -141,28 +145,32 @@ def load_dataset(name_or_path: str | Path) -> Dataset:
     if str(name_or_path) == "stdlib":
         from effir_ray.retrieval.stdlib_corpus import build_stdlib
 
-        return read_beir_folder(build_stdlib(), name="stdlib")
+        return read_beir_folder(build_stdlib(), name="stdlib", queries=queries)
     if path.is_dir():
-        return read_beir_folder(path)
+        return read_beir_folder(path, queries=queries)
     if path.is_absolute() or str(name_or_path).startswith("."):
         raise InputError(
             f"data set '{name_or_path}': no such folder; give 'stdlib', a BEIR folder (corpus.jsonl, "
             "queries.jsonl, qrels/test.tsv), or a name of: effir-ray data list"
         )
-    downloaded = data_folder() / str(name_or_path)
-    if ".." not in path.parts and downloaded.is_dir():
-        return read_beir_folder(downloaded, name=str(name_or_path))
+    for name in (str(name_or_path), official_name(str(name_or_path))):
+        if ".." not in path.parts and (data_folder() / name).is_dir():
+            return read_beir_folder(data_folder() / name, name=name, queries=queries)
     raise InputError(
         f"data set '{name_or_path}': no such folder, and nothing of that name in {data_folder()}; "
         f"give 'stdlib', a BEIR folder, or run: effir-ray data get {name_or_path}"
     )
 
 
-def read_beir_folder(folder: Path, *, name: str | None = None) -> Dataset:
-    """Read and check a whole BEIR folder; ``name`` defaults to the folder's."""
+def official_name(name: str) -> str:
+    """BEIR's name of a data set that people write in other ways: ``DBPedia``, ``touche2020``."""
+    whole, slash, part = name.lower().partition("/")
+    return f"{_ALIASES.get(whole, whole)}{slash}{part}"
+
+
+def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = True) -> Dataset:
+    """Read and check a BEIR folder (without ``queries`` its corpus); ``name`` defaults to the folder's."""
     folder = folder.resolve()
-    files = {split: folder / "qrels" / f"{split}.tsv" for split in _SPLITS}
-    files = {split: path for split, path in files.items() if path.is_file()}
     corpus = folder / "corpus.jsonl"
     if not corpus.exists() and (folder / "corpus.parquet").exists():
         corpus = folder / "corpus.parquet"
@@ -171,18 +179,32 @@ def read_beir_folder(folder: Path, *, name: str | None = None) -> Dataset:
         names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
         raise InputError(f"{folder}: holds several data sets; name one of its parts: {names}")
     scan = scan_corpus(corpus)
-    queries = read_queries(folder / "queries.jsonl")
-    if not files:
-        raise InputError(f"{folder / 'qrels'}: no train.tsv, dev.tsv or test.tsv; at least one is needed")
-    documents = set(scan.ids)
-    judged = {split: read_qrels(path, queries, documents) for split, path in files.items()}
-    warnings = [*scan.warnings, *(w for part in judged.values() for w in part.warnings)]
-    contents = [_file_digest(path) for path in (folder / "queries.jsonl", *files.values())]
-    return Dataset(
+    alone = Dataset(
         name=name or folder.name,
         folder=folder,
-        corpus=Corpus(corpus, scan.ids, scan.offsets),
-        fingerprint=_digest(scan.sha256, *files, *contents),
+        corpus=Corpus(corpus, scan.ids, scan.offsets, scan.sha256),
+        fingerprint=_digest(scan.sha256),
+        warnings=scan.warnings,
+        all_queries={},
+        judgements={},
+    )
+    return _with_queries(alone) if queries else alone
+
+
+def _with_queries(corpus: Dataset) -> Dataset:
+    folder = corpus.folder
+    queries = read_queries(folder / "queries.jsonl")
+    files = {split: folder / "qrels" / f"{split}.tsv" for split in _SPLITS}
+    files = {split: path for split, path in files.items() if path.is_file()}
+    if not files:
+        raise InputError(f"{folder / 'qrels'}: no train.tsv, dev.tsv or test.tsv; at least one is needed")
+    documents = set(corpus.corpus.ids)
+    judged = {split: read_qrels(path, queries, documents) for split, path in files.items()}
+    warnings = [*corpus.warnings, *(w for part in judged.values() for w in part.warnings)]
+    contents = [_file_digest(path) for path in (folder / "queries.jsonl", *files.values())]
+    return dataclasses.replace(
+        corpus,
+        fingerprint=_digest(corpus.corpus.fingerprint, *files, *contents),
         warnings=tuple(warnings),
         all_queries=queries,
         judgements=_with_dev({split: part.qrels for split, part in judged.items()}),

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from effir_ray.errors import InputError
 from effir_ray.progress import Progress, progress
-from effir_ray.retrieval.datasets import data_folder
+from effir_ray.retrieval.datasets import data_folder, official_name
 
 BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 _ATTEMPTS = 5  # connections opened one after the other, each going on where the last one broke
@@ -63,7 +63,6 @@ BEIR_SETS = {
         BeirSet("msmarco", "444067daf65d982533ea17ebd59501e4", 8_841_823, 43, False),
     )
 }
-_ALIASES = {"dbpedia": "dbpedia-entity", "touche2020": "webis-touche2020", "touche-2020": "webis-touche2020"}
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def get(name: str, *, base_url: str | None = None) -> Path:
         from effir_ray.retrieval.stdlib_corpus import build_stdlib
 
         return build_stdlib()
-    whole, _, part = name.lower().partition("/")
-    known = BEIR_SETS.get(_ALIASES.get(whole, whole))
+    whole, _, part = official_name(name).partition("/")
+    known = BEIR_SETS.get(whole)
     if known is None or (part and part not in known.parts):
         raise InputError(f"unknown data set '{name}'; known: {', '.join(['stdlib', *BEIR_SETS])}")
     root = data_folder()

@@ -36,7 +36,7 @@ class Encoding(Config):
     model: str
     model_fingerprint: str
     dataset: str
-    dataset_fingerprint: str
+    corpus_fingerprint: str
     documents: int
     shard_size: int
     max_length: int | None
@@ -122,7 +122,8 @@ class ShardFolder:
         from pyarrow import fs
 
         system, root = self._root()
-        listing = system.get_file_info(fs.FileSelector(f"{root}/shards", allow_not_found=True))
+        with self._reached():
+            listing = system.get_file_info(fs.FileSelector(f"{root}/shards", allow_not_found=True))
         names = {item.base_name for item in listing}
         whole = {name[:-5] for name in names if name.endswith(".json")}
         return {int(stem) for stem in whole if stem.isdecimal() and f"{stem}.parquet" in names}
@@ -144,8 +145,9 @@ class ShardFolder:
         sink = pa.BufferOutputStream()
         # Embeddings are noise to a compressor, and nobody filters by their statistics.
         parquet.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
-        self._write(f"shards/{record.shard:06d}.parquet", sink.getvalue())
-        self._write(f"shards/{record.shard:06d}.json", json.dumps(record.__dict__).encode())
+        with self._reached():
+            self._write(f"shards/{record.shard:06d}.parquet", sink.getvalue())
+            self._write(f"shards/{record.shard:06d}.json", json.dumps(record.__dict__).encode())
 
     def read_shard(
         self, shard: int, columns: Sequence[str] = ("id", "embedding")
@@ -170,7 +172,8 @@ class ShardFolder:
 
     def record(self, shard: int) -> ShardRecord:
         """The manifest of a finished shard."""
-        text = self._read(f"shards/{shard:06d}.json")
+        with self._reached():
+            text = self._read(f"shards/{shard:06d}.json")
         if text is None:
             raise InputError(
                 f"{self.location}: shard {shard} is missing; run the same encoding again to resume"

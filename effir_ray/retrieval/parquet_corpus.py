@@ -27,6 +27,7 @@ class ParquetRows:
     def __init__(self, path: Path) -> None:
         from pyarrow import parquet
 
+        self._path = path
         self._files = [_open(part) for part in _parts(path)]
         self._columns = {file: _columns(file, path) for file in self._files}
         self._groups: list[tuple[parquet.ParquetFile, int]] = [
@@ -49,12 +50,25 @@ class ParquetRows:
                 group, first = wanted, self._starts[wanted]
                 file, number = self._groups[group]
                 batches = file.iter_batches(_BATCH, row_groups=[number], columns=self._columns[file])
-                batch = next(batches)
+                batch = self._next(batches, row)
             assert batch is not None
             while row >= first + len(batch):
                 first += len(batch)
-                batch = next(batches)
-            yield {name: batch.column(name)[row - first].as_py() for name in batch.schema.names}
+                batch = self._next(batches, row)
+            try:
+                record = {name: batch.column(name)[row - first].as_py() for name in batch.schema.names}
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self._path}:{row + 1}: not UTF-8: {error}") from None
+            yield record
+
+    def _next(self, batches: Iterator[pa.RecordBatch], row: int) -> pa.RecordBatch:
+        from pyarrow import ArrowException
+
+        try:
+            return next(batches)
+        except (ArrowException, OSError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{self._path}:{row + 1}: damaged from this row on: {reason}") from None
 
 
 def part_files(path: Path) -> list[Path]:

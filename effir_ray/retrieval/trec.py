@@ -1,8 +1,13 @@
-"""TREC run files: ``query-id Q0 document-id rank score tag``, one hit a line."""
+"""TREC run files: ``query-id Q0 document-id rank score tag``, one hit a line.
+
+White space separates the fields, so that of an id is written in percent-encoding (``%20`` for a space).
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from urllib.parse import quote
 
 from effir_ray.errors import InputError
 from effir_ray.files import whole
@@ -16,7 +21,11 @@ def write_run(run: Run, path: Path, *, tag: str) -> None:
         for query_id, hits in run.items():
             ranked = sorted(hits.items(), key=lambda hit: -hit[1])
             for rank, (document_id, score) in enumerate(ranked, 1):
-                file.write(f"{query_id} Q0 {document_id} {rank} {score:.9g} {tag}\n")
+                file.write(f"{_field(query_id)} Q0 {_field(document_id)} {rank} {score:.9g} {tag}\n")
+
+
+def _field(identifier: str) -> str:
+    return re.sub(r"\s", lambda space: quote(space[0]), identifier)
 
 
 def read_run(path: Path) -> Run:

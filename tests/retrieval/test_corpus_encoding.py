@@ -61,7 +61,7 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
         model=MODEL,
         model_fingerprint="m",
         dataset=dataset.name,
-        dataset_fingerprint=dataset.fingerprint,
+        corpus_fingerprint=dataset.corpus.fingerprint,
         documents=DOCUMENTS,
         shard_size=50,
         max_length=20,

@@ -101,6 +101,13 @@ def _replace_line(path: Path, number: int, line: bytes) -> None:
         ("corpus.jsonl", 5, b'{"_id": "d4", "text": 3}', "field 'text' is a JSON int"),
         ("corpus.jsonl", 5, b'{"_id": 4, "text": "x"}', "_id is 4; expected a string"),
         ("corpus.jsonl", 5, b'{"_id": "d4", "text": "caf\xe9"}', "not UTF-8 .byte 0xe9 at column 27"),
+        (
+            "corpus.jsonl",
+            5,
+            b'{"_id": "d4", "text": "\\ud83d"}',
+            "field 'text' holds half of a surrogate pair",
+        ),
+        ("corpus.jsonl", 5, b'{"_id": "d4", "text": "x", "n": 1' + b"0" * 5000 + b"}", "too many digits"),
         ("queries.jsonl", 2, b'{"_id": "q1", "text": ""}', "query 'q1' has no text"),
         ("queries.jsonl", 2, b'{"_id": "q0", "text": "x"}', "_id 'q0' was already used on line 1"),
         ("qrels/test.tsv", 1, b"q20\td20\t1", "expected the header"),
@@ -164,6 +171,35 @@ def test_an_unknown_name_says_how_to_get_it(
         load_dataset("scifact")
     write_folder(tmp_path / "scifact")
     assert load_dataset("scifact").name == "scifact"
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"), [("DBPedia", "dbpedia-entity"), ("CQADupStack/Tex", "cqadupstack/tex")]
+)
+def test_a_data_set_is_found_under_its_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_folder: WriteFolder, asked: str, name: str
+) -> None:
+    monkeypatch.setenv("EFFIR_RAY_DATA", str(tmp_path))
+    write_folder(tmp_path / name)
+    assert load_dataset(asked).name == name
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_document(folder: Path) -> None:
+    path = folder / "corpus.jsonl"
+    expected = list(load_dataset(folder).corpus.iter_documents())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(load_dataset(folder).corpus.iter_documents()) == expected
+
+
+def test_a_corpus_alone_will_do_where_no_queries_are_needed(folder: Path) -> None:
+    whole = load_dataset(folder)
+    (folder / "queries.jsonl").unlink()
+    corpus = load_dataset(folder, queries=False)
+    assert corpus.corpus.ids == whole.corpus.ids and not corpus.splits
+    assert corpus.corpus.fingerprint == whole.corpus.fingerprint
+    assert corpus.corpus.subset([1]).fingerprint != corpus.corpus.subset([2]).fingerprint
+    with pytest.raises(InputError, match="has no split 'test'"):
+        corpus.queries("test")
 
 
 def test_a_missing_folder_is_not_said_to_be_downloadable(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from effir_ray.backbones.random_models import RANDOM_MODELS
 from effir_ray.backbones.retriever import load_retriever
+from effir_ray.backbones.spec import RetrieverSpec
 from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
@@ -46,6 +47,16 @@ def test_same_embedding_alone_and_in_any_batch(family, budget):
     retriever = load_retriever(f"random:{family}")
     got = Encoder(retriever, token_budget=budget).encode(TEXTS, "document")
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_an_empty_text_without_special_tokens_has_an_embedding(pooling):
+    retriever = load_retriever("random:llama")
+    retriever.spec = RetrieverSpec(pooling=pooling, append_eos=False)
+    retriever.tokenizer._tokenizer.post_processor = None
+    got = Encoder(retriever).encode(["some text", "", "of the data"], "document")
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, alone(retriever, ["some text", "", "of the data"]), atol=1e-5, rtol=0)
 
 
 COMPRESSED = Plan(

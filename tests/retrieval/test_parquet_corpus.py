@@ -72,6 +72,25 @@ def test_what_is_wrong_is_named(folder: Path, change, said: str) -> None:
         load_dataset(folder)
 
 
+def test_damaged_pages_are_named_while_reading(folder: Path) -> None:
+    write(folder, pa.Table.from_pylist(records(folder)), 1)
+    path = folder / "corpus.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196  # the first row group; the footer stays readable
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"corpus.parquet:1: damaged from this row on"):
+        load_dataset(folder)
+
+
+def test_a_column_that_is_not_utf_8_is_named(folder: Path) -> None:
+    table = pa.Table.from_pylist(records(folder))
+    raw = pa.array([text.encode("latin-1") for text in table["text"].to_pylist()], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    write(folder, table.set_column(table.schema.get_field_index("text"), "text", text), 1)
+    with pytest.raises(InputError, match=r"corpus.parquet:1: not UTF-8"):
+        load_dataset(folder)
+
+
 def test_no_parquet_at_all(folder: Path) -> None:
     (folder / "corpus.jsonl").rename(folder / "corpus.parquet")
     with pytest.raises(InputError, match="cannot be read as Parquet"):

@@ -19,6 +19,11 @@ def test_a_run_survives_writing_and_reading(tmp_path: Path) -> None:
     assert lines[-1] == "q2 Q0 d0 2 0.5 my_model"
 
 
+def test_an_id_with_spaces_stays_one_field(tmp_path: Path) -> None:
+    write_run({"q 1": {"My file.pdf": 1.0}}, tmp_path / "run.trec", tag="m")
+    assert read_run(tmp_path / "run.trec") == {"q%201": {"My%20file.pdf": 1.0}}
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("q Q0 d 1 x tag", "expected query-id"), ("q Q0 d 1", "expected query-id"), ("q Q0 a 2 1 tag", "twice")],
