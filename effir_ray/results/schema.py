@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from effir_ray.config import Config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -88,6 +88,20 @@ class TrialRow(Config):
     )
     query_speedup: Positive | None = Field(
         default=None, description="query encoding speed / that of the full model in the same run"
+    )
+    query_ms_p95: Positive | None = Field(
+        default=None, description="95th percentile of the milliseconds to encode one query"
+    )
+    tokens_per_s: Positive | None = Field(default=None, description="document tokens encoded a second")
+    mfu: Positive | None = Field(
+        default=None,
+        description="model FLOPs a second while encoding / the machine's largest in matrix products",
+    )
+    peak_memory_bytes: Count | None = Field(
+        default=None, description="weights and what encoding adds to them, in bytes"
+    )
+    isotropy: FiniteFloat | None = Field(
+        default=None, description="mean cosine of different documents; near 1 is collapsed"
     )
     recovered: bool = Field(default=False, description="trained after compression")
     git_commit: str = Field(default="", description="commit of the code that ran")

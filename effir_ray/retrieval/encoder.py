@@ -57,6 +57,13 @@ class Encoder:
         return int(self.retriever.model.config.hidden_size)
 
     @property
+    def weight_bytes(self) -> int:
+        """What the weights take: the model's own, and the encoder's copy in the form it computes with."""
+        self._refresh()
+        own: int = sum(p.nbytes for p in self.retriever.model.parameters())
+        return own + self._forward.copied_bytes
+
+    @property
     def flops_seen(self) -> int:
         """FLOPs of the model over all calls, as ``compression.accounting`` counts them."""
         from effir_ray.compression.accounting import flops
@@ -142,7 +149,7 @@ class Encoder:
                 self._lengths_seen.update(lengths[i] for i in batch)
                 bar.advance(len(batch))
         if self.retriever.model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.retriever.model.device)
         for batch, vectors in results:
             out[batch] = vectors.numpy()
 

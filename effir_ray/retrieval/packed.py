@@ -25,7 +25,7 @@ from effir_ray.backbones.retriever import Retriever
 from effir_ray.retrieval.cuda_graphs import SingleTextGraphs
 from effir_ray.retrieval.fused_kernels import rotate
 from effir_ray.retrieval.padded import PaddedForward
-from effir_ray.retrieval.projections import GatedProjection, NotPlainError, Quantize, fuse
+from effir_ray.retrieval.projections import GatedProjection, NotPlainError, Projection, Quantize, fuse
 from effir_ray.retrieval.varlen_attention import HALF, Packing, attend, attend_once, pool
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
@@ -33,6 +33,8 @@ _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on
 
 class _Model(Protocol):
     window: int | None  # longest text for which attention is full
+
+    projections: list[Projection | GatedProjection]
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         """Last hidden states of all tokens, (t, h), or of those at ``rows_n`` alone, (n, h)."""
@@ -48,6 +50,11 @@ class PackedForward:
         self._long = PaddedForward(retriever)
         device = retriever.model.device
         self._alone = SingleTextGraphs(device) if device.type == "cuda" else None
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the weights that were copied: all but embeddings and norms."""
+        return sum(projection.bytes for projection in self._model.projections)
 
     def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """b token lists, best ordered by length -> embeddings (b, d) on the model's device."""
@@ -97,6 +104,7 @@ class _Llama:
         model: Any = retriever.model
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm
         self._layers = [_LlamaLayer(layer, quantize) for layer in retriever.family.layers(model)]
+        self.projections = [part for layer in self._layers for part in layer.projections]
         self._last_attention = _last_with_attention(self._layers)
         self.window = _window(model.config)
 
@@ -118,12 +126,14 @@ class _LlamaLayer:
     def __init__(self, layer: Any, quantize: Quantize) -> None:
         attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
         self.has_attention, self._has_mlp = attention is not None, mlp is not None
+        self.projections: list[Projection | GatedProjection] = []
         if attention is not None:
             norm = layer.input_layernorm
             self._attention_eps = norm.variance_epsilon
             linears = [attention.q_proj, attention.k_proj, attention.v_proj]
             self._qkv = fuse(linears, scale=norm.weight, quantize=quantize)
             self._out = fuse([attention.o_proj], quantize=quantize)
+            self.projections += [self._qkv, self._out]
             self._channels = attention.head_dim
             self._heads = [linear.out_features // attention.head_dim for linear in linears]
             # Qwen3 normalises every head of query and key.
@@ -134,6 +144,7 @@ class _LlamaLayer:
             self._mlp_eps = norm.variance_epsilon
             self._gate_up = GatedProjection(mlp.gate_proj, mlp.up_proj, norm.weight, quantize)
             self._down = fuse([mlp.down_proj], quantize=quantize)
+            self.projections += [self._gate_up, self._down]
 
     def update(
         self, x_th: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor], rows_n: Tensor | None
@@ -189,6 +200,7 @@ class _Bert:
         model: Any = retriever.model
         self._embeddings = model.embeddings
         self._layers = [_BertLayer(layer, quantize) for layer in retriever.family.layers(model)]
+        self.projections = [part for layer in self._layers for part in layer.projections]
         self._last_attention = _last_with_attention(self._layers)
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
@@ -204,18 +216,21 @@ class _BertLayer:
     def __init__(self, layer: Any, quantize: Quantize) -> None:
         attention, inner = getattr(layer, "attention", None), getattr(layer, "intermediate", None)
         self.has_attention, self._has_mlp = attention is not None, inner is not None
+        self.projections: list[Projection | GatedProjection] = []
         if attention is not None:
             part = attention.self
             self._qkv = fuse([part.query, part.key, part.value], quantize=quantize)
             self._heads, self._channels = part.num_attention_heads, part.attention_head_size
             self._out = fuse([attention.output.dense], quantize=quantize)
             self._attention_norm: nn.LayerNorm = attention.output.LayerNorm
+            self.projections += [self._qkv, self._out]
         if inner is not None:
             self._up, activation = fuse([inner.dense], quantize=quantize), inner.intermediate_act_fn
             self._has_gelu = isinstance(activation, GELUActivation)
             self._activation: nn.Module = nn.Identity() if self._has_gelu else activation
             self._down = fuse([layer.output.dense], quantize=quantize)
             self._mlp_norm: nn.LayerNorm = layer.output.LayerNorm
+            self.projections += [self._up, self._down]
 
     def update(self, x_th: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         """The new residual stream, of the tokens at ``rows_n`` alone if given; ``x_th`` is used up."""

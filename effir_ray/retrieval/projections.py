@@ -26,6 +26,8 @@ class NotPlainError(TypeError):
 
 
 class Projection(Protocol):
+    bytes: int  # of the weight, in the form it is kept in
+
     def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
         """then(x W^T + b), (t, o)."""
 
@@ -62,11 +64,13 @@ class GatedProjection:
         self._both: Projection | None = None
         if quantize or not has_one_dnn(gate.weight):
             self._both = fuse([gate, up], scale=scale, quantize=quantize)
+            self.bytes = self._both.bytes
             return
         gate_projection, up_projection = fuse([gate], scale=scale), fuse([up], scale=scale)
         assert isinstance(gate_projection, OneDnnProjection)
         assert isinstance(up_projection, OneDnnProjection)
         self._gate, self._up = gate_projection, up_projection
+        self.bytes = gate_projection.bytes + up_projection.bytes
 
     def __call__(self, x_ti: Tensor) -> Tensor:
         if self._both is None:
@@ -102,6 +106,7 @@ class OneDnnProjection:
 
     def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_oi.contiguous())
+        self.bytes = weight_oi.nbytes
         self._bias = bias_o
 
     def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
@@ -129,6 +134,7 @@ class FloatProjection:
 
     def __init__(self, weight_oi: Tensor, bias_o: Tensor | None) -> None:
         self._weight = weight_oi.t().contiguous()  # (i, o)
+        self.bytes = weight_oi.nbytes
         self._bias = bias_o
 
     def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:
@@ -160,6 +166,7 @@ class Int8Projection:
             warnings.simplefilter("ignore", UserWarning)
             rows = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
             self._weight = torch.ops.quantized.linear_prepack(rows, None)
+        self.bytes = weight_oi.numel()
         self._bias = bias_o
 
     def project(self, x_ti: Tensor, then: Activation = "none") -> Tensor:

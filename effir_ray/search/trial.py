@@ -121,6 +121,12 @@ def describe(config: TrialConfig, split: Split, study: str) -> dict[str, Any]:
     }
 
 
+_TIMED = (
+    *("document_ms", "document_speedup", "query_speedup", "query_ms_p95"),
+    *("tokens_per_s", "mfu", "peak_memory_bytes", "isotropy"),
+)
+
+
 def sizes(config: TrialConfig, plan: Plan) -> dict[str, Any]:
     """The columns that follow from backbone and plan alone: no weights are needed."""
     model = load_config(config.backbone, first_blocks=config.first_blocks)
@@ -147,7 +153,7 @@ def _measured(config: TrialConfig, plan: Recipe, store: StageStore) -> dict[str,
         "recall_at_100": scores["recall@100"],
         "mrr_at_10": scores["mrr@10"],
         "map_at_100": scores["map@100"],
-        **{name: timing[name] for name in ("document_ms", "document_speedup", "query_speedup")},
+        **{name: timing[name] for name in _TIMED},
         "query_ms": timing["query_ms_p50"],
     }
 

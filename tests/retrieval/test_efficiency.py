@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from torch import nn
 
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.plan import LayerPlan, Plan
@@ -40,8 +41,14 @@ def test_figures_fit_together(monkeypatch):
         low, high = figures.document_speedup_spread
         assert 0 < low <= figures.document_speedup <= high
         assert figures.mfu > 0 and -1 <= figures.isotropy <= 1
-        weights = sum(p.numel() * 4 for p in small.retriever.model.parameters())
-        assert figures.peak_memory_bytes >= weights
+        assert figures.search_ms > 0
+    held = {name: encoder.weight_bytes for name, encoder in {"full": full, "small": small}.items()}
+    for name, encoder in {"full": full, "small": small}.items():
+        own = sum(p.nbytes for p in encoder.retriever.model.parameters())
+        linear = sum(m.weight.nbytes for m in encoder.retriever.model.modules() if isinstance(m, nn.Linear))
+        assert held[name] == own + linear
+        assert found[name].peak_memory_bytes >= held[name]
+    assert held["small"] < held["full"]
     assert found["full"].query_speedup == found["full"].document_speedup == 1
 
 
