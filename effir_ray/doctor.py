@@ -59,12 +59,18 @@ def _faiss() -> Finding:
             reason="FAISS is not installed; results are the same. To have it: pip install 'effir-ray[cpu]'",
         )
     import faiss
+    import torch
 
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    from effir_ray.retrieval.index import faiss_gpus
+
+    if torch.cuda.is_available() and not faiss_gpus():
+        reason = f"FAISS {faiss.__version__} is a build for CPUs; results are the same"
+        return Finding(subject="exact search", found="torch on GPU", reason=reason)
+    gpus = faiss_gpus()
     return Finding(
         subject="exact search",
         found=f"FAISS {faiss.__version__} on {f'{gpus} GPU(s)' if gpus else 'CPU'}",
-        reason="installed; GPUs without a FAISS build use a torch matrix product",
+        reason="installed",
     )
 
 

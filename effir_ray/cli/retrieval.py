@@ -82,6 +82,10 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens a query is cut to.", show_default=False)
     ] = None,
     max_length: MaxLength = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Also nDCG, Recall, MRR and MAP at this rank; can be given several times."),
+    ] = None,
     prf: Annotated[
         int,
         typer.Option(min=0, help="Pseudo-relevance feedback: move queries towards their first N documents."),
@@ -97,6 +101,8 @@ def evaluate(
     effir-ray evaluate --model minilm-l6 --dataset scifact
     effir-ray evaluate --model small --dataset stdlib --split dev --out runs/small-dev
     effir-ray evaluate --model small --dataset scifact --prf 5
+    effir-ray evaluate --model small --dataset msmarco --split dev --k 1000 \\
+        --out /shared/small-msmarco --workers 8 --address auto
     """
     from effir_ray import evaluate as run
     from effir_ray.progress import show_progress
@@ -111,6 +117,7 @@ def evaluate(
             query_max_length=query_max_length,
             document_max_length=max_length,
             feedback=Feedback(documents=prf) if prf else None,
+            cutoffs=k or (),
             workers=workers,
             address=address,
         )
@@ -122,5 +129,5 @@ def evaluate(
     show_table(["metric", "mean"], [(name, value) for name, value in result.scores.mean.items()])
     say(
         f"{result.n_queries} queries over {result.n_documents} documents, split {split}; "
-        f"exact search {result.search_ms:.2f} ms a query"
+        f"searched in {result.search_ms:.2f} ms a query"
     )

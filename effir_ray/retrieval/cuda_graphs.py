@@ -103,16 +103,16 @@ class SingleTextGraphs:
         aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types for it
         aside.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device):
+            try:
                 with torch.cuda.stream(aside):  # compiles kernels, reserves workspaces: recordings cannot
                     for _ in range(2):
                         embed(*text.read())
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 with torch.cuda.graph(graph, pool=self._pool, stream=aside):
                     output = embed(*text.read())
-        finally:
-            torch.cuda.set_stream(current)  # a recording that fails leaves its own
+            finally:
+                torch.cuda.set_stream(current)  # a recording that fails leaves its own
         current.wait_stream(aside)
         return text, graph, output
 

@@ -17,7 +17,7 @@ from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
 from effir_ray.retrieval.evaluation_result import Evaluation, write_evaluation
 from effir_ray.retrieval.feedback import Feedback, gather, rocchio
 from effir_ray.retrieval.index import Backend, exact_search
-from effir_ray.retrieval.metrics import Run, score_run
+from effir_ray.retrieval.metrics import Run, check_cutoffs, score_run
 
 if TYPE_CHECKING:
     from effir_ray.backbones.retriever import Retriever
@@ -50,28 +50,32 @@ def evaluate(
     document_max_length: int | None = None,
     feedback: Feedback | None = None,
     backend: Backend = "auto",
+    cutoffs: Sequence[int] = (),
     workers: int = 1,
     address: str | None = None,
 ) -> Evaluation:
     """Score ``model`` (a name, a folder, a loaded retriever or an encoder) on one split of ``dataset``.
 
+    Reported are nDCG@10, Recall@100, MRR@10 and MAP@100, and all four at each of ``cutoffs``.
+
     The data set is read and checked before the model is loaded. With ``out`` the run (``run.trec``), the
     scores in MTEB's form (``mteb.json``), those of every query (``per_query.json``) and a summary
     (``evaluation.json``) are written there; a model given by name is then encoded by Ray Data with
     ``workers`` actors into ``out/embeddings``, where a killed evaluation goes on. Otherwise embeddings pass
-    through a temporary file: memory does not grow with the corpus.
+    through a temporary file of this machine: memory does not grow with the corpus.
 
-    Raises InputError for anything wrong with the data set, the split or the model; TrialFailure for NaN
-    embeddings.
+    Raises InputError for anything wrong with the data set, the split or the model, and for several workers
+    without an ``out`` that they share; TrialFailure for NaN embeddings.
     """
     started = time.perf_counter()
+    if workers > 1 and (out is None or not isinstance(model, str | Path)):
+        raise InputError(
+            f"{workers} workers need a model that they can load by name and a folder they all see (--out)"
+        )
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     queries, qrels = dataset.queries(split), dataset.qrels(split)
     _check_out(out)
-    encoder = as_encoder(model)
-    vectors = encoder.encode(
-        list(queries.values()), "query", max_length=query_max_length, progress="Encoding queries"
-    )
+    check_cutoffs(cutoffs)
     with tempfile.TemporaryDirectory(prefix="effir-ray-") as scratch:
         corpus: EmbeddedCorpus
         if out is not None and isinstance(model, str | Path):
@@ -85,13 +89,19 @@ def evaluate(
                 max_length=document_max_length,
                 address=address,
             )
+            encoder = as_encoder(model)  # not before: the worker has a copy of its own on the same GPU
         else:
+            encoder = as_encoder(model)
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
+        vectors = encoder.encode(
+            list(queries.values()), "query", max_length=query_max_length, progress="Encoding queries"
+        )
         searching = time.perf_counter()
         run = search_corpus(
             list(queries),
             vectors,
             corpus,
+            depth=max([DEPTH, *cutoffs]),
             backend=backend,
             feedback=feedback,
             workers=workers,
@@ -103,7 +113,7 @@ def evaluate(
         dataset=dataset.name,
         split=split,
         fingerprint=dataset.fingerprint,
-        scores=score_run(run, qrels),
+        scores=score_run(run, qrels, cutoffs=cutoffs),
         run=run,
         n_queries=len(queries),
         n_documents=len(dataset.corpus),

@@ -15,7 +15,9 @@ from effir_ray.retrieval.trec import write_run
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``evaluate`` measured. ``search_ms``: exact search, milliseconds a query, all queries together."""
+    """What ``evaluate`` measured. ``search_ms``: finding the documents of all queries at once,
+    with reading the stored embeddings, milliseconds a query.
+    """
 
     model: str
     dataset: str

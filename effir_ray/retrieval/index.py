@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ Ints = npt.NDArray[np.int64]
 Backend = Literal["auto", "faiss", "torch"]
 _Propose = Callable[[Floats, Floats, int], tuple[Floats, Ints]]
 
+_FAISS_GPU_RESULTS = 2048  # the most that its GPU kernels select
 _SPARE = 32  # candidates beyond k: room for near-ties at the border, so that few queries need a full pass
 _QUERY_BLOCK = 1024
 _PAIR_ELEMENTS = 1 << 22  # float64 products at once: 32 MiB
@@ -139,9 +141,7 @@ def _error_bound(queries: Floats, shard: Floats) -> Floats:
 
 def _proposer(backend: Backend) -> _Propose:
     if backend == "auto":
-        import torch
-
-        backend = "torch" if torch.cuda.is_available() or not _has_faiss() else "faiss"
+        backend = "faiss" if _prefers_faiss() else "torch"
     if backend == "torch":
         return _propose_torch
     if backend == "faiss":
@@ -149,6 +149,15 @@ def _proposer(backend: Backend) -> _Propose:
             raise InputError("backend 'faiss': faiss is not installed; install effir-ray[cpu] or use 'torch'")
         return _propose_faiss
     raise InputError(f"unknown search backend '{backend}'; use auto, faiss or torch")
+
+
+def _prefers_faiss() -> bool:
+    """Not where there is a GPU that only torch can use."""
+    import torch
+
+    if not _has_faiss():
+        return False
+    return not torch.cuda.is_available() or faiss_gpus() > 0
 
 
 def _has_faiss() -> bool:
@@ -161,8 +170,28 @@ def _propose_faiss(queries: Floats, shard: Floats, count: int) -> tuple[Floats, 
     _prepare_openmp()
     import faiss
 
-    scores, columns = faiss.knn(queries, shard, count, metric=faiss.METRIC_INNER_PRODUCT)
+    product = faiss.METRIC_INNER_PRODUCT
+    if count > _FAISS_GPU_RESULTS or not faiss_gpus():
+        scores, columns = faiss.knn(queries, shard, count, metric=product)
+    else:
+        scores, columns = faiss.knn_gpu(_faiss_gpu_resources(), queries, shard, count, metric=product)
     return scores, columns
+
+
+def faiss_gpus() -> int:
+    """How many GPUs the installed FAISS can search on; 0 for builds without GPU support."""
+    _prepare_openmp()
+    import faiss
+
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+
+
+@cache
+def _faiss_gpu_resources() -> Any:
+    """Streams and scratch memory: gigabytes that FAISS would reserve anew for every shard."""
+    import faiss
+
+    return faiss.StandardGpuResources()
 
 
 def _prepare_openmp() -> None:

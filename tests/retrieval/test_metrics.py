@@ -5,7 +5,7 @@ from beir.retrieval.custom_metrics import mrr
 from beir.retrieval.evaluation import EvaluateRetrieval
 
 from effir_ray.errors import InputError
-from effir_ray.retrieval.metrics import score_run
+from effir_ray.retrieval.metrics import METRICS, score_run
 
 
 def random_run(seed: int, *, ties: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
@@ -17,6 +17,17 @@ def random_run(seed: int, *, ties: bool) -> tuple[dict[str, dict[str, float]], d
     score = (lambda: rng.randint(0, 20) / 4) if ties else rng.random
     run = {q: {d: score() for d in [q, *rng.sample(documents, 150)]} for q in qrels}
     return run, qrels
+
+
+@pytest.mark.parametrize("cut", [1, 3, 100, 1000])
+def test_any_rank_scores_as_beir_does(cut: int) -> None:
+    run, qrels = random_run(0, ties=False)
+    found = score_run(run, qrels, cutoffs=[cut]).mean
+    ndcg, average_precision, recall, _ = EvaluateRetrieval.evaluate(qrels, run, [cut])
+    expected = ndcg | average_precision | recall | mrr(qrels, run, [cut])
+    for name in ("NDCG", "MAP", "Recall", "MRR"):
+        assert round(found[f"{name.lower()}@{cut}"], 5) == pytest.approx(expected[f"{name}@{cut}"], abs=1e-6)
+    assert set(METRICS) <= set(found)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -48,6 +59,11 @@ def test_a_judged_query_that_is_left_out_scores_zero() -> None:
     scores = score_run({"a": {"x": 1.0}}, {"a": {"x": 1}, "b": {"y": 1}})
     assert scores.mean["ndcg@10"] == 0.5
     assert scores.per_query["b"]["recall@100"] == 0.0
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(InputError, match="a rank is at least 1"):
+        score_run({"a": {"x": 1.0}}, {"a": {"x": 1}}, cutoffs=[10, 0])
 
 
 def test_a_run_of_other_queries_is_refused() -> None:
