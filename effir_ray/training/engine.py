@@ -57,11 +57,17 @@ class Engine(Passes, Protocol):
     def load(self, folder: Path) -> None: ...
 
 
+def zero_stage(config: TrainConfig, *, bfloat16: bool) -> int:
+    """The stage that runs: without ZeRO DeepSpeed sums the passes of a step in the model's own bfloat16, and
+    refuses to sum them in float32.
+    """
+    return max(config.zero_stage, 1) if bfloat16 else config.zero_stage
+
+
 def deepspeed_settings(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration for a run."""
     # A step of GradCache sums many passes: in bfloat16 the small gradients of later ones would be lost.
-    # Without ZeRO DeepSpeed has no such sum.
-    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bfloat16 and config.zero_stage else {}
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bfloat16 else {}
     return {
         **sums,
         "train_micro_batch_size_per_gpu": config.batch_size // config.workers,
@@ -69,7 +75,7 @@ def deepspeed_settings(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": bfloat16},
         "zero_optimization": {
-            "stage": config.zero_stage,
+            "stage": zero_stage(config, bfloat16=bfloat16),
             # Norms and biases stay whole; every matrix is partitioned.
             "stage3_param_persistence_threshold": 4096,
         },
@@ -94,7 +100,9 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._deepspeed = deepspeed
-        self.name = f"DeepSpeed ZeRO-{config.zero_stage}"
+        self._stage = zero_stage(config, bfloat16=bfloat16)
+        asked = "" if self._stage == config.zero_stage else " (ZeRO-0 would sum gradients in bfloat16)"
+        self.name = f"DeepSpeed ZeRO-{self._stage}{asked}"
         self.device, self.encoder, self.padded = device, encoder, encoder.padded
 
     def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -109,10 +117,13 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         # Without ZeRO the optimizer stays the plain one, which keeps no norm.
-        plain = not hasattr(self._engine.optimizer, "_global_grad_norm")
-        norm = gradient_norm(self._engine.module) if plain else 0.0
+        norm = gradient_norm(self._engine.module) if self._stage == 0 else 0.0
         self._engine.step()
-        return norm if plain else float(self._engine.get_global_grad_norm())
+        if self._stage == 3:
+            # Stage 3 overwrites this sum in a step's first backward pass, but only where that one has a
+            # gradient: a sublayer that it skips (see ``ElasticStep``) would add to the step before.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        return norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
