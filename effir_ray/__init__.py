@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effir_ray.retrieval.datasets import load_dataset
     from effir_ray.retrieval.download import get as get_dataset
     from effir_ray.retrieval.download import list_datasets
+    from effir_ray.retrieval.efficiency import measure
     from effir_ray.retrieval.encoder import Encoder
     from effir_ray.retrieval.evaluation import evaluate
     from effir_ray.search.dry_run import dry_run as preview_search
@@ -63,6 +64,7 @@ _PUBLIC = {
     "list_jobs": "cluster_jobs:list_jobs",
     "load": "backbones.retriever:load_retriever",
     "load_dataset": "retrieval.datasets:load_dataset",
+    "measure": "retrieval.efficiency:measure",
     "measure_size": "compression.quantization:measure_size",
     "mine": "training.negatives:mine",
     "pareto": "results.selection:pareto",
@@ -101,6 +103,7 @@ __all__ = [
     "list_jobs",
     "load",
     "load_dataset",
+    "measure",
     "measure_size",
     "mine",
     "pareto",

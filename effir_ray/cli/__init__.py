@@ -16,7 +16,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Results": (results.pareto, results.query, results.report),
     "Models": (models.analyze, models.compress),
     "Training": (training.train, training.mine, training.annotate),
-    "Retrieval": (retrieval.encode, retrieval.evaluate),
+    "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure),
     "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop),
 }
 for _panel, _functions in _COMMANDS.items():

@@ -1,4 +1,4 @@
-"""encode, evaluate: what a model is worth as a retriever."""
+"""encode, evaluate, measure: what a model is worth as a retriever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from effir_ray.cli._options import Address, AsJson, Dataset, Model
-from effir_ray.cli._output import say, show_json, show_table
+from effir_ray.cli._output import quantity, say, show_json, show_table
 
 
 class StoredType(StrEnum):
@@ -131,3 +131,51 @@ def evaluate(
         f"{result.n_queries} queries over {result.n_documents} documents, split {split}; "
         f"searched in {result.search_ms:.2f} ms a query"
     )
+
+
+def measure(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Model to measure, as for evaluate; give several to compare them with the first.",
+            show_default=False,
+        ),
+    ],
+    dataset: Dataset = "stdlib",
+    queries: Annotated[int, typer.Option(min=1, help="Queries, encoded one at a time.")] = 20,
+    documents: Annotated[int, typer.Option(min=2, help="Documents, encoded together.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Repetitions; reported are medians.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast and how large models are, taking turns in one run: other load hits all alike.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray measure --model minilm-l6
+    effir-ray measure --model smollm2-135m --model runs/small/checkpoint --dataset scifact
+    """
+    from effir_ray import measure as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        found = run(model, dataset, queries=queries, documents=documents, rounds=rounds)
+    if as_json:
+        show_json(found)
+        return
+    rows = {
+        "query, ms (median)": [figures.query_ms_p50 for figures in found.values()],
+        "query, ms (95th percentile)": [figures.query_ms_p95 for figures in found.values()],
+        "documents a second": [figures.documents_per_s for figures in found.values()],
+        "tokens a second": [figures.tokens_per_s for figures in found.values()],
+        "query speed-up": [_spread(f.query_speedup, f.query_speedup_spread) for f in found.values()],
+        "document speed-up": [_spread(f.document_speedup, f.document_speedup_spread) for f in found.values()],
+        "MFU": [f"{figures.mfu:.0%}" for figures in found.values()],
+        "peak memory": [f"{quantity(figures.peak_memory_bytes)}B" for figures in found.values()],
+        "isotropy": [figures.isotropy for figures in found.values()],
+        f"search of {documents} documents, ms": [figures.search_ms for figures in found.values()],
+    }
+    show_table(["", *found], [(name, *cells) for name, cells in rows.items()])
+
+
+def _spread(ratio: float, spread: tuple[float, float]) -> str:
+    return f"{ratio:.2f}x ({spread[0]:.2f} to {spread[1]:.2f})"

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.progress import progress
+from effir_ray.retrieval.datasets import Dataset, load_dataset
 from effir_ray.retrieval.index import exact_search
 
 if TYPE_CHECKING:
@@ -56,6 +58,35 @@ class Efficiency(Config):
     isotropy: float
 
 
+def measure(
+    models: Sequence[str | Path],
+    dataset: str | Path | Dataset,
+    *,
+    queries: int = 20,
+    documents: int = 64,
+    rounds: int = 5,
+) -> dict[str, Efficiency]:
+    """Figures of models, given by name or folder, on the first texts of ``dataset``; speed-ups are relative
+    to the first model.
+
+    All models are in memory together. Raises InputError for a model that is given twice, and for what
+    ``load_dataset``, ``load_retriever`` and ``measure_efficiency`` refuse.
+    """
+    from effir_ray.retrieval.evaluation import as_encoder
+
+    names = [str(model) for model in models]
+    if len(set(names)) < len(names):
+        raise InputError(f"models are {', '.join(names)}; give every model once")
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
+    return measure_efficiency(
+        {name: as_encoder(name) for name in names},
+        list(data.all_queries.values())[: max(0, queries)],
+        [document.document_text for document in data.corpus.iter_documents(0, max(0, documents))],
+        rounds=rounds,
+        reference=names[0] if names else "",
+    )
+
+
 def measure_efficiency(
     models: Mapping[str, Encoder],
     queries: Sequence[str],
@@ -74,10 +105,12 @@ def measure_efficiency(
         raise InputError("measuring needs at least one query, one document and one round")
     runs = {name: _Run(encoder, queries, documents) for name, encoder in models.items()}
     names = list(runs)
-    for number in range(rounds):
-        shift = number % len(names)  # nobody always runs after the same neighbour
-        for name in names[shift:] + names[:shift]:
-            runs[name].round()
+    with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
+        for number in range(rounds):
+            shift = number % len(names)  # nobody always runs after the same neighbour
+            for name in names[shift:] + names[:shift]:
+                runs[name].round()
+                bar.advance()
     # A peak is what a machine can do at best: other work can only have lowered what was measured of it.
     peaks: dict[object, float] = {}
     for run in runs.values():
@@ -100,6 +133,7 @@ class _Run:
         self._embeddings, self._memory = peak_memory(encoder, documents)  # also warms up
         for query in queries:  # a GPU records a pass for every class of lengths at its first text
             encoder.encode([query], "query")
+        self._search()  # the first one loads a library
         self._query_seconds: list[list[float]] = []
         self._search_seconds: list[float] = []
         self._document_seconds: list[float] = []
@@ -113,8 +147,10 @@ class _Run:
         self._query_seconds.append(alone)
         seconds = _seconds(lambda: self._encoder.encode(self._documents, "document"))
         self._document_seconds.append(seconds)
-        query = self._embeddings[:1]
-        self._search_seconds.append(_seconds(lambda: exact_search(query, self._embeddings, k=_SEARCH_DEPTH)))
+        self._search_seconds.append(_seconds(self._search))
+
+    def _search(self) -> object:
+        return exact_search(self._embeddings[:1], self._embeddings, k=_SEARCH_DEPTH)
 
     def figures(self, reference: _Run, peak: float) -> Efficiency:
         latencies = np.median(self._query_seconds, axis=0)  # (queries,): the median over rounds of each

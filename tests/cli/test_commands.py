@@ -167,3 +167,20 @@ def test_data_sets_are_listed_with_their_sizes() -> None:
     listed = {item["name"]: item for item in json.loads(run("data", "list", "--json").stdout)}
     assert listed["scifact"]["documents"] == 5183
     assert "stdlib" in listed
+
+
+def test_measured_models_stand_side_by_side(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    options = ("--dataset", tmp_path, "--queries", 1, "--documents", 3, "--rounds", 1)
+    found = json.loads(run("measure", "--model", "random:llama", *options, "--json").stdout)
+    assert found["random:llama"]["document_speedup"] == 1 and found["random:llama"]["query_ms_p50"] > 0
+    table = run("measure", "--model", "random:llama", "--model", "random:bert", *options).stdout
+    assert "random:bert" in table and "1.00x (1.00 to 1.00)" in table
+
+
+def write_data(folder: Path) -> None:
+    lines = [json.dumps({"_id": str(i), "text": f"text {i}"}) for i in range(3)]
+    (folder / "corpus.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "queries.jsonl").write_text(lines[0], encoding="utf-8")
+    (folder / "qrels").mkdir()
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t1\t1\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.retrieval import efficiency
-from effir_ray.retrieval.efficiency import isotropy, measure_efficiency
+from effir_ray.retrieval.efficiency import isotropy, measure, measure_efficiency
 from effir_ray.retrieval.encoder import Encoder
 
 TEXTS = [f"the study of cells number {i} " + "and data " * (i % 7) for i in range(20)]
@@ -50,6 +50,14 @@ def test_figures_fit_together(monkeypatch):
         assert found[name].peak_memory_bytes >= held[name]
     assert held["small"] < held["full"]
     assert found["full"].query_speedup == found["full"].document_speedup == 1
+
+
+def test_models_are_compared_with_the_first_on_the_texts_of_a_data_set(folder, monkeypatch):
+    monkeypatch.setitem(efficiency._PEAK_SIZE, "cpu", 64)
+    found = measure(["random:llama", "random:bert"], folder, queries=2, documents=5, rounds=1)
+    assert found["random:llama"].document_speedup == 1 != found["random:bert"].document_speedup
+    with pytest.raises(InputError, match="give every model once"):
+        measure(["random:llama", "random:llama"], folder)
 
 
 def test_unknown_reference_and_nothing_to_measure():
