@@ -7,7 +7,7 @@ rank r of w takes every w-th pair of the global batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.pairs import Pair, shuffled
-from effir_ray.training.streaming import PairStream
+from effir_ray.training.pairs import Pair, asked, shared_positives, shuffled
+from effir_ray.training.streaming import PairStream, take_survey
 
 Tokenize = Callable[[Sequence[str], str], list[list[int]]]  # texts, "query" | "document" -> token ids
 
@@ -30,7 +30,8 @@ class Batch:
     all).
 
     tokens: b lists of token ids of the queries, then b * k of the documents (k of the first query first).
-    document_ids (b, k): a 64-bit hash a document; positive_ids: those of all known positives of a query.
+    document_ids (b, k): a 64-bit hash a document; positive_ids: those of all known positives of a query, also
+    from other rows that ask the same (of a stream, other rows of the batch).
     teacher_scores (b, k): NaN where there are none. texts: as ``tokens``, for a teacher's embeddings.
     number: the 0-based step of the run.
     """
@@ -73,11 +74,21 @@ class Batches:
             )
         self._pairs, self._config, self._tokenize = pairs, config, tokenize
         self._rank, self._world = rank, world
-        sample = pairs.sample if isinstance(pairs, PairStream) else pairs
-        self.negatives = min(config.hard_negatives, max(len(pair.negatives) for pair in sample))
+        survey = pairs.survey if isinstance(pairs, PairStream) else take_survey(pairs)
+        self.negatives = min(config.hard_negatives, survey.negatives)
         self.epoch_steps = len(pairs) // config.batch_size
         self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
-        self.has_teacher_scores = any(pair.teacher_scores is not None for pair in sample)
+        self.has_teacher_scores = survey.scored
+        self._shared = {} if isinstance(pairs, PairStream) else shared_positives(pairs)
+
+    @property
+    def note(self) -> str:
+        """What the settings ask of the data and it has not got; empty where it has."""
+        if self.negatives or not self._config.hard_negatives:
+            return ""
+        by = self._config.negatives
+        advice = "negatives: bm25 finds some" if by == "given" else f"negatives: {by} found none"
+        return f"no negatives in the data: in-batch negatives alone; {advice}"
 
     def run(self, start: int = 0) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``steps``; the next one is tokenised while this one trains."""
@@ -100,9 +111,13 @@ class Batches:
             if step == start or at == 0:
                 pairs = self._epoch(epoch, at * size)
             random = np.random.default_rng((self._config.seed, 1, step))
-            batch = [_choose(pair, self.negatives, random) for pair in islice(pairs, size)]
+            batch = self._chosen(list(islice(pairs, size)), random)
             _fill(batch, self.negatives, random)
             yield batch[self._rank :: self._world]
+
+    def _chosen(self, pairs: list[Pair], random: np.random.Generator) -> list[Example]:
+        shared = shared_positives(pairs) if isinstance(self._pairs, PairStream) else self._shared
+        return [_choose(pair, self.negatives, random, shared.get(asked(pair.query), ())) for pair in pairs]
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Pair]:
         """The pairs of an epoch in its order, the same on every rank, without the first ``skip``."""
@@ -134,8 +149,11 @@ class Example:
     positives: tuple[str, ...]
 
 
-def _choose(pair: Pair, negatives: int, random: np.random.Generator) -> Example:
-    """One of the positives, and ``negatives`` of the hard negatives (all, if there are fewer), by chance."""
+def _choose(pair: Pair, negatives: int, random: np.random.Generator, shared: Collection[str] = ()) -> Example:
+    """One of the positives, and ``negatives`` of the hard negatives (all, if there are fewer), by chance.
+
+    ``shared``: ids of the positives of all rows that ask the same.
+    """
     n_positives = len(pair.positives)
     positive = int(random.integers(n_positives))
     count = min(negatives, len(pair.negatives))
@@ -147,7 +165,7 @@ def _choose(pair: Pair, negatives: int, random: np.random.Generator) -> Example:
         texts=[pair.positives[positive], *(pair.negatives[index] for index in chosen)],
         ids=[pair.positive_ids[positive], *(pair.negative_ids[index] for index in chosen)],
         scores=[scores[positive], *(scores[n_positives + index] for index in chosen)],
-        positives=pair.positive_ids,
+        positives=tuple(shared) or pair.positive_ids,
     )
 
 

@@ -61,6 +61,8 @@ class TrainConfig(Config):
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.
+    held_out: a data set whose dev and test queries are asked by no training pair; a study names its own, and
+    ``dev``'s is one.
     elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
     keep_zeros: weights of the blocks that are zero at the start stay zero (a model pruned to sparsity).
     """
@@ -68,7 +70,8 @@ class TrainConfig(Config):
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
     dataset: str
     split: str = "train"
-    negatives: str = "given"
+    held_out: str | None = None
+    negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`
     hard_negatives: int = Field(default=7, ge=0)
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, ge=1)
@@ -107,10 +110,10 @@ class TrainConfig(Config):
     def _parts_agree(self) -> TrainConfig:
         if self.keep_zeros and self.lora is not None:
             raise ValueError("keep_zeros needs lora: null; merged adapters would fill the zeros")
-        if self.dev is not None and self.split != "train":
+        if self.split != "train" and (self.dev is not None or self.held_out is not None):
+            field = "dev" if self.dev is not None else "held_out"
             raise ValueError(
-                f"split is '{self.split}' and dev is set: weights are chosen on dev queries, so train on "
-                "split 'train'"
+                f"split is '{self.split}' and {field} is set, which is never trained on; use split 'train'"
             )
         return self
 

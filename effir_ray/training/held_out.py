@@ -1,6 +1,7 @@
-"""Dev stays held out however training pairs are given: none of them asks what a dev query asks.
+"""Dev and test stay held out however training pairs are given: none of them asks what a query there asks.
 
-Data sets keep their dev queries out of ``train`` themselves, by id; files of pairs know nothing of them.
+Data sets keep these queries out of ``train`` themselves; files of pairs and other data sets know nothing of
+them.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.pairs import Pair
-from effir_ray.training.streaming import PairStream, is_stream, open_pairs
+from effir_ray.training.pairs import Pair, asked, check_split, held_out_questions, load_pairs
+from effir_ray.training.streaming import PairStream, Survey, is_stream
 
 if TYPE_CHECKING:
     from effir_ray.retrieval.datasets import Dataset
@@ -24,24 +25,31 @@ def dev_dataset(config: TrainConfig) -> Dataset | None:
     return load_dataset(config.dev.dataset or config.dataset)
 
 
-def training_pairs(
-    source: str, split: str, dev: Dataset | None, *, left_out: int = 0
-) -> tuple[list[Pair] | PairStream, int]:
-    """The pairs of ``source`` without those whose query has the text of a dev query, and how many those are.
+def held_out_by(config: TrainConfig) -> frozenset[str]:
+    """The dev and test questions (as ``asked`` writes them) of what ``dev`` and ``held_out`` name."""
+    from effir_ray.retrieval.datasets import load_dataset
 
-    ``left_out``: of a stream, what ``count_left_out`` said.
+    dev = None if config.dev is None else config.dev.dataset or config.dataset
+    names = {name for name in (dev, config.held_out) if name is not None}
+    return frozenset().union(*(held_out_questions(load_dataset(name)) for name in names))
+
+
+def training_pairs(
+    source: str, split: str, held_out: frozenset[str], *, survey: Survey | None = None
+) -> tuple[list[Pair] | PairStream, int]:
+    """The pairs of ``source`` that ask no question of ``held_out``, and how many do.
+
+    ``survey``: of a stream, what ``survey_stream`` said.
     """
-    pairs, queries = open_pairs(source, split=split), _queries(dev)
-    if isinstance(pairs, PairStream):
-        return pairs.without(queries, left_out), left_out
-    kept = [pair for pair in pairs if pair.query not in queries]
+    if is_stream(source):
+        check_split(source, split)
+        stream = PairStream(source, held_out=held_out, survey=survey)
+        return stream, stream.survey.left_out
+    pairs = load_pairs(source, split=split)
+    kept = [pair for pair in pairs if asked(pair.query) not in held_out]
     return kept, len(pairs) - len(kept)
 
 
-def count_left_out(source: str, dev: Dataset | None) -> int:
-    """How many pairs of a stream ``training_pairs`` leaves out (it takes a pass); 0 of what is no stream."""
-    return PairStream(source).count(_queries(dev)) if dev is not None and is_stream(source) else 0
-
-
-def _queries(dev: Dataset | None) -> frozenset[str]:
-    return frozenset() if dev is None else frozenset(dev.queries("dev").values())
+def survey_stream(source: str, held_out: frozenset[str]) -> Survey | None:
+    """What workers need to know of a stream, found once; None of what is no stream."""
+    return PairStream(source, held_out=held_out).survey if is_stream(source) else None

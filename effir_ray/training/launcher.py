@@ -102,6 +102,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     changes: dict[str, Any] = {"dataset": _absolute(config.dataset, _DATA)}
     if config.dev is not None and config.dev.dataset is not None:
         changes["dev"] = config.dev.model_copy(update={"dataset": _absolute(config.dev.dataset, _DATA)})
+    if config.held_out is not None:
+        changes["held_out"] = _absolute(config.held_out, _DATA)
     if config.distillation.teacher is not None:
         teacher = _absolute(config.distillation.teacher, PACKAGED)
         changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})
@@ -159,6 +161,8 @@ def _contents(model: str, config: TrainConfig) -> dict[str, str]:
     contents = {"model": backbone_fingerprint(model), "dataset": source_fingerprint(config.dataset)}
     if config.dev is not None and config.dev.dataset is not None:
         contents["dev.dataset"] = source_fingerprint(config.dev.dataset)
+    if config.held_out is not None:
+        contents["held_out"] = source_fingerprint(config.held_out)
     if config.negatives not in ("given", "bm25"):
         contents["negatives"] = backbone_fingerprint(config.negatives)
     if config.distillation.teacher is not None:
@@ -178,9 +182,9 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
     """Mine negatives and run the teacher where the settings ask for it; workers then only read files."""
     from effir_ray.training.embedding_stage import encoder_dtype
-    from effir_ray.training.held_out import count_left_out, dev_dataset, training_pairs
+    from effir_ray.training.held_out import held_out_by, survey_stream, training_pairs
 
-    dev, dtype = dev_dataset(config), encoder_dtype()
+    held_out, dtype = held_out_by(config), encoder_dtype()
     pairs = config.dataset
     if config.negatives != "given" and config.hard_negatives:
         from effir_ray.training.negatives import mine
@@ -192,12 +196,13 @@ def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
     if config.distillation.teacher is not None:
         from effir_ray.training.distillation import embeddings_for
 
-        found, _ = training_pairs(pairs, _split_of(pairs, config), dev)
+        found, _ = training_pairs(pairs, _split_of(pairs, config), held_out)
         embeddings_for(config, found, stages, dtype)
     return {
         "pairs": pairs,
         "split": _split_of(pairs, config),
-        "left_out": count_left_out(pairs, dev),
+        "held_out": held_out,
+        "survey": survey_stream(pairs, held_out),
         "stages": str(stages.root),
         "teacher_dtype": dtype,
     }

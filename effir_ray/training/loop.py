@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
-    ``job``: model, config (JSON), pairs and split (their source), left_out (how many pairs of a stream),
-    run (folder or URI of the run's state), saved (where the trained checkpoint goes), stages, teacher_dtype.
+    ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
+    survey (of a stream), run (folder or URI of the run's state), saved (where the trained checkpoint goes),
+    stages, teacher_dtype.
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
@@ -72,7 +73,9 @@ class Run:
         )
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
         dev = dev_dataset(config)
-        pairs, self.left_out = training_pairs(job["pairs"], job["split"], dev, left_out=job["left_out"])
+        pairs, self.left_out = training_pairs(
+            job["pairs"], job["split"], job["held_out"], survey=job["survey"]
+        )
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = survival.halved_budget(self.run)
         teacher = embeddings_for(config, pairs, StageStore(Path(job["stages"])), job["teacher_dtype"])
@@ -135,7 +138,8 @@ class Run:
                 done, total=steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule
             )
             torch.manual_seed(config.seed + 1 + rank() + world_size() * done)  # dropout, also after a restart
-            with survival.halving(self.run, self.step.token_budget or batch.n_tokens):
+            budget = self.step.token_budget or batch.n_tokens
+            with survival.halving(self.run, budget):
                 outcome = self.step(batch)
                 norm = self.engine.step(rate)
             seconds = time.monotonic() - began
@@ -146,7 +150,8 @@ class Run:
                 row["note"] = note
             dev = config.dev
             if self.dev_score is not None and dev and ((done + 1) % dev.every == 0 or done + 1 == steps):
-                row[survival.DEV_SCORE] = self.dev_score()
+                with survival.halving(self.run, budget):
+                    row[survival.DEV_SCORE] = self.dev_score()
             yield row
             began = time.monotonic()
 
@@ -154,7 +159,9 @@ class Run:
         """What is said once, with the first row."""
         notes = []
         if self.left_out:
-            notes.append(f"{self.left_out} pairs left out: they ask what dev queries ask")
+            notes.append(f"{self.left_out} pairs left out: they ask what dev or test queries ask")
+        if self.batches.note:
+            notes.append(self.batches.note)
         if self.halved is not None:
             notes.append(f"out of memory: token budget halved to {self.halved}")
         return "; ".join(notes)

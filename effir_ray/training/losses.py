@@ -26,7 +26,7 @@ class Targets:
 
     listed (b, k): the columns of a query's own documents among the n; column 0 is its positive.
     allowed (b, n): False for the other documents known to be relevant (copies of the positive included).
-    teacher_scores (b, k): a reranker's scores of the listed documents; NaN for a query without them.
+    teacher_scores (b, k): a reranker's scores of the listed documents; NaN where there is none.
     teacher_queries (b, t), teacher_documents (n, t): embeddings of the uncompressed model.
     """
 
@@ -58,9 +58,10 @@ class InfoNCE:
 
 @dataclass(frozen=True)
 class ScoreDistillation:
-    """1/m sum_i KL( softmax(r_i / R) || softmax(s_i / T) ) over the listed documents of the m scored queries.
+    """1/m sum_i KL( softmax(r_i / R) || softmax(s_i / T) ) over the scored documents listed for query i.
 
-    r are a reranker's scores, R their temperature. The paper, section 4; Hinton et al. 2015 (1503.02531).
+    r are a reranker's scores, R their temperature; m counts the queries with at least two scored documents,
+    however many the others have. The paper, section 4; Hinton et al. 2015 (1503.02531).
     """
 
     temperature: float
@@ -68,14 +69,15 @@ class ScoreDistillation:
 
     def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
         scores = targets.teacher_scores
-        if scores is None or scores.shape[1] < 2:
+        if scores is None:
             return queries.sum() * 0.0
-        scored = ~scores.isnan().any(dim=1)
-        similarity = cosine(queries, documents).gather(1, targets.listed)[scored]
-        teacher = torch.log_softmax(scores[scored] / self.teacher_temperature, dim=1)
-        student = torch.log_softmax(similarity / self.temperature, dim=1)
+        known = ~scores.isnan()
+        rows = known.sum(dim=1) >= 2
+        similarity = cosine(queries, documents).gather(1, targets.listed)[rows]
+        teacher = _masked_log_softmax(scores[rows] / self.teacher_temperature, known[rows])
+        student = _masked_log_softmax(similarity / self.temperature, known[rows])
         divergence = functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        return divergence / scored.sum().clamp(min=1)
+        return divergence / rows.sum().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,11 @@ def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objecti
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(b, d), (n, d) -> (b, n)"""
     return functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T
+
+
+def _masked_log_softmax(logits: Tensor, known: Tensor) -> Tensor:
+    """(m, k): over the known columns alone; the others are 0, so that a divergence of two has no 0 * inf."""
+    return torch.log_softmax(logits.masked_fill(~known, float("-inf")), dim=1).masked_fill(~known, 0.0)
 
 
 def _teacher(targets: Targets) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,9 @@ check and shuffle chunks ahead of the training; memory holds the window and a fe
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from effir_ray.backbones.cache import file_hash
 from effir_ray.errors import InputError
 from effir_ray.training.pair_layouts import parse_pair
-from effir_ray.training.pairs import Pair, load_pairs, parse_line, to_json
+from effir_ray.training.pairs import Pair, asked, parse_line, to_json
 
 CHUNK_BYTES = 4 << 20  # of JSONL: a few thousand pairs
 WINDOW = 20_000  # pairs mixed at once
@@ -44,6 +43,35 @@ class Chunk:
     rows: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What all pairs say together. ``left_out``: how many ask a held-out question; the others have up to
+    ``negatives`` hard negatives, and reranker scores somewhere if ``scored``."""
+
+    left_out: int = 0
+    negatives: int = 0
+    scored: bool = False
+
+    def __add__(self, other: Survey) -> Survey:
+        return Survey(
+            left_out=self.left_out + other.left_out,
+            negatives=max(self.negatives, other.negatives),
+            scored=self.scored or other.scored,
+        )
+
+
+def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -> Survey:
+    """``held_out``: questions as ``asked`` writes them."""
+    left_out, negatives, scored = 0, 0, False
+    for pair in pairs:
+        if held_out and asked(pair.query) in held_out:
+            left_out += 1
+            continue
+        negatives = max(negatives, len(pair.negatives))
+        scored = scored or pair.teacher_scores is not None
+    return Survey(left_out=left_out, negatives=negatives, scored=scored)
+
+
 def is_stream(source: str) -> bool:
     """Whether ``source`` is read as a stream: Parquet, an S3 URI, a folder of pair files, or a huge JSONL."""
     if "://" in source or source.endswith(".parquet"):
@@ -52,15 +80,6 @@ def is_stream(source: str) -> bool:
     if path.suffix == ".jsonl":
         return path.is_file() and path.stat().st_size > IN_MEMORY_BYTES
     return path.is_dir() and not (path / "queries.jsonl").exists()
-
-
-def open_pairs(source: str, *, split: str = "train") -> list[Pair] | PairStream:
-    """The pairs of any source of training data: in memory where that is small enough, else as a stream."""
-    if not is_stream(source):
-        return load_pairs(source, split=split)
-    if split != "train":
-        raise InputError(f"{source}: pair files hold training pairs only; found split '{split}'")
-    return PairStream(source)
 
 
 def source_fingerprint(source: str) -> str:
@@ -79,46 +98,44 @@ def source_fingerprint(source: str) -> str:
 
 
 class PairStream:
-    """All pairs of a file or of the ``.jsonl`` and ``.parquet`` files in a folder (layouts: pair_layouts).
+    """The pairs of a file or of the ``.jsonl`` and ``.parquet`` files in a folder (layouts: pair_layouts).
 
+    Pairs of the questions ``held_out`` (as ``asked`` writes them) are passed over. ``survey``: what another
+    process found with the same arguments, so that it is not read again.
     Raises InputError for nothing to read; while reading, for a bad row, naming file and line.
     """
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self._held_out: frozenset[str] = frozenset()
-        self._left_out = 0
+    def __init__(
+        self, source: str, *, held_out: frozenset[str] = frozenset(), survey: Survey | None = None
+    ) -> None:
+        self.source, self._held_out = source, held_out
+        if survey is not None:
+            self.survey = survey
         self.chunks = [chunk for path in _files(source) for chunk in _chunks(path)]
         if not self.chunks:
             raise InputError(f"{source}: no training pairs; expected .jsonl or .parquet files with rows")
 
     def __len__(self) -> int:
-        return sum(chunk.rows for chunk in self.chunks) - self._left_out
+        return sum(chunk.rows for chunk in self.chunks) - (self.survey.left_out if self._held_out else 0)
 
-    def without(self, queries: frozenset[str], count: int) -> PairStream:
-        """The same stream without the pairs of these queries (texts), of which it has ``count``."""
-        stream = copy.copy(self)
-        stream._held_out, stream._left_out = queries, count
-        return stream
-
-    def count(self, queries: frozenset[str]) -> int:
-        """How many pairs ask one of ``queries``: one pass over all files, by Ray tasks."""
+    @cached_property
+    def survey(self) -> Survey:
+        """One pass over all files, by Ray tasks."""
         import ray
 
         from effir_ray.cluster import connect
 
         connect()
-        known, task = ray.put(queries), ray.remote(_count)
-        counts = ray.get([task.remote(asdict(chunk), known) for chunk in self.chunks])
-        for error in (count for count in counts if isinstance(count, str)):
+        held_out, task = ray.put(self._held_out), ray.remote(_surveyed)
+        parts = ray.get([task.remote(asdict(chunk), held_out) for chunk in self.chunks])
+        for error in (part for part in parts if isinstance(part, str)):
             raise InputError(error)
-        return sum(counts)
+        return sum(parts, start=Survey())
 
-    @cached_property
-    def sample(self) -> list[Pair]:
-        """The first pairs: they say how many negatives there are, and whether they are scored."""
-        found = (pair for chunk in self.chunks for pair in _read(chunk) if pair.query not in self._held_out)
-        return list(islice(found, 100))
+    def read(self) -> Iterator[Pair]:
+        """Every pair in the order of the files, in this process."""
+        pairs = (pair for chunk in self.chunks for pair in _read(chunk))
+        return (pair for pair in pairs if asked(pair.query) not in self._held_out)
 
     def epoch(self, *, seed: int, epoch: int, skip: int = 0) -> Iterator[Pair]:
         """Every pair once, in the order of (seed, epoch), without the first ``skip``."""
@@ -142,7 +159,7 @@ class PairStream:
             if row["error"]:
                 raise InputError(row["error"])
             pair = parse_line(row["line"], self.source)
-            if pair.query not in self._held_out:
+            if not self._held_out or asked(pair.query) not in self._held_out:
                 yield pair
 
 
@@ -160,10 +177,10 @@ def _shuffled_lines(item: dict[str, Any]) -> list[dict[str, str]]:
     return [{"line": to_json(pairs[index]), "error": ""} for index in order]
 
 
-def _count(item: dict[str, Any], queries: frozenset[str]) -> int | str:
-    """Runs in a Ray task: pairs of the chunk that ask one of ``queries``, or what is wrong with it."""
+def _surveyed(item: dict[str, Any], held_out: frozenset[str]) -> Survey | str:
+    """Runs in a Ray task: the survey of a chunk, or what is wrong with it."""
     try:
-        return sum(pair.query in queries for pair in _read(Chunk(**item)))
+        return take_survey(_read(Chunk(**item)), held_out)
     except InputError as error:
         return str(error)
 

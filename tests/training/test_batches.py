@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,31 @@ def test_lacking_negatives_are_other_queries_positives_without_scores() -> None:
 
 def test_no_more_negatives_are_asked_than_there_are() -> None:
     assert Batches(pairs(negatives=1), config(hard_negatives=7), tokenize).negatives == 1
+
+
+def test_positives_of_every_row_of_a_query_are_known_to_each_of_them() -> None:
+    """Also those whose row is in another batch: another query may bring the same document."""
+    rows = [replace(pair, query="Same  one" if i % 2 else "same one") for i, pair in enumerate(pairs(6))]
+    every = {hash64(name) for pair in rows for name in pair.positive_ids}
+    others = [replace(pair, query=f"other {i}") for i, pair in enumerate(pairs(6))]
+    seen = set()
+    for batch in Batches([*rows, *others], config(), tokenize).run():
+        for query, positives in zip(batch.texts, batch.positive_ids, strict=False):
+            seen.add(query)
+            assert len(positives) == (2 if query.startswith("other") else 12)
+            assert query.startswith("other") or set(positives.tolist()) == every
+    assert {"Same  one", "same one"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [({}, "negatives: bm25 finds some"), ({"negatives": "bm25"}, "negatives: bm25 found none")],
+)
+def test_data_without_negatives_is_said(settings: dict[str, object], advice: str) -> None:
+    lacking = Batches(pairs(negatives=0), config(**settings), tokenize)
+    assert lacking.note == f"no negatives in the data: in-batch negatives alone; {advice}"
+    assert Batches(pairs(negatives=1), config(**settings), tokenize).note == ""
+    assert Batches(pairs(negatives=0), config(**settings | {"hard_negatives": 0}), tokenize).note == ""
 
 
 def test_too_few_pairs_are_an_error() -> None:

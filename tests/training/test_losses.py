@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,27 @@ def test_score_distillation_skips_queries_without_scores_and_vanishes_where_stud
         listed=targets.listed, allowed=targets.allowed, teacher_scores=torch.full_like(scores, torch.nan)
     )
     assert float(term(queries, documents, missing)) == 0.0
+
+
+def test_score_distillation_uses_the_scored_documents_of_ragged_lists() -> None:
+    """Queries with 2, 1 and 3 scored documents: two of them teach, each over its own documents alone."""
+    queries, documents, targets = example(k=3)
+    scores = torch.tensor([[3.0, math.nan, 1.0], [2.0, math.nan, math.nan], [0.5, 2.0, 1.0]])
+    queries.requires_grad_()
+    documents.requires_grad_()
+    term = ScoreDistillation(temperature=0.5, teacher_temperature=2.0)
+    loss = term(queries, documents, replace(targets, teacher_scores=scores))
+    expected = 0.0
+    for i, known in ((0, [0, 2]), (2, [0, 1, 2])):
+        student = torch.softmax(cosine(queries, documents)[i, [3 * i + j for j in known]] / 0.5, 0)
+        teacher = torch.softmax(scores[i, known] / 2.0, 0)
+        expected += float((teacher * (teacher.log() - student.log())).sum().detach()) / 2
+    assert expected > 0.01
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    by_query, by_document = torch.autograd.grad(loss, [queries, documents])
+    taught = [row for row, gradient in enumerate(by_document) if gradient.abs().max() > 0]
+    assert taught == [0, 2, 6, 7, 8]
+    assert by_query.isfinite().all() and by_document.isfinite().all()
 
 
 def test_teacher_embeddings_pull_towards_themselves() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from effir_ray.errors import InputError
-from effir_ray.training.pairs import Pair, load_pairs, shuffled, write_pairs
+from effir_ray.training.pairs import Pair, load_pairs, shared_positives, shuffled, write_pairs
 
 LAYOUTS = {
     "ours": {"query": "q", "positive": "p", "negatives": ["n1", "n2"], "teacher_scores": [3, 2, 1]},
@@ -128,3 +128,21 @@ def test_a_beir_folder_gives_train_pairs_without_the_dev_queries(tmp_path: Path)
     assert pair.positives == ("Part text 4", "Part text 3")
     with pytest.raises(InputError, match="no split 'test'"):
         load_pairs(folder, split="test")
+
+
+def test_two_ids_that_ask_the_same_are_not_on_both_sides(tmp_path: Path) -> None:
+    folder = beir_folder(tmp_path / "set")
+    queries = load_pairs(folder)
+    twice = {f"q{i}": f"query {i}" for i in range(40)} | {"t0": f" {queries[0].query.upper()}"}
+    write(folder / "queries.jsonl", *({"_id": name, "text": text} for name, text in twice.items()))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nt0\td0\t1\n")
+    assert load_pairs(folder) == queries[1:]
+
+
+def test_positives_of_rows_that_ask_the_same_are_shared() -> None:
+    rows = [
+        Pair("1", "One  question", ("a",), positive_ids=("A",)),
+        Pair("2", "another", ("b",), positive_ids=("B",)),
+        Pair("1", "one question", ("c", "d"), positive_ids=("C", "D")),
+    ]
+    assert shared_positives(rows) == {"one question": {"A": "a", "C": "c", "D": "d"}}

@@ -13,8 +13,9 @@ from effir_ray.errors import InputError
 from effir_ray.training import streaming
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.held_out import training_pairs
 from effir_ray.training.pairs import load_pairs
-from effir_ray.training.streaming import PairStream, is_stream, open_pairs, source_fingerprint
+from effir_ray.training.streaming import PairStream, Survey, is_stream, source_fingerprint
 
 
 @pytest.fixture
@@ -36,12 +37,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_chunks_hold_every_line_once(folder: Path) -> None:
     stream = PairStream(str(folder))
-    read = [pair.query_id for chunk in stream.chunks for pair in streaming._read(chunk)]
-    assert read == [f"q{i}" for i in range(60)]
+    assert [pair.query_id for pair in stream.read()] == [f"q{i}" for i in range(60)]
     assert len(stream) == 60
     assert len(stream.chunks) > 8
-    assert [pair.query_id for pair in stream.sample] == read[: len(stream.sample)]
-    assert stream.sample[0].negatives == ("n0",)
+
+
+@pytest.mark.integration
+def test_negatives_and_scores_of_any_file_count(tmp_path: Path) -> None:
+    """The first file has neither; both come after more rows than anyone would look at."""
+    rows = [{"query": f"plain {i}", "positive": f"p{i}"} for i in range(150)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mined = {"positive": "p", "negatives": ["n1", "n2", "n3"]}
+    rows = [{"query": f"mined {i}"} | mined for i in range(20)] + [
+        {"query": "scored", "scores": [4, 3, 2, 1]} | mined
+    ]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = PairStream(str(tmp_path))
+    assert stream.survey == Survey(negatives=3, scored=True)
+    config = TrainConfig(dataset=str(tmp_path), batch_size=8)
+    batches = Batches(stream, config, lambda texts, kind: [[1] for _ in texts])
+    assert (batches.negatives, batches.has_teacher_scores, batches.note) == (3, True, "")
+
+
+@pytest.mark.integration
+def test_rows_of_one_query_are_no_negatives_of_each_other_in_a_batch(tmp_path: Path) -> None:
+    rows = [{"query": "Same  question" if i % 2 else "same question", "positive": f"p{i}"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(dataset=str(tmp_path), batch_size=4)
+    (batch,) = Batches(PairStream(str(tmp_path)), config, lambda texts, kind: [[1] for _ in texts]).run()
+    known = set(batch.document_ids.flatten().tolist())
+    assert len(known) == 4
+    assert [set(ids.tolist()) for ids in batch.positive_ids] == [known] * 4
 
 
 @pytest.mark.integration
@@ -70,16 +96,20 @@ def test_what_is_streamed_and_what_is_loaded(folder: Path, monkeypatch: pytest.M
     assert is_stream(str(folder / "c.parquet"))
     assert not is_stream("stdlib")
     file = str(folder / "a.jsonl")
-    assert open_pairs(file) == load_pairs(file)
+    pairs, _ = training_pairs(file, "train", frozenset())
+    assert pairs == load_pairs(file)
     monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
-    assert isinstance(open_pairs(file), PairStream)
+    stream, _ = training_pairs(file, "train", frozenset(), survey=Survey())
+    assert isinstance(stream, PairStream)
+    assert load_pairs(file) == pairs  # whoever needs them all in memory
+    assert [pair.query_id for pair in load_pairs(folder)] == [f"q{i}" for i in range(60)]
 
 
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected \.jsonl or \.parquet files"):
         PairStream(str(tmp_path))
     with pytest.raises(InputError, match="found split 'dev'"):
-        open_pairs(str(tmp_path / "x.parquet"), split="dev")
+        training_pairs(str(tmp_path / "x.parquet"), "dev", frozenset())
 
 
 @pytest.mark.integration
