@@ -1,7 +1,7 @@
 """Runs every combination of the equality test inside one long-lived group of processes.
 
 Started by ``test_equality.py``: ``python equality_worker.py RANK RANKS PORT OUT``. Rank 0 writes OUT, a
-``torch.save`` of {combination: {"losses", "gradients", "weights"}}, and a checkpoint beside it.
+``torch.save`` of {combination: what ``steps`` returns}, and a checkpoint beside it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from effir_ray.backbones.retriever import load_retriever
+from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.patterns import parse_pattern
 from effir_ray.compression.sparsity import sparsify
 from effir_ray.training.batches import Batches
 from effir_ray.training.config import LoraConfig, TrainConfig
+from effir_ray.training.elastic import ElasticStep
 from effir_ray.training.engine import Engine
 from effir_ray.training.gradcache import ContrastiveStep, encode_rows
+from effir_ray.training.ladder import make_ladder
 from effir_ray.training.loop import hollow, prepare, write_checkpoint
 from effir_ray.training.losses import build_objective
 from effir_ray.training.optim import learning_rate
@@ -32,6 +34,8 @@ MODEL = "random:llama:3"
 STEPS = 3
 SENTENCE = "a sentence that no training pair holds"
 BUDGET = 64  # tokens: with GradCache each rank needs several passes a step
+# Every rung skips layer 2's MLP: only the last network of a step has a gradient for it.
+LADDER = make_ladder([(1, 1.0), (2, 0.5), (3, 0.25)], mlp_order=[2, 1], attention_order=[3])
 
 
 @dataclass(frozen=True)
@@ -41,16 +45,27 @@ class Combination:
     lora: bool
     grad_cache: bool
     negatives: int
+    elastic: bool = False
+    bfloat16: bool = False
 
     def __str__(self) -> str:
         kind = "lora" if self.lora else "full"
         cache = "gradcache" if self.grad_cache else "plain"
-        return f"{self.ranks}rank-zero{self.zero}-{kind}-{cache}-{self.negatives}neg"
+        kinds = "-elastic" * self.elastic + "-bfloat16" * self.bfloat16
+        return f"{self.ranks}rank-zero{self.zero}-{kind}-{cache}-{self.negatives}neg{kinds}"
 
 
 def combinations(ranks: int) -> list[Combination]:
     axes = itertools.product(range(4), (True, False), (True, False), (1, 3))
     return [Combination(ranks, *axis) for axis in axes]
+
+
+def elastic(ranks: int) -> list[Combination]:
+    return [Combination(ranks, zero, False, False, 1, elastic=True) for zero in range(4)]
+
+
+def bfloat16(ranks: int) -> list[Combination]:
+    return [Combination(ranks, zero, False, True, 3, bfloat16=True) for zero in range(4)]
 
 
 def training_config(combination: Combination) -> TrainConfig:
@@ -64,7 +79,7 @@ def training_config(combination: Combination) -> TrainConfig:
         lora=LoraConfig(r=4, alpha=8) if combination.lora else None,
         token_budget=BUDGET if combination.grad_cache else None,
         warmup=0.34,
-        precision="float32",
+        elastic=LADDER if combination.elastic else (),
     )
 
 
@@ -90,30 +105,36 @@ def training_pairs() -> list[Pair]:
 
 
 def run(combination: Combination, rank: int) -> dict[str, Any]:
-    """Three steps; loss and norm of each, the gradients of the first, the weights after the last."""
     config = training_config(combination)
     retriever = load_retriever(MODEL)
-    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
-    assert engine.name == f"DeepSpeed ZeRO-{combination.zero}", engine.name
+    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=combination.bfloat16)
+    return steps(retriever, engine, config, rank)
+
+
+def steps(retriever: Retriever, engine: Engine, config: TrainConfig, rank: int = 0) -> dict[str, Any]:
+    """Three steps; loss and norm of each, the gradients of the first, the weights after the last."""
 
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=64)
 
-    batches = Batches(training_pairs(), config, tokenize, rank=rank, world=combination.ranks)
+    batches = Batches(training_pairs(), config, tokenize, rank=rank, world=config.workers)
     objective = build_objective(config, has_teacher_scores=True)
-    step = ContrastiveStep(engine, objective, token_budget=config.token_budget)
+    step: ContrastiveStep | ElasticStep = ContrastiveStep(engine, objective, token_budget=config.token_budget)
+    if config.elastic:
+        step = ElasticStep(engine, retriever, objective, config, token_budget=config.token_budget)
     losses, norms, gradients = [], [], {}
     for done, batch in enumerate(batches.run()):
         outcome = step(batch)
         losses.append(outcome.loss)
-        if combination.grad_cache:
+        if config.token_budget:
             assert outcome.computed > outcome.tokens, "the budget was meant to force recomputation"
         if done == 0:
             gradients = trained(engine, engine.gradient)
         rate = learning_rate(done, total=STEPS, peak=1e-3, warmup=config.warmup, schedule="linear")
         norms.append(engine.step(rate))
     weights = trained(engine, lambda value: value)
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+    found = {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+    return {**found, "engine": engine.name}
 
 
 def save(ranks: int, rank: int, folder: Path) -> dict[str, Any]:
@@ -172,7 +193,8 @@ def main() -> None:
     os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    results = {str(combination): run(combination, rank) for combination in combinations(ranks)}
+    every = [*combinations(ranks), *elastic(ranks), *bfloat16(ranks)]
+    results = {str(combination): run(combination, rank) for combination in every}
     saved = save(ranks, rank, out.with_suffix(""))
     zeros = {f"sparse-{ranks}-{zero}": sparse(ranks, rank, zero) for zero in range(4)}
     if rank == 0:
