@@ -106,7 +106,11 @@ def recipe(config: TrialConfig, sources: Sources, split: Split) -> Recipe:
 def _trained(name: str, parent: Stage, training: Any, config: TrialConfig, sources: Sources) -> Stage:
     if training is None:
         return parent
-    own = {"training": training.model_dump(mode="json"), "data": sources.datasets[training.dataset]}
+    own = {
+        "training": training.model_dump(mode="json"),
+        "data": sources.datasets[training.dataset],
+        "held_out": sources.datasets[config.dataset],
+    }
     return Stage(name=name, own=own, parents={"model": parent})
 
 

@@ -103,22 +103,30 @@ class Protocol(Config):
     @model_validator(mode="before")
     @classmethod
     def _training_inherits(cls, data: Any) -> Any:
-        """Training uses the study's data set and seed unless it names its own."""
+        """Training uses the study's data set and seed unless it names its own, and never what the study
+        chooses by and reports: the dev and test queries of the study's data set are held out."""
         if not isinstance(data, dict):
             return data
         shared = {name: data[name] for name in ("dataset", "seed") if name in data}
-        training = {
-            name: {**shared, **data[name]}
-            for name in ("base_training", "recovery")
-            if isinstance(data.get(name), dict)
-        }
+        held_out = {"held_out": data.get("dataset")}
+        training: dict[str, Any] = {}
+        for name in ("base_training", "recovery"):
+            given = data.get(name)
+            if isinstance(given, dict):
+                training[name] = {**shared, **held_out, **given}
+            elif isinstance(given, TrainConfig) and given.held_out is None:
+                training[name] = given.model_copy(update=held_out)
         return {**data, **training}
 
     @model_validator(mode="after")
-    def _training_names_no_model(self) -> Protocol:
+    def _training_is_the_studys(self) -> Protocol:
         for name, training in (("base_training", self.base_training), ("recovery", self.recovery)):
-            if training is not None and training.model is not None:
+            if training is None:
+                continue
+            if training.model is not None:
                 raise ValueError(f"{name} trains the study's own models: leave 'model' out")
+            if training.held_out != self.dataset:
+                raise ValueError(f"{name} holds out the study's data set: leave 'held_out' out")
         return self
 
 

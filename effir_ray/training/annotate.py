@@ -15,32 +15,32 @@ from effir_ray.errors import InputError
 from effir_ray.stages import StageStore, fingerprint
 from effir_ray.training.chunks import Process, in_chunks
 from effir_ray.training.pairs import Pair, load_pairs
+from effir_ray.training.streaming import source_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def annotate(
-    pairs_file: str | Path,
+    source: str | Path,
     *,
     by: str,
     stages: StageStore,
     max_length: int = 512,
     token_budget: int = 8192,
 ) -> Path:
-    """Score every document of ``pairs_file`` (JSONL) against its query; returns a JSONL file with
-    ``teacher_scores``.
+    """Score every document of the pairs in ``source`` (files that ``load_pairs`` reads, all in memory)
+    against its query; returns a JSONL file with ``teacher_scores``.
 
     ``by``: folder or hub id of any sequence classifier over (query, document) with one logit (BGE-reranker,
     the MS MARCO MiniLM cross-encoders, ...) or two (relevant minus not). Scores are logits; the loss takes
     their softmax. ``token_budget``: tokens a batch, padding included. A killed run resumes at the last
     finished chunk; a second run returns at once. Raises InputError for a model of another shape.
     """
-    path = Path(pairs_file)
-    pairs = load_pairs(path)
+    pairs = load_pairs(source)
     if not any(pair.negatives for pair in pairs):
-        raise InputError(f"{path}: the pairs have no negatives to score; run effir-ray mine first")
-    inputs = {"pairs": fingerprint(path), "by": _model_key(by), "max_length": max_length}
+        raise InputError(f"{source}: the pairs have no negatives to score; run effir-ray mine first")
+    inputs = {"pairs": source_fingerprint(str(source)), "by": _model_key(by), "max_length": max_length}
 
     def make_process() -> Process:
         scorer = CrossEncoder(by, max_length=max_length, token_budget=token_budget)

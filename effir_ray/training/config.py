@@ -65,6 +65,9 @@ class TrainConfig(Config):
     ``dev``'s is one.
     elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
     keep_zeros: weights of the blocks that are zero at the start stay zero (a model pruned to sparsity).
+    zero_stage: DeepSpeed's; 0 in bfloat16 runs as 1, which sums gradients in float32.
+    checkpoint_every: steps from one checkpoint to the next; None takes a tenth of the run, and at least five
+    minutes.
     """
 
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
@@ -111,9 +114,9 @@ class TrainConfig(Config):
         if self.keep_zeros and self.lora is not None:
             raise ValueError("keep_zeros needs lora: null; merged adapters would fill the zeros")
         if self.split != "train" and (self.dev is not None or self.held_out is not None):
-            field = "dev" if self.dev is not None else "held_out"
             raise ValueError(
-                f"split is '{self.split}' and {field} is set, which is never trained on; use split 'train'"
+                f"split is '{self.split}': dev and test queries are held out (of a study always, else by "
+                "dev and held_out), so train on split 'train'"
             )
         return self
 

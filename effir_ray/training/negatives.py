@@ -3,12 +3,13 @@
 Rule: TopK-PercPos of NV-Retriever (Moreira et al., arXiv 2407.15831, section 3): of the documents ranked for
 a query keep the best ones that score below 95 % of the positive's score. Written as
 ``score < positive - margin * |positive|`` so that it also holds for negative scores; with several positives
-the best-scoring one counts. A document with the text of a positive is never a negative.
+the best-scoring one counts, those of other rows that ask the same included. A document with the text of a
+positive is never a negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from effir_ray.errors import InputError
-from effir_ray.stages import StageStore, fingerprint
+from effir_ray.stages import StageStore
 from effir_ray.training.chunks import in_chunks
-from effir_ray.training.pairs import Pair, load_pairs
+from effir_ray.training.pairs import Pair, asked, load_pairs, shared_positives
+from effir_ray.training.streaming import is_stream, source_fingerprint
 
 MARGIN = 0.05  # NV-Retriever, table 3: 95 % is its best threshold
 DEPTH = 100  # documents looked at for each query
@@ -51,9 +53,10 @@ def mine(
 ) -> Path:
     """Mine hard negatives for the pairs of ``source``; returns a JSONL file for ``load_pairs``.
 
-    ``source``: what ``load_pairs`` takes; a data set's negatives come from its corpus, a JSONL file's from
-    all documents in it. ``by``: ``bm25`` or any model ``load_retriever`` takes. A query gets fewer than
-    ``negatives`` where fewer pass the rule, none where its positive is not among the best ``depth``.
+    ``source``: what ``load_pairs`` takes; a data set's negatives come from its corpus, those of files of
+    pairs from all documents in them, which are then in memory. ``by``: ``bm25`` or any model
+    ``load_retriever`` takes. A query gets fewer than ``negatives`` where fewer pass the rule, none where its
+    positive is not among the best ``depth``.
     A killed run resumes at the last finished chunk; a second run returns at once.
     """
     if not 0 < negatives <= depth:
@@ -72,18 +75,27 @@ def mine(
         "negatives": negatives,
         "depth": depth,
         "margin": margin,
+        "positives": "of all rows that ask the same",
     }
+    shared = shared_positives(pairs)
 
     def make_process() -> Callable[[Sequence[Pair]], list[Pair]]:
         rank = bm25(collection, depth) if by == "bm25" else dense(by, collection, depth, stages)
-        return partial(mine_pairs, rank=rank, collection=collection, negatives=negatives, margin=margin)
+        return partial(
+            mine_pairs,
+            rank=rank,
+            collection=collection,
+            negatives=negatives,
+            margin=margin,
+            shared=shared,
+        )
 
     return in_chunks(stages, "negatives", inputs, pairs, make_process, description=f"Mining by {by}")
 
 
 def collect(source: str | Path, pairs: Sequence[Pair]) -> Collection:
-    """The data set's corpus, or all documents of a JSONL file's pairs."""
-    if Path(source).suffix == ".jsonl":
+    """The data set's corpus, or all documents of the pairs in files."""
+    if Path(source).suffix == ".jsonl" or is_stream(str(source)):
         known = {
             name: text
             for pair in pairs
@@ -95,7 +107,7 @@ def collect(source: str | Path, pairs: Sequence[Pair]) -> Collection:
             list(known),
             lambda ids: [known[name] for name in ids],
             lambda: iter(known.items()),
-            fingerprint(Path(source)),
+            source_fingerprint(str(source)),
         )
     from effir_ray.retrieval.datasets import load_dataset
 
@@ -152,7 +164,7 @@ def dense(model: str, collection: Collection, depth: int, stages: StageStore) ->
 def hard_negatives(
     scores: Sequence[float],
     candidates: Sequence[str],
-    positives: Sequence[str],
+    positives: Container[str],
     *,
     negatives: int,
     margin: float,
@@ -173,19 +185,29 @@ def hard_negatives(
 
 
 def mine_pairs(
-    pairs: Sequence[Pair], *, rank: Rank, collection: Collection, negatives: int, margin: float = MARGIN
+    pairs: Sequence[Pair],
+    *,
+    rank: Rank,
+    collection: Collection,
+    negatives: int,
+    margin: float = MARGIN,
+    shared: Mapping[str, Mapping[str, str]] | None = None,
 ) -> list[Pair]:
-    """``pairs`` with new hard negatives from ``collection`` as ranked by ``rank``; old ones and scores go."""
+    """``pairs`` with new hard negatives from ``collection`` as ranked by ``rank``; old ones and scores go.
+
+    ``shared``: ``shared_positives`` of all pairs, where these are a part of them.
+    """
+    shared = shared_positives(pairs) if shared is None else shared
     scores, indices = rank([pair.query for pair in pairs])
     mined = []
     for pair, row_scores, row in zip(pairs, scores.tolist(), indices.tolist(), strict=True):
         candidates = [collection.ids[index] for index in row]
+        positives = shared.get(asked(pair.query)) or dict(zip(pair.positive_ids, pair.positives, strict=True))
         # A few spare ones: copies of a positive under another id are only seen in the texts.
-        chosen = hard_negatives(
-            row_scores, candidates, pair.positive_ids, negatives=negatives + 3, margin=margin
-        )
+        chosen = hard_negatives(row_scores, candidates, positives, negatives=negatives + 3, margin=margin)
         texts = dict(zip(chosen, collection.texts(chosen), strict=True))
-        kept = [name for name in chosen if texts[name].strip() and texts[name] not in pair.positives]
+        known = frozenset(positives.values())
+        kept = [name for name in chosen if texts[name].strip() and texts[name] not in known]
         kept = kept[:negatives]
         mined.append(
             replace(

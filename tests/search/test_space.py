@@ -8,6 +8,7 @@ from search_examples import small_space
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.space import Candidate, SearchSpace, TrialConfig
+from effir_ray.training.config import TrainConfig
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
@@ -46,6 +47,9 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("schedules: [{drop_mlp: 1, recover: true}]\n", "'recovery' .* is missing"),
         ("dev: {queries: 3}\n", "given together"),
         ("base_training: {model: random:llama}\n", "base_training trains the study's own models"),
+        ("base_training: {split: dev}\n", "base_training: split is 'dev': dev and test queries are held out"),
+        ("recovery: {split: test}\n", "recovery: split is 'test': dev and test queries are held out"),
+        ("recovery: {held_out: other}\n", "recovery holds out the study's data set: leave 'held_out' out"),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
     ],
 )
@@ -58,6 +62,16 @@ def test_training_takes_data_and_seed_of_the_study_unless_it_names_its_own() -> 
     space = small_space(seed=7, base_training=TRAINING, recovery=TRAINING | {"dataset": "other", "seed": 1})
     assert (space.base_training.dataset, space.base_training.seed) == ("stdlib", 7)
     assert (space.recovery.dataset, space.recovery.seed) == ("other", 1)
+
+
+def test_training_settings_given_as_objects_hold_the_studys_data_set_out_too() -> None:
+    settings = TrainConfig(dataset="pairs.jsonl")
+    space = small_space(base_training=settings, recovery=TRAINING | {"dataset": "pairs.jsonl"})
+    trial = space.trial(Candidate(recover=True))
+    for training in (space.base_training, space.recovery, trial.base_training, trial.recovery):
+        assert (training.dataset, training.held_out) == ("pairs.jsonl", "stdlib")
+    with pytest.raises(ValueError, match="split is 'dev': dev and test queries are held out"):
+        small_space(recovery=settings.model_copy(update={"split": "dev"}))
 
 
 def test_settings_that_change_nothing_do_not_make_another_trial() -> None:

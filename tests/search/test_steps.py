@@ -16,11 +16,14 @@ from effir_ray.compression.importance_scores import ImportanceScores
 from effir_ray.compression.plan import Plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import TrialFailure
+from effir_ray.retrieval.datasets import load_dataset
 from effir_ray.search import steps
 from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.trial import workers
 from effir_ray.stages import StageStore
+from effir_ray.training.held_out import held_out_by, training_pairs
+from effir_ray.training.pairs import Pair, write_pairs
 
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 
@@ -73,6 +76,20 @@ def test_trials_share_mined_negatives_and_teacher_embeddings(
     config = small_space(base_training=TRAINING).trial(Candidate())
     steps.base(config, "dev", {"model": model}, out, stages)
     assert given == {"stages": stages}
+
+
+def test_what_a_study_scores_is_never_trained_on(tmp_path: Path) -> None:
+    """Pairs from elsewhere may ask dev and test queries; what reaches the trainer does not."""
+    data = load_dataset(write_corpus(tmp_path / "data"))
+    pairs = [Pair(name, query, ("a text",), positive_ids=("d0",)) for name, query in data.all_queries.items()]
+    write_pairs(pairs, tmp_path / "pairs.jsonl")
+    recovery = TRAINING | {"dataset": str(tmp_path / "pairs.jsonl")}
+    space = small_space(dataset=str(data.folder), recovery=recovery)
+    config = space.trial(Candidate(drop_mlp=1, recover=True)).recovery
+    assert config is not None
+    kept, left_out = training_pairs(config.dataset, config.split, held_out_by(config))
+    assert {pair.query_id for pair in kept} == set(data.queries("train"))
+    assert left_out == len(data.queries("dev")) + len(data.queries("test")) == 16
 
 
 def test_seconds_count_once_a_worker() -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -79,6 +81,14 @@ def test_a_second_run_does_nothing_and_another_model_does(pairs_file: Path, tmp_
     assert annotate(pairs_file, by=one, stages=stages) == first
     assert (stages.root / "runs.log").read_text() == builds
     assert annotate(pairs_file, by=two, stages=stages) != first
+
+
+def test_parquet_pairs_are_scored_as_their_lines_are(pairs_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in pairs_file.open()]), other)
+    by, stages = str(cross_encoder(tmp_path / "reranker", 1)), StageStore(tmp_path / "stages")
+    expected, found = (load_pairs(annotate(file, by=by, stages=stages)) for file in (pairs_file, other))
+    assert found == expected
 
 
 def test_batches_keep_the_budget_and_lose_nothing() -> None:

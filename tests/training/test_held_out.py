@@ -63,7 +63,7 @@ def test_a_data_set_named_as_held_out_is_one_and_only_train_is_trained_on(config
     named = TrainConfig(dataset=config.dataset, held_out=config.dev.dataset)
     assert held_out_by(named) == held_out_by(config)
     assert held_out_by(TrainConfig(dataset=config.dataset)) == frozenset()
-    with pytest.raises(ValueError, match="split is 'test' and held_out is set"):
+    with pytest.raises(ValueError, match="split is 'test': dev and test queries are held out"):
         TrainConfig(dataset="stdlib", held_out="stdlib", split="test")
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.stages import StageStore
 from effir_ray.training import chunks, negatives
 from effir_ray.training.negatives import hard_negatives, mine
-from effir_ray.training.pairs import load_pairs
+from effir_ray.training.pairs import load_pairs, write_pairs
 
 TOPICS = ("copper mines", "river boats", "winter wheat", "glass bottles", "night trains", "paper kites")
 
@@ -76,6 +78,44 @@ def test_copies_of_a_positive_are_no_negatives(tmp_path: Path) -> None:
     mined = load_pairs(mine(file, stages=StageStore(tmp_path / "stages"), negatives=2, depth=6, margin=0.0))
     assert "copy" not in mined[0].negative_ids
     assert "2" in mined[0].negative_ids
+
+
+def test_the_positive_of_another_row_of_the_query_is_no_negative(tmp_path: Path) -> None:
+    """One row a positive, the second with a copy of its document under another id."""
+    rows = [
+        {"query": "red apples", "positive": "red apples are sweet and round"},
+        {"query": "Red  apples", "positive": "the sweet red apples of autumn"},
+        {"query": "red pears", "positive": "red pears are soft and somewhat less sweet"},
+        *({"query": f"thing {i}", "positive": f"a blue thing number {i}"} for i in range(4)),
+    ]
+    copy = {"docid": "copy", "text": "the sweet red apples of autumn"}
+    rows.append({"query": "autumn", "positive": "leaves of autumn", "negatives": [copy]})
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mined = load_pairs(mine(file, stages=StageStore(tmp_path / "stages"), negatives=3, depth=6, margin=0.0))
+    for pair in mined[:2]:
+        assert pair.negatives[0] == "red pears are soft and somewhat less sweet"
+        assert not any("apples" in text for text in pair.negatives)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_parquet_and_folders_of_pairs_are_mined_as_their_lines_are(
+    kind: str, source: Path, tmp_path: Path
+) -> None:
+    pairs = load_pairs(source)
+    if kind == "parquet":
+        other = tmp_path / "pairs.parquet"
+        pq.write_table(pa.Table.from_pylist([json.loads(line) for line in source.open()]), other)
+    else:
+        other = tmp_path / "parts"
+        other.mkdir()
+        write_pairs(pairs[:20], other / "a.jsonl")
+        write_pairs(pairs[20:], other / "b.jsonl")
+    expected, found = (
+        mine(place, stages=StageStore(tmp_path / f"stages-{place.name}"), negatives=3)
+        for place in (source, other)
+    )
+    assert load_pairs(found) == load_pairs(expected)
 
 
 def test_a_killed_run_resumes_at_the_last_chunk_and_a_second_run_does_nothing(
