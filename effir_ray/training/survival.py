@@ -20,6 +20,9 @@ from effir_ray.training.engine import Engine
 REPORT_SECONDS = 1.0
 """Rows are sent in groups: a report waits until Ray Train's controller has taken the one before."""
 
+CHECKPOINT_SECONDS = 300.0
+"""Checkpoints that nobody asked for are this far apart: writing one can take as long as some steps."""
+
 DEV_SCORE = "dev_ndcg_at_10"
 SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
@@ -30,30 +33,39 @@ _PROGRESS, _BUDGET, _RESERVED = "progress.json", "token_budget.json", "placement
 class Reporter:
     """Sends rows to the driver about once a second; with them a checkpoint where one is due.
 
-    A checkpoint is due every ``checkpoint_every`` steps and after every dev score. It holds weights and
-    optimizer state; the place in the data and all random draws follow from the step.
+    A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
+    score. It holds weights and optimizer state; the place in the data and all random draws follow from the
+    step.
     """
 
     def __init__(self, engine: Engine, config: TrainConfig) -> None:
         self._engine, self._every = engine, config.checkpoint_every
         self._rows: list[dict[str, Any]] = []
-        self._sent = time.monotonic()
+        self._sent = self._saved = time.monotonic()
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Every rank calls it after every step: reporting is a barrier, so rank 0's clock decides for all."""
         self._rows.append(row)
         last = row["step"] == row["steps"]
-        periodic = self._every is not None and row["step"] % self._every == 0 and not last
-        elapsed = time.monotonic() - self._sent if rank() == 0 else 0.0
-        due = largest(elapsed, self._engine.device) >= REPORT_SECONDS
-        if periodic or DEV_SCORE in row:
+        due = self._since(self._sent) >= REPORT_SECONDS
+        if DEV_SCORE in row or (self._periodic(row["step"], row["steps"]) and not last):
             with tempfile.TemporaryDirectory() as scratch:
                 self._engine.save(Path(scratch))
                 if rank() == 0:
                     (Path(scratch) / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
                 self._report(row, scratch)
+            self._saved = time.monotonic()
         elif due or last:
             self._report(row, None)
+
+    def _periodic(self, step: int, steps: int) -> bool:
+        if self._every is not None:
+            return step % self._every == 0
+        return step % max(1, steps // 10) == 0 and self._since(self._saved) >= CHECKPOINT_SECONDS
+
+    def _since(self, moment: float) -> float:
+        """Seconds by rank 0's clock, on every rank."""
+        return largest(time.monotonic() - moment if rank() == 0 else 0.0, self._engine.device)
 
     def _report(self, row: dict[str, Any], folder: str | None) -> None:
         import ray.train

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
+import ray.train
 import torch
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from effir_ray.backbones.retriever import load_retriever
 from effir_ray.cluster import connect
 from effir_ray.errors import InputError
 from effir_ray.retrieval.embedding_shards import ShardFolder
-from effir_ray.training import storage
+from effir_ray.training import storage, survival
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.engine import PlainEngine
 from effir_ray.training.history import read_history
 from effir_ray.training.launcher import train
-from effir_ray.training.survival import OutOfMemory, halved_budget, halving, note_reservation, release
+from effir_ray.training.survival import (
+    OutOfMemory,
+    Reporter,
+    halved_budget,
+    halving,
+    note_reservation,
+    release,
+)
+from effir_ray.training.text_encoder import TextEncoder
 
 
 def on_a_gpu() -> None:
@@ -34,6 +47,36 @@ def test_out_of_memory_halves_the_budget_of_the_next_start(
     with pytest.raises(OutOfMemory, match="token budget of 3000"), halving(run, 3000):
         too_much()
     assert halved_budget(run) == 1500
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every", "expected"),
+    [
+        (1.0, None, []),  # nothing is lost that five minutes do not bring back
+        (40.0, None, [8, 16, 24, 32]),
+        (1000.0, None, [4, 8, 12, 16, 20, 24, 28, 32, 36]),
+        (1.0, 15, [15, 30]),
+    ],
+)
+def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
+    seconds: float, every: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = [0.0], []
+
+    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+        if checkpoint is not None:
+            assert torch.load(Path(checkpoint.path) / "state.pt")["weights"]
+            written.append(metrics["step"])
+
+    monkeypatch.setattr(survival, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ray.train, "report", report)  # there is no Ray Train around this process
+    config = TrainConfig(dataset="unused", checkpoint_every=every)
+    engine = PlainEngine(TextEncoder(load_retriever("random:llama")), config, torch.device("cpu"), False)
+    reporter = Reporter(engine, config)
+    for step in range(1, 41):
+        now[0] += seconds
+        reporter({"step": step, "steps": 40})
+    assert written == expected
 
 
 def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
