@@ -84,11 +84,11 @@ def test_the_positive_of_another_row_of_the_query_is_no_negative(tmp_path: Path)
     """One row a positive, the second with a copy of its document under another id."""
     rows = [
         {"query": "red apples", "positive": "red apples are sweet and round"},
-        {"query": "Red  apples", "positive": "the sweet red apples of autumn"},
+        {"query": "Red  apples", "positive": "the sweet red apples of a late autumn in the valley"},
         {"query": "red pears", "positive": "red pears are soft and somewhat less sweet"},
         *({"query": f"thing {i}", "positive": f"a blue thing number {i}"} for i in range(4)),
     ]
-    copy = {"docid": "copy", "text": "the sweet red apples of autumn"}
+    copy = {"docid": "copy", "text": "the sweet red apples of a late autumn in the valley"}
     rows.append({"query": "autumn", "positive": "leaves of autumn", "negatives": [copy]})
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
