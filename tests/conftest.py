@@ -1,5 +1,32 @@
 """Models in tests are tiny: a second thread only waits for the first, and for long beside other programs."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, after this
+
+
+@pytest.fixture(scope="module")
+def object_store() -> Iterator[str]:
+    """A bucket of an S3 server on this machine, as ``store.format(folder)``: the URI of a folder in it."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    place = f"127.0.0.1:{port}"
+    system = fs.S3FileSystem(
+        access_key="key",
+        secret_key="secret",
+        endpoint_override=place,
+        scheme="http",
+        region="us-east-1",
+        allow_bucket_creation=True,
+    )
+    system.create_dir("bucket")
+    # Workers of a Ray that runs already do not see this process's environment: the URI carries the keys.
+    yield f"s3://key:secret@bucket/{{}}?endpoint_override={place}&scheme=http&region=us-east-1"
+    server.stop()

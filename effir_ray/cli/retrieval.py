@@ -162,7 +162,7 @@ def measure(
     if as_json:
         show_json(found)
         return
-    rows = {
+    rows: dict[str, list[object]] = {
         "query, ms (median)": [figures.query_ms_p50 for figures in found.values()],
         "query, ms (95th percentile)": [figures.query_ms_p95 for figures in found.values()],
         "documents a second": [figures.documents_per_s for figures in found.values()],
@@ -174,7 +174,7 @@ def measure(
         "isotropy": [figures.isotropy for figures in found.values()],
         f"search of {documents} documents, ms": [figures.search_ms for figures in found.values()],
     }
-    show_table(["", *found], [(name, *cells) for name, cells in rows.items()])
+    show_table(["", *found], [[name, *cells] for name, cells in rows.items()])
 
 
 def _spread(ratio: float, spread: tuple[float, float]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
+import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,6 +170,8 @@ def _encode_missing(
         for row in done.iter_rows():
             if row["problem"]:
                 raise InputError(row["problem"])
+            if row["warning"]:  # Python shows it once
+                warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
             seconds = time.monotonic() - started
             mfu = flops / seconds / (workers * row["gemm_peak"])
@@ -257,12 +260,13 @@ class _ShardEncoder:
         """
         shard, ids = int(batch["shard"][0]), [str(i) for i in batch["ids"][0]]
         corpus = Corpus(self._path, ids, array("q", batch["offsets"][0]))
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": ""}
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, corpus)
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
+            figures["warning"] = self._encoder.int8_warning
         except InputError as error:
             figures["problem"] = str(error)
         return {name: [value] for name, value in figures.items()}

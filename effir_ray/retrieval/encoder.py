@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from effir_ray.retrieval.padded import PaddedForward
 Kind = Literal["query", "document"]
 
 WINDOW = 512  # texts that are tokenised ahead and ordered by length together
+_CHECKED, _INT8_CLOSE = 8, 0.98
 _BUDGET = {"cpu": 1024, "cuda": 32_768}
 """Tokens a batch. CPU: the activations of more no longer fit the caches; GPU: enough to fill it."""
 
@@ -30,7 +32,9 @@ _BUDGET = {"cpu": 1024, "cuda": 32_768}
 class Encoder:
     """Embeds texts with one model; holds its own, faster copy of the weights.
 
-    ``token_budget`` (tokens a batch) halves by itself when memory runs out and stays there.
+    ``token_budget`` (tokens a batch) halves by itself when memory runs out and stays there. ``int8_cosine``:
+    how close int8 comes to the model's own embeddings, the mean over the first texts encoded; below 0.98 a
+    RuntimeWarning says so. None before, and for floats.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Encoder:
         self.retriever = retriever
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
         self.quantize = quantize
+        self.int8_cosine: float | None = None
         self.tokens_seen = 0  # over all calls
         self._lengths_seen: Counter[int] = Counter()  # texts by their number of tokens
         self._forward: PackedForward | PaddedForward
@@ -55,6 +60,16 @@ class Encoder:
     def dimension(self) -> int:
         """Length of an embedding."""
         return int(self.retriever.model.config.hidden_size)
+
+    @property
+    def int8_warning(self) -> str:
+        """What there is to say when int8 is far from the model's own embeddings; else ''."""
+        if self.int8_cosine is None or self.int8_cosine >= _INT8_CLOSE:
+            return ""
+        return (
+            f"int8 changes the embeddings of '{self.retriever.name}': mean cosine to its own "
+            f"{self.int8_cosine:.3f} (at least {_INT8_CLOSE} is usual); check its scores or leave int8 out"
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -93,6 +108,8 @@ class Encoder:
         )
         with display as bar, torch.inference_mode(), _evaluating(self.retriever.model):
             for start, tokens in self._tokenised(texts, kind, max_length):
+                if self.quantize and self.int8_cosine is None:
+                    self._check_int8(tokens[:_CHECKED])
                 self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
         return embeddings
 
@@ -101,7 +118,7 @@ class Encoder:
         snapshot = _state(self.retriever.model)
         if snapshot == self._snapshot:
             return
-        self._snapshot = snapshot
+        self._snapshot, self.int8_cosine = snapshot, None
         fast = None if _is_hooked(self.retriever.model) else packed_forward(self.retriever, self.quantize)
         if self.quantize and (fast is None or self.retriever.model.device.type != "cpu"):
             raise InputError(
@@ -109,6 +126,15 @@ class Encoder:
                 f"{self.retriever.model.config.model_type} on {self.retriever.model.device.type}"
             )
         self._forward = fast or PaddedForward(self.retriever)
+
+    def _check_int8(self, tokens: list[list[int]]) -> None:
+        """Some models lose much: huge activations of a few channels leave little of the rest in 8 bits."""
+        exact = PaddedForward(self.retriever)
+        pairs = [(self._forward([ids]), exact([ids])) for ids in tokens]
+        cosines = [torch.nn.functional.cosine_similarity(a, b).item() for a, b in pairs]
+        self.int8_cosine = sum(cosines) / len(cosines)
+        if self.int8_warning:
+            warnings.warn(self.int8_warning, RuntimeWarning, stacklevel=3)
 
     def _tokenised(
         self, texts: Sequence[str], kind: Kind, max_length: int | None

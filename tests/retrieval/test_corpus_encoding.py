@@ -122,6 +122,26 @@ def test_only_the_missing_shards_are_encoded(beir_folder, undisturbed, tmp_path)
 
 
 @pytest.mark.integration
+def test_an_object_store_holds_the_same_shards_and_resumes(
+    beir_folder, undisturbed, object_store, monkeypatch
+):
+    out = ShardFolder(object_store.format("vectors"))
+    encode_corpus(MODEL, str(beir_folder), out.location, shard_size=64, workers=2)
+    system, root = out._root()
+    system.delete_file(f"{root}/shards/000003.json")
+    kept = system.get_file_info(f"{root}/shards/000000.parquet").mtime
+    again = encode_corpus(MODEL, str(beir_folder), out.location, shard_size=64)
+    assert system.get_file_info(f"{root}/shards/000000.parquet").mtime == kept
+    assert again.ids == undisturbed.ids
+    for mine, theirs in zip(again.shards(), undisturbed.shards(), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="choose another output folder"):
+        encode_corpus(MODEL, str(beir_folder), out.location, shard_size=32)
+    monkeypatch.setattr(corpus_encoding, "_encode_missing", forbidden)
+    assert len(encode_corpus(MODEL, str(beir_folder), out.location, shard_size=64)) == DOCUMENTS
+
+
+@pytest.mark.integration
 def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
     with pytest.raises(InputError, match="the Ray cluster has"):
         encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=1, workers=500)

@@ -164,6 +164,29 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(family):
     assert (got * one_by_one).sum(axis=1).min() > 0.9999
 
 
+@pytest.mark.filterwarnings("error")
+def test_int8_that_is_close_is_checked_in_silence():
+    encoder = Encoder(load_retriever("random:llama"), quantize="int8")
+    assert encoder.int8_cosine is None
+    encoder.encode(TEXTS, "document")
+    assert encoder.int8_cosine > 0.99 and encoder.int8_warning == ""
+
+
+def test_int8_that_is_not_close_says_so():
+    retriever = load_retriever("random:llama")
+    with torch.no_grad():
+        # A massive activation that carries nothing: 8 bits for it leave few for the other channels.
+        retriever.model.embed_tokens.weight[:, 5] = 30
+        for layer in retriever.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[5], norm.weight[:5], norm.weight[6:] = 1e-4, 30, 30
+        retriever.model.norm.weight[5] = 0
+    encoder = Encoder(retriever, quantize="int8")
+    with pytest.warns(RuntimeWarning, match="int8 changes the embeddings of 'random:llama'"):
+        encoder.encode(TEXTS, "document")
+    assert encoder.int8_cosine < 0.98
+
+
 def test_int8_where_it_does_not_exist():
     with pytest.raises(InputError, match="int8 is for"):
         Encoder(load_retriever("random:gemma2"), quantize="int8")
