@@ -1,13 +1,14 @@
-"""Encoding speed side by side with its peers: one process, one model, the same texts, interleaved rounds.
+"""Encoding throughput, in one run, contestants taking turns: the same model, real documents and real queries.
 
-    python benchmarks/encode.py DATA --model minilm-l6 --documents 300            a BEIR folder, all cores
+    python benchmarks/encode.py DATA --model smollm2-135m --documents 30 --rounds 3     DATA: a BEIR folder
     python benchmarks/encode.py DATA --model minilm-l6 --documents 60 --threads 1 --rounds 3    a laptop
+    python benchmarks/encode.py DATA --model mistral-7b                                 a GPU with 80 GB
 
-Compared: effir-ray (float32, int8), sentence-transformers, plain Transformers with padded batches, the same
-under torch.compile, and ONNX Runtime and OpenVINO where they are installed (`pip install onnx onnxruntime
-openvino`). Every row carries wall-clock and CPU seconds of each round; with --threads 1 CPU seconds stay
-meaningful on a machine that others use too. Table and plot go to results/encoding/, named after model and
-hardware.
+Compared: effir-ray, sentence-transformers, plain Transformers with padded batches and the same under
+torch.compile; on CPUs also effir-ray in int8, and ONNX Runtime and OpenVINO where they are installed (`pip
+install onnx onnxruntime openvino`). mistral-7b is its shape with random weights. Every row carries wall-clock
+and CPU seconds of each round; with --threads 1 CPU seconds are what counts, which stay meaningful on a
+machine that others use too. Table and plot go to results/encoding/, named after model and hardware.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from effir_ray.errors import InputError
 
 Encode = Callable[[list[str]], np.ndarray]
+PLURAL = {"document": "documents", "query": "queries"}
 BATCH = 32  # texts a padded batch: the default of sentence-transformers
 
 
 def contestants(retriever, chosen: list[str]) -> dict[str, Encode]:
     """Name -> texts to embeddings, all with the same weights, pooling and maximum length."""
+    dtype = str(retriever.model.dtype).removeprefix("torch.")
     makers = {
-        "effir-ray float32": lambda: effir_ray(retriever, None),
+        f"effir-ray {dtype}": lambda: effir_ray(retriever, None),
         "effir-ray int8": lambda: effir_ray(retriever, "int8"),
         "sentence-transformers": lambda: sentence_transformers(retriever),
         "transformers": lambda: transformers_padded(retriever, retriever.model),
@@ -40,6 +44,9 @@ def contestants(retriever, chosen: list[str]) -> dict[str, Encode]:
         "onnxruntime": lambda: onnx_runtime(retriever),
         "openvino": lambda: openvino(retriever),
     }
+    if retriever.model.device.type != "cpu":
+        for name in ("effir-ray int8", "onnxruntime", "openvino"):
+            del makers[name]
     ready = {}
     for name in chosen or makers:
         try:
@@ -63,10 +70,14 @@ def sentence_transformers(retriever) -> Encode:
     with tempfile.TemporaryDirectory() as folder:
         retriever.model.save_pretrained(folder)
         retriever.tokenizer.save_pretrained(folder)
-        module = Transformer(folder, max_seq_length=retriever.spec.max_length)
+        module = Transformer(
+            folder, max_seq_length=retriever.spec.max_length, model_args={"dtype": retriever.model.dtype}
+        )
     mode = {"last": "lasttoken"}.get(retriever.spec.pooling, retriever.spec.pooling)
     parts = [module, Pooling(retriever.model.config.hidden_size, pooling_mode=mode)]
-    model = SentenceTransformer(modules=parts + [Normalize()] * retriever.spec.normalize, device="cpu")
+    model = SentenceTransformer(
+        modules=parts + [Normalize()] * retriever.spec.normalize, device=str(retriever.model.device)
+    )
     return lambda texts: model.encode(texts, batch_size=BATCH, show_progress_bar=False)
 
 
@@ -87,10 +98,10 @@ def transformers_padded(retriever, model) -> Encode:
                     max_length=retriever.spec.max_length,
                     padding=True,
                     return_tensors="pt",
-                )
+                ).to(retriever.model.device)
                 mask = batch["attention_mask"]
                 hidden = model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-                rows.append(retriever.pool(hidden, mask).numpy())
+                rows.append(retriever.pool(hidden, mask).float().cpu().numpy())
         return np.concatenate(rows)
 
     return encode
@@ -173,76 +184,111 @@ def onnx_model(retriever) -> Iterator[Path]:
         yield path
 
 
-def measure(retriever, encoders: dict[str, Encode], texts: list[str], rounds: int) -> list[dict]:
-    """A row a contestant and round: seconds, share of the GEMM peak, difference to the first contestant."""
+def measure(
+    retriever, encoders: dict[str, Encode], texts: dict[str, list[str]], rounds: int
+) -> list[dict[str, Any]]:
+    """A row a contestant, kind of text and round: seconds, FLOPs, difference to the first contestant."""
     import torch
 
     from effir_ray.compression.accounting import flops
     from effir_ray.retrieval.efficiency import gemm_peak
 
-    lengths = [len(ids) for ids in retriever.tokenize(texts, "document")]
-    work = sum(flops(retriever.model.config, retriever.plan, length) for length in lengths)
-    reference, rows = None, []
+    lengths = {kind: [len(ids) for ids in retriever.tokenize(part, kind)] for kind, part in texts.items()}
+    reference: dict[str, np.ndarray] = {}
+    rows = []
     for encode in encoders.values():  # warm-up: compilation, caches, thread pools
-        encode(texts[:2])
+        for part in texts.values():
+            encode(part[:BATCH])
+    model, threads = retriever.model, torch.get_num_threads()
     for number in range(rounds):
         for name, encode in encoders.items():
-            peak = gemm_peak(clock=time.process_time) * torch.get_num_threads()
-            wall, cpu = time.perf_counter(), time.process_time()
-            embeddings = encode(texts)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            reference = embeddings if reference is None else reference
-            rows.append(
-                {
-                    "contestant": name,
-                    "round": number,
-                    "documents": len(texts),
-                    "tokens": sum(lengths),
-                    "threads": torch.get_num_threads(),
-                    "wall_seconds": wall,
-                    "cpu_seconds": cpu,
-                    "flops": float(work),
-                    "gemm_peak": peak,
-                    "peak_share": work / (cpu / torch.get_num_threads()) / peak,
-                    "cosine_to_first": float((embeddings * reference).sum(axis=1).mean()),
-                }
-            )
-            print(f"  round {number}: {name}: {wall:.1f} s, {cpu:.1f} CPU s", flush=True)
+            peaks = {
+                "gemm_peak": gemm_peak(model.device, model.dtype),
+                "gemm_peak_cpu_time": gemm_peak(model.device, model.dtype, clock=time.process_time) * threads,
+            }
+            for kind, part in texts.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                embeddings = encode(part)
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                cosines = (embeddings * reference.setdefault(kind, embeddings)).sum(axis=1)
+                rows.append(
+                    {
+                        "contestant": name,
+                        "kind": kind,
+                        "round": number,
+                        "texts": len(part),
+                        "tokens": sum(lengths[kind]),
+                        "threads": threads,
+                        "wall_seconds": wall,
+                        "cpu_seconds": cpu,
+                        "flops": float(sum(flops(model.config, retriever.plan, n) for n in lengths[kind])),
+                        "cosine_to_first": float(cosines.mean()),
+                    }
+                    | peaks
+                )
+                print(f"  round {number}: {name}, {kind}: {wall:.1f} s, {cpu:.1f} CPU s", flush=True)
     return rows
 
 
-def summary(rows: list[dict], clock: str) -> list[tuple[str, float, float, float, float]]:
-    """(contestant, docs/s, speed against sentence-transformers, share of peak, cosine): medians."""
+Line = tuple[str, float, float, float, float]
+
+
+def summary(rows: list[dict[str, Any]], kind: str, by_cpu_time: bool) -> list[Line]:
+    """(contestant, texts/s, speed against sentence-transformers, share of peak, cosine): medians.
+
+    The peak is the highest of the run: other work can only have lowered what was measured of it.
+    """
+    rows = [row for row in rows if row["kind"] == kind]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
+    clock = "cpu_seconds" if by_cpu_time else "wall_seconds"
+    peak = max(row["gemm_peak_cpu_time" if by_cpu_time else "gemm_peak"] for row in rows)
     seconds = {n: np.array([r[clock] for r in rows if r["contestant"] == n]) for n in names}
     base = seconds.get("sentence-transformers", seconds[names[0]])
     found = []
     for name in names:
-        mine = [row for row in rows if row["contestant"] == name]
-        docs = mine[0]["documents"] / np.median(seconds[name])
-        share = np.median([row["peak_share"] for row in mine])
-        found.append((name, docs, np.median(base / seconds[name]), share, mine[-1]["cosine_to_first"]))
+        last = next(row for row in reversed(rows) if row["contestant"] == name)
+        usual = float(np.median(seconds[name]))
+        share = last["flops"] / (usual / (last["threads"] if by_cpu_time else 1)) / peak
+        ratio = float(np.median(base / seconds[name]))
+        found.append((name, last["texts"] / usual, ratio, share, last["cosine_to_first"]))
     return found
 
 
-def plot(lines: list[tuple[str, float, float, float, float]], title: str, path: Path) -> None:
+def plot(lines: dict[str, list[Line]], title: str, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(lines) + 1.2), layout="constrained")
-    names, ratios = [line[0] for line in lines][::-1], [line[2] for line in lines][::-1]
-    axes.barh(names, ratios, color=["#1f77b4" if name.startswith("effir") else "#b0b0b0" for name in names])
-    axes.bar_label(axes.containers[0], fmt="%.2fx", padding=3)
-    axes.margins(x=0.12)
-    axes.set_xlabel("documents a second, relative to sentence-transformers")
-    axes.set_title(title, fontsize=10)
+    height = 0.45 * max(map(len, lines.values())) + 1.2
+    figure, panels = pyplot.subplots(1, len(lines), figsize=(9, height), sharey=True, layout="constrained")
+    for axes, (kind, found) in zip(panels, lines.items(), strict=True):
+        names, ratios = [line[0] for line in found][::-1], [line[2] for line in found][::-1]
+        axes.barh(
+            names, ratios, color=["#1f77b4" if name.startswith("effir") else "#b0b0b0" for name in names]
+        )
+        axes.bar_label(axes.containers[0], fmt="%.2fx", padding=3)
+        axes.margins(x=0.15)
+        axes.set_xlabel(f"{PLURAL[kind]} a second, sentence-transformers = 1")
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path)
+
+
+def load(name: str):
+    """A retriever on this machine's device, in the type that it computes in there."""
+    from effir_ray.backbones.retriever import load_retriever
+    from effir_ray.hardware import detect
+
+    if name == "mistral-7b":
+        from speedup import random_backbone
+
+        return random_backbone(shrink=1)
+    return load_retriever(name, dtype=detect().dtype, device=detect().device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", help="a BEIR folder")
-    parser.add_argument("--model", default="minilm-l6")
+    parser.add_argument("--model", default="minilm-l6", help="any name that effir-ray loads, or mistral-7b")
     parser.add_argument("--documents", type=int, default=300)
+    parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--only", nargs="*", default=[], help="contestants to run; default: all")
@@ -253,26 +299,32 @@ def main() -> None:
     import torch
     from pyarrow import parquet
 
-    from effir_ray.backbones.retriever import load_retriever
     from effir_ray.hardware import detect
     from effir_ray.retrieval.datasets import load_dataset
 
     hardware = detect()
     torch.set_num_threads(arguments.threads or hardware.threads)
-    dataset, retriever = load_dataset(arguments.data), load_retriever(arguments.model)
-    texts = [d.document_text for d in dataset.corpus.iter_documents(0, arguments.documents)]
+    dataset, retriever = load_dataset(arguments.data), load(arguments.model)
+    texts = {
+        "document": [d.document_text for d in dataset.corpus.iter_documents(0, arguments.documents)],
+        "query": list(dataset.queries("test").values())[: arguments.queries],
+    }
     rows = measure(retriever, contestants(retriever, arguments.only), texts, arguments.rounds)
-    clock = "cpu_seconds" if torch.get_num_threads() == 1 else "wall_seconds"
-    lines = summary(rows, clock)
-    for name, docs, ratio, share, cosine in lines:
-        print(f"{name:24} {docs:7.2f} docs/s {ratio:6.2f}x {share:6.0%} of GEMM peak, cosine {cosine:.4f}")
-    about = {"model": arguments.model, "dataset": dataset.name, "hardware": hardware.name, "clock": clock}
+    by_cpu_time = hardware.device == "cpu" and torch.get_num_threads() == 1
+    lines = {kind: summary(rows, kind, by_cpu_time) for kind in texts}
+    for kind, found in lines.items():
+        for name, speed, ratio, share, cosine in found:
+            print(
+                f"{name:24} {speed:8.2f} {PLURAL[kind]}/s {ratio:6.2f}x {share:6.0%} of GEMM peak, "
+                f"cosine {cosine:.4f}"
+            )
+    about = {"model": arguments.model, "dataset": dataset.name, "hardware": hardware.name}
     table = pa.Table.from_pylist([about | row for row in rows])
     arguments.out.mkdir(parents=True, exist_ok=True)
     name = f"{arguments.model} {hardware.name} {torch.get_num_threads()} threads"
     stem = arguments.out / re.sub(r"\W+", "-", name).strip("-").lower()
     parquet.write_table(table, f"{stem}.parquet")
-    title = f"{arguments.model}, {len(texts)} {dataset.name} documents, {hardware.name}"
+    title = f"{arguments.model}, {dataset.name}, {hardware.name}"
     plot(lines, title, Path(f"{stem}.svg"))
 
 
