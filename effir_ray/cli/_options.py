@@ -7,6 +7,19 @@ from typing import Annotated
 
 import typer
 
+from effir_ray.errors import InputError
+
+
+def local_path(value: str) -> Path:
+    """``value`` as a path. A Path of a URI would be a folder here that nobody looks for."""
+    if "://" in value:
+        raise InputError(
+            f"--out {value}: expected a path, on a disk that all machines see; the trainer keeps its "
+            f"checkpoints in an object store with 'storage_path: {value}' in the settings"
+        )
+    return Path(value)
+
+
 Backbone = Annotated[
     str,
     typer.Option(
@@ -21,7 +34,10 @@ Model = Annotated[
 Dataset = Annotated[
     str, typer.Option(help="'stdlib', a BEIR folder, or the name of a downloaded BEIR data set.")
 ]
-Out = Annotated[Path, typer.Option(help="Folder to write to.", show_default=False)]
+Out = Annotated[
+    Path,
+    typer.Option(help="Folder to write to.", parser=local_path, metavar="PATH", show_default=False),
+]
 Results = Annotated[
     list[Path],
     typer.Argument(metavar="DIR", help="Folders (or Parquet files) of results.", show_default=False),

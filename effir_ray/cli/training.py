@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Out
+from effir_ray.cli._options import Address, AsJson, Out, local_path
 from effir_ray.cli._output import say, show_json
 from effir_ray.errors import InputError
 
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from effir_ray.stages import StageStore
 
 
-PairsOut = Annotated[Path, typer.Option(help="JSONL file of pairs to write.", show_default=False)]
+PairsOut = Annotated[
+    Path,
+    typer.Option(help="JSONL file of pairs to write.", parser=local_path, metavar="PATH", show_default=False),
+]
 
 
 def train(
@@ -64,7 +67,12 @@ def train(
 
 
 def mine(
-    source: Annotated[str, typer.Argument(help="Data set with a train split, or a JSONL file of pairs.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Data set with a train split, or files of pairs: JSONL, Parquet, a folder of them."
+        ),
+    ],
     out: PairsOut,
     by: Annotated[str, typer.Option(help="'bm25', or a model that ranks.")] = "bm25",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
@@ -94,7 +102,12 @@ def mine(
 
 
 def annotate(
-    pairs: Annotated[Path, typer.Argument(help="JSONL file of pairs with negatives.", show_default=False)],
+    pairs: Annotated[
+        str,
+        typer.Argument(
+            help="Files of pairs with negatives: JSONL, Parquet, a folder of them.", show_default=False
+        ),
+    ],
     by: Annotated[str, typer.Option(help="Cross-encoder: folder or hub id.", show_default=False)],
     out: PairsOut,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a query and document together.")] = 512,

@@ -62,6 +62,8 @@ def train(
     TrialFailure when the weights can no longer be trusted.
     """
     check_installed(track)
+    if "://" in str(out):
+        raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
     out = Path(out).absolute()
     stages = stages or StageStore(out / "stages")
     model, config = _absolute(str(model), PACKAGED), with_absolute_paths(config)

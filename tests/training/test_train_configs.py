@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from effir_ray import train
+from effir_ray.cli._options import local_path
 from effir_ray.config import load_yaml
+from effir_ray.errors import InputError
 from effir_ray.training.config import LoraConfig, TrainConfig
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces" / "train").glob("*.yaml"))
@@ -17,6 +21,19 @@ def test_shipped_settings_are_valid(file: Path) -> None:
     config = load_yaml(file, TrainConfig)
     assert config.hard_negatives >= 1
     assert config.negatives == "bm25"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_commands_write_to_a_folder(file: Path) -> None:
+    (out,) = re.findall(r"effir-ray train .* --out (\S+)", file.read_text())
+    assert local_path(out) == Path(out)
+
+
+def test_a_uri_is_no_folder_to_write_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="storage_path"):
+        train("random:llama", TrainConfig(dataset="stdlib"), "s3://bucket/run")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_papers_recipe_is_the_papers() -> None:
