@@ -70,6 +70,21 @@ def test_bad_data_is_refused_before_the_model_is_loaded(folder: Path) -> None:
         evaluate("no-such-model", folder)
 
 
+def test_deeper_ranks_are_searched_as_deep(tmp_path: Path, write_folder: WriteFolder) -> None:
+    dataset = load_dataset(write_folder(tmp_path / "deep", documents=160))
+    result = evaluate(MODEL, dataset, cutoffs=[3, 150])
+    assert {len(hits) for hits in result.run.values()} == {150}
+    ndcg, *_ = EvaluateRetrieval.evaluate(dataset.qrels("test"), result.run, [3, 150])
+    for cut in (3, 150):
+        assert result.scores.mean[f"ndcg@{cut}"] == pytest.approx(ndcg[f"NDCG@{cut}"], abs=1e-5)
+    assert "ndcg_at_150" in result.mteb_result()["scores"]["test"][0]
+
+
+def test_several_workers_need_what_they_can_share(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"2 workers need .* a folder they all see"):
+        evaluate(MODEL, folder, workers=2)
+
+
 class Embedded:
     """Embeddings in memory."""
 
