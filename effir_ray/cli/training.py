@@ -24,7 +24,9 @@ PairsOut = Annotated[
 def train(
     config: Annotated[
         Path,
-        typer.Argument(help="YAML of training settings; the defaults are the paper's.", show_default=False),
+        typer.Argument(
+            help="YAML of training settings; defaults as in docs/training.md.", show_default=False
+        ),
     ],
     out: Out,
     model: Annotated[
