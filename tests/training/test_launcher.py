@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.training import loop, survival
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.gradcache import ContrastiveStep
 from effir_ray.training.history import read_history
 from effir_ray.training.launcher import TrainResult, train
 from tests.lost_node import lose_a_node
@@ -63,6 +69,18 @@ def losses(result: TrainResult) -> list[float]:
     return [row["loss"] for row in result.history]
 
 
+def first_steps(out: Path) -> int:
+    """How often the run in ``out`` began at its first step: once, if it went on from its checkpoints."""
+    lines = (out / "history.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines].count(1)
+
+
+def kill_a_worker() -> None:
+    """One rank: if there is another, it is left waiting inside a collective."""
+    commands = ((process, process.cmdline()) for process in psutil.Process().children(recursive=True))
+    next(process for process, command in commands if "RayTrainWorker" in " ".join(command)).kill()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train("random:llama", settings(dataset), tmp_path_factory.mktemp("whole") / "out")
@@ -79,25 +97,17 @@ def test_a_run_learns_and_leaves_an_ordinary_checkpoint(uninterrupted: TrainResu
 def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
     dataset: Path, uninterrupted: TrainResult, tmp_path: Path
 ) -> None:
-    killed: list[int] = []
-
-    def kill_worker() -> None:
-        for process in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                killed.append(process.pid)
-                process.kill()
-
-    config = settings(dataset)
-    with when_step(tmp_path / "out", 4, kill_worker):
-        result = train("random:llama", config, tmp_path / "out")
-    assert killed
+    with when_step(tmp_path / "out", 4, kill_a_worker):
+        result = train("random:llama", settings(dataset), tmp_path / "out")
     assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    assert first_steps(tmp_path / "out") == 1
 
 
 def test_a_killed_driver_goes_on_where_it_was(
     dataset: Path, uninterrupted: TrainResult, tmp_path: Path
 ) -> None:
-    out, config = tmp_path / "out", settings(dataset)
+    """With its checkpoints at a URI; the run that was out of memory has them in a folder."""
+    out, config = tmp_path / "out", settings(dataset, storage_path=f"file://{tmp_path}/kept")
     script = (
         "import sys; from pathlib import Path; from effir_ray.training.launcher import train;"
         "from effir_ray.training.config import TrainConfig;"
@@ -112,8 +122,53 @@ def test_a_killed_driver_goes_on_where_it_was(
     assert not (out / "checkpoint").exists() and before < STEPS
     result = train("random:llama", config, out)
     assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    assert first_steps(out) == 1
+    load_retriever(str(result.checkpoint))
     again = train("random:llama", config, out)
     assert again.history == result.history
+
+
+def test_out_of_memory_goes_on_with_half_the_budget(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a step, and Ray Train starts the worker again; once in the dev score, past ``max_failures``."""
+
+    def worker(job: dict[str, Any]) -> dict[str, Any]:
+        from effir_ray.training.dev import DevScore
+
+        survival.CHECKPOINT_SECONDS = 0.0
+        exhausted_once(ContrastiveStep, 6)
+        exhausted_once(DevScore, 1)
+        return loop.train_worker(job)
+
+    def exhausted_once(kind: Any, call: int) -> None:
+        calls, plain, flag = itertools.count(1), kind.__call__, tmp_path / kind.__name__
+
+        def __call__(self: Any, *arguments: Any) -> Any:
+            if next(calls) == call and not flag.exists():
+                flag.touch()
+                torch.empty(1 << 50)
+            return plain(self, *arguments)
+
+        kind.__call__ = __call__
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_worker", worker)  # pickled by value: the worker's module has its own
+        config = settings(
+            dataset,
+            token_budget=1024,
+            max_failures=1,
+            checkpoint_every=None,
+            dev={"every": 8, "queries": 10, "documents": 40},
+        )
+        result = train("random:llama", config, tmp_path / "out")
+    notes = {row["step"]: row["note"] for row in result.history if "note" in row}
+    assert notes == {
+        5: "out of memory: token budget halved to 512",
+        7: "out of memory: token budget halved to 256",
+    }
+    assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    assert first_steps(tmp_path / "out") == 1
 
 
 def test_a_lost_node_is_replaced_and_the_loss_curve_is_the_same(
@@ -139,6 +194,7 @@ def test_names_of_files_are_relative_to_where_the_call_is_made(
 
 
 def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: Path, tmp_path: Path) -> None:
+    """And once more with a rank killed on the way."""
     config = settings(
         dataset,
         workers=2,
@@ -151,12 +207,16 @@ def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: 
         checkpoint_every=None,
         keep_checkpoints=2,
     )
-    result = train("random:llama", config, tmp_path / "out")
-    assert result.engine == "DeepSpeed ZeRO-3"
-    scores = {row["step"]: row["dev_ndcg_at_10"] for row in result.history if "dev_ndcg_at_10" in row}
+    whole = train("random:llama", config, tmp_path / "whole")
+    assert whole.engine == "DeepSpeed ZeRO-3"
+    scores = {row["step"]: row["dev_ndcg_at_10"] for row in whole.history if "dev_ndcg_at_10" in row}
     assert list(scores) == [6, 12, 18, 24]
-    assert scores[result.step] == max(scores.values())
-    load_retriever(str(result.checkpoint))
+    assert scores[whole.step] == max(scores.values())
+    load_retriever(str(whole.checkpoint))
+    with when_step(tmp_path / "killed", 8, kill_a_worker):
+        killed = train("random:llama", config, tmp_path / "killed")
+    assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
+    assert first_steps(tmp_path / "killed") == 1
 
 
 def test_a_diverging_run_fails_with_its_reason_and_is_not_repeated(dataset: Path, tmp_path: Path) -> None:
@@ -173,15 +233,21 @@ class when_step:
     """Calls ``action`` in the background once ``out`` has a row of that step."""
 
     def __init__(self, out: Path, step: int, action: Callable[[], None]) -> None:
-        import threading
+        self._out, self._step, self._action = out, step, action
+        self._acted = False
+        self._thread = threading.Thread(target=self._wait, daemon=True)
 
-        self._thread = threading.Thread(target=lambda: (wait_for_step(out, step), action()), daemon=True)
+    def _wait(self) -> None:
+        wait_for_step(self._out, self._step)
+        self._action()
+        self._acted = True
 
     def __enter__(self) -> None:
         self._thread.start()
 
     def __exit__(self, *exception: object) -> None:
         self._thread.join(timeout=60)
+        assert self._acted, "the run ended before anything happened to it"
 
 
 def has_step(out: Path, step: int) -> bool:
