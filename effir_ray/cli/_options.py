@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,8 @@ def local_path(value: str) -> Path:
     """``value`` as a path. A Path of a URI would be a folder here that nobody looks for."""
     if "://" in value:
         raise InputError(
-            f"--out {value}: expected a path, on a disk that all machines see; the trainer keeps its "
-            f"checkpoints in an object store with 'storage_path: {value}' in the settings"
+            f"--out {value}: expected a path, on a disk that all machines see; object stores hold what "
+            f"'encode' writes, and checkpoints with 'storage_path: {value}' in the settings of a training"
         )
     return Path(value)
 
@@ -34,10 +34,14 @@ Model = Annotated[
 Dataset = Annotated[
     str, typer.Option(help="'stdlib', a BEIR folder, or the name of a downloaded BEIR data set.")
 ]
-Out = Annotated[
-    Path,
-    typer.Option(help="Folder to write to.", parser=local_path, metavar="PATH", show_default=False),
-]
+
+
+def out_option(what: str) -> Any:
+    """The option --out of a command that writes ``what`` to a local (or mounted) disk."""
+    return typer.Option(help=what, parser=local_path, metavar="PATH", show_default=False)
+
+
+Out = Annotated[Path, out_option("Folder to write to.")]
 Results = Annotated[
     list[Path],
     typer.Argument(metavar="DIR", help="Folders (or Parquet files) of results.", show_default=False),

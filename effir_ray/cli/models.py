@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import AsJson, Backbone, Dataset, FirstBlocks
+from effir_ray.cli._options import AsJson, Backbone, Dataset, FirstBlocks, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
 
@@ -27,7 +27,7 @@ Texts = Annotated[int, typer.Option(min=1, help="Documents that importance is me
 
 def analyze(
     backbone: Backbone,
-    out: Annotated[Path, typer.Option(help="Folder for the table, JSON and HTML page.", show_default=False)],
+    out: Annotated[Path, out_option("Folder for the table, JSON and HTML page.")],
     criteria: Annotated[
         str, typer.Option(help="Comma-separated: cosine, pooled, greedy, dev-loss, random.")
     ] = "cosine",
@@ -67,7 +67,7 @@ def analyze(
 
 def compress(
     backbone: Backbone,
-    out: Annotated[Path | None, typer.Option(help="Checkpoint folder to write.")] = None,
+    out: Annotated[Path | None, out_option("Checkpoint folder to write.")] = None,
     drop_attention: Drop = "0",
     drop_mlp: Drop = "0",
     drop_block: Drop = "0",

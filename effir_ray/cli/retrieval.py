@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Dataset, Model
+from effir_ray.cli._options import Address, AsJson, Dataset, Model, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 
 
@@ -76,7 +76,7 @@ def evaluate(
     dataset: Dataset,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the TREC run, per-query scores and MTEB-style JSON.")
+        Path | None, out_option("Folder for the TREC run, per-query scores and MTEB-style JSON.")
     ] = None,
     query_max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens a query is cut to.", show_default=False)

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Results
+from effir_ray.cli._options import Address, AsJson, Results, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
 
 
 def search(
     space: Annotated[Path, typer.Argument(help="YAML of a search space; see search_spaces/.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the study.")] = None,
+    out: Annotated[Path | None, out_option("Folder of the study.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show every schedule's stages and size; load no weights.")
@@ -92,7 +92,7 @@ def repeat(
     trial: Annotated[
         str, typer.Option(help="trial_id of a row; see `effir-ray pareto`.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the new rows and stages.", show_default=False)],
+    out: Annotated[Path, out_option("Folder for the new rows and stages.")],
     split: Annotated[
         str | None, typer.Option(help="dev or test; all that were measured when left out.")
     ] = None,

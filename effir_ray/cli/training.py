@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Out, local_path
+from effir_ray.cli._options import Address, AsJson, Out, out_option
 from effir_ray.cli._output import say, show_json
 from effir_ray.errors import InputError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PairsOut = Annotated[
     Path,
-    typer.Option(help="JSONL file of pairs to write.", parser=local_path, metavar="PATH", show_default=False),
+    out_option("JSONL file of pairs to write."),
 ]
 
 

@@ -114,6 +114,7 @@ def test_a_search_space_with_a_mistake_is_named_by_line(tmp_path: Path, text: st
         (("evaluate", "--model", "random:bert", "--dataset", "absent"), "effir-ray data get"),
         (("analyze", "--backbone", "random:bert", "--criteria", "luck", "--out", "a"), "cosine, pooled"),
         (("train", "absent.yaml", "--model", "random:bert", "--out", "t"), "no such file"),
+        (("evaluate", "--model", "random:bert", "--out", "s3://bucket/x"), "expected a path"),
         (("train", "absent.yaml", "--out", "s3://bucket/x"), "'storage_path: s3://bucket/x' in the settings"),
         (
             ("mine", "absent.jsonl", "--out", "s3://bucket/m.jsonl"),
