@@ -234,9 +234,10 @@ Line = tuple[str, float, float, float, float]
 
 
 def summary(rows: list[dict[str, Any]], kind: str, by_cpu_time: bool) -> list[Line]:
-    """(contestant, texts/s, speed against sentence-transformers, share of peak, cosine): medians.
+    """(contestant, texts/s, speed against sentence-transformers, share of peak, cosine).
 
-    The peak is the highest of the run: other work can only have lowered what was measured of it.
+    Speeds are medians. The share holds the fastest round against the highest peak of the run: other work on
+    the machine only lowers either.
     """
     rows = [row for row in rows if row["kind"] == kind]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
@@ -248,7 +249,7 @@ def summary(rows: list[dict[str, Any]], kind: str, by_cpu_time: bool) -> list[Li
     for name in names:
         last = next(row for row in reversed(rows) if row["contestant"] == name)
         usual = float(np.median(seconds[name]))
-        share = last["flops"] / (usual / (last["threads"] if by_cpu_time else 1)) / peak
+        share = last["flops"] / (seconds[name].min() / (last["threads"] if by_cpu_time else 1)) / peak
         ratio = float(np.median(base / seconds[name]))
         found.append((name, last["texts"] / usual, ratio, share, last["cosine_to_first"]))
     return found
@@ -265,7 +266,7 @@ def plot(lines: dict[str, list[Line]], title: str, path: Path) -> None:
             names, ratios, color=["#1f77b4" if name.startswith("effir") else "#b0b0b0" for name in names]
         )
         axes.bar_label(axes.containers[0], fmt="%.2fx", padding=3)
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.set_xlabel(f"{PLURAL[kind]} a second, sentence-transformers = 1")
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)

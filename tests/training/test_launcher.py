@@ -104,10 +104,10 @@ def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
 
 
 def test_a_killed_driver_goes_on_where_it_was(
-    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+    dataset: Path, uninterrupted: TrainResult, object_store: str, tmp_path: Path
 ) -> None:
-    """With its checkpoints at a URI; the run that was out of memory has them in a folder."""
-    out, config = tmp_path / "out", settings(dataset, storage_path=f"file://{tmp_path}/kept")
+    """With its checkpoints in an object store; the run that was out of memory has them in a folder."""
+    out, config = tmp_path / "out", settings(dataset, storage_path=object_store.format("kept"))
     script = (
         "import sys; from pathlib import Path; from effir_ray.training.launcher import train;"
         "from effir_ray.training.config import TrainConfig;"
