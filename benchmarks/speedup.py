@@ -96,8 +96,6 @@ def measure(
             f"{kind}_flop_bound": round(work(retriever, texts, kind) / work(variant, texts, kind), 3),
         }
     return row | {
-        "mfu": round(found[name].mfu, 3),
-        "full_mfu": round(found["full"].mfu, 3),
         "tokens_per_s": round(found[name].tokens_per_s, 1),
         "full_tokens_per_s": round(found["full"].tokens_per_s, 1),
     }
@@ -185,7 +183,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{name:20} queries {row['query_speedup']:.2f}x (bound {row['query_flop_bound']:.2f}), documents "
-            f"{row['document_speedup']:.2f}x (bound {row['document_flop_bound']:.2f}), MFU {row['mfu']:.0%}",
+            f"{row['document_speedup']:.2f}x (bound {row['document_flop_bound']:.2f})",
             flush=True,
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
