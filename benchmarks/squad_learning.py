@@ -56,9 +56,9 @@ def arguments() -> argparse.Namespace:
     sizes = ("FOLDER", "QUERIES", "DOCUMENTS")
     parser.add_argument("--squad", nargs=3, metavar=sizes, required=True, help="BEIR folder to train on")
     parser.add_argument("--also", nargs=3, metavar=sizes, action="append", default=[], help="zero-shot")
-    parser.add_argument("--steps", type=int, default=36)
-    parser.add_argument("--batch-size", type=int, default=12, help="questions a step")
-    parser.add_argument("--max-length", type=int, default=80, help="tokens of a document")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=24, help="questions a step")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a document")
     parser.add_argument(
         "--work", type=Path, default=Path("squad_learning"), help="folder for pairs and models"
     )
@@ -77,10 +77,10 @@ def settings(options: argparse.Namespace) -> TrainConfig:
         document_max_length=options.max_length,
         warmup=0.15,
         lora=None,
-        zero_stage=0,
+        zero_stage=1,
         cpus_per_worker=detect().threads,
-        precision="float32",
-        checkpoint_every=12,
+        precision="bfloat16",
+        checkpoint_every=20,
     )
 
 

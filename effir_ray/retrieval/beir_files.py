@@ -17,10 +17,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from effir_ray.errors import InputError
 from effir_ray.retrieval.parquet_corpus import ParquetRows, part_files
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_LINE_BYTES = (
     10 * 2**20
@@ -31,6 +36,8 @@ MAX_LINE_BYTES = (
 # these shares they are kept and reported as warnings; above, the folder is taken for broken.
 MAX_EMPTY_SHARE = 0.002
 MAX_UNMATCHED_SHARE = 0.001
+
+_CHUNK = 65536  # ids that are Python objects at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Document:
 class CorpusScan:
     """What one validating pass over a corpus learns: enough to stream any part of it later."""
 
-    ids: list[str]
+    ids: pa.ChunkedArray  # of strings; as Python objects they would take five times the memory
     offsets: array[int]  # byte offset of every document's line; in Parquet, its row
     sha256: str
     warnings: tuple[str, ...]
@@ -65,28 +72,49 @@ def scan_corpus(path: Path) -> CorpusScan:
     lacks ``_id`` or ``text``, repeats an id, and for more than ``MAX_EMPTY_SHARE`` documents without any
     text.
     """
-    first_line: dict[str, int] = {}
-    offsets, empty_lines = array("q"), []
+    import pyarrow as pa
+
+    chunks: list[pa.Array] = []
+    ids: list[str] = []
+    hashes, offsets, empty_lines = array("q"), array("q"), []
     digest = hashlib.sha256()
     for number, offset, document in _documents(path, digest):
-        _check_new(document.id, first_line, path, number)
+        ids.append(document.id)
+        hashes.append(hash(document.id))
         offsets.append(offset)
         if not document.document_text:
             empty_lines.append(number)
-    if not first_line:
+        if len(ids) == _CHUNK:
+            chunks.append(pa.array(ids, pa.string()))
+            ids = []
+    if not offsets:
         raise InputError(
             f"{path}: holds no documents; expected one JSON object a line with _id, title and text"
         )
+    _check_unique(path, hashes)
     warnings: tuple[str, ...] = ()
     if empty_lines:
         found = f"{path}:{empty_lines[0]}: document without title and text"
-        if len(empty_lines) > max(1, len(first_line)) * MAX_EMPTY_SHARE:
+        if len(empty_lines) > max(1, len(offsets)) * MAX_EMPTY_SHARE:
             raise InputError(
-                f"{found} ({len(empty_lines)} of {len(first_line)} documents are empty; at most "
+                f"{found} ({len(empty_lines)} of {len(offsets)} documents are empty; at most "
                 f"{MAX_EMPTY_SHARE:.1%} may be); fill in or remove these lines"
             )
-        warnings = (f"{found} ({len(empty_lines)} of {len(first_line)}); kept, as BEIR does",)
-    return CorpusScan(list(first_line), offsets, digest.hexdigest(), warnings)
+        warnings = (f"{found} ({len(empty_lines)} of {len(offsets)}); kept, as BEIR does",)
+    chunks.append(pa.array(ids, pa.string()))
+    return CorpusScan(pa.chunked_array(chunks), offsets, digest.hexdigest(), warnings)
+
+
+def _check_unique(path: Path, hashes: array[int]) -> None:
+    """No id twice. Equal hashes, which are almost always equal ids, are looked up in a second pass."""
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not repeated:
+        return
+    first_line: dict[str, int] = {}
+    for number, _, document in _documents(path, hashlib.sha256()):
+        if hash(document.id) in repeated:
+            _check_new(document.id, first_line, path, number)
 
 
 def read_documents(path: Path, offsets: Sequence[int]) -> Iterator[Document]:

@@ -19,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from effir_ray.errors import InputError
 from effir_ray.progress import progress
 from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
@@ -33,6 +35,8 @@ from effir_ray.retrieval.embedding_shards import (
 )
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from effir_ray.retrieval.encoder import Encoder
 
 SHARD_SIZE = 1024
@@ -148,9 +152,7 @@ def _encode_missing(
     resources = _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    tasks = ray.data.from_items(
-        [_task(corpus, shard, encoding) for shard in missing], override_num_blocks=len(missing)
-    )
+    tasks = ray.data.from_arrow([_task(corpus, shard, encoding) for shard in missing])
     done = tasks.map_batches(
         _ShardEncoder,
         batch_size=1,
@@ -183,10 +185,18 @@ def _computed_in(folder: ShardFolder) -> str | None:
     return next((folder.record(shard).computed_in for shard in sorted(folder.finished())), None)
 
 
-def _task(corpus: Corpus, shard: int, encoding: Encoding) -> dict[str, Any]:
+def _task(corpus: Corpus, shard: int, encoding: Encoding) -> pa.Table:
+    """One row {shard, ids, offsets}, in Arrow: as Python objects they would be far larger."""
+    import pyarrow as pa
+
     rows = encoding.rows(shard)
-    part = slice(rows.start, rows.stop)
-    return {"shard": shard, "ids": corpus.ids[part], "offsets": corpus.offsets[part].tolist()}
+    ids = corpus.arrow_ids.slice(rows.start, len(rows)).combine_chunks()
+    offsets = pa.array(np.frombuffer(corpus.offsets, dtype=np.int64)[rows.start : rows.stop])
+    lists = {
+        name: pa.ListArray.from_arrays([0, len(rows)], part)
+        for name, part in (("ids", ids), ("offsets", offsets))
+    }
+    return pa.table({"shard": [shard], **lists})
 
 
 def _resources(workers: int) -> dict[str, float]:
@@ -258,7 +268,9 @@ class _ShardEncoder:
 
         What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
         """
-        shard, ids = int(batch["shard"][0]), [str(i) for i in batch["ids"][0]]
+        import pyarrow as pa
+
+        shard, ids = int(batch["shard"][0]), pa.chunked_array([pa.array(batch["ids"][0], pa.string())])
         corpus = Corpus(self._path, ids, array("q", batch["offsets"][0]))
         figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
         try:

@@ -14,9 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from effir_ray.errors import InputError
 from effir_ray.retrieval.beir_files import Document, read_documents, read_qrels, read_queries, scan_corpus
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DEV_SHARE = 0.1
 _SPLITS = ("train", "dev", "test")
@@ -30,12 +34,18 @@ class Corpus:
     """The documents of a data set (or a part of them), in a fixed order, on disk."""
 
     path: Path
-    ids: list[str]
+    arrow_ids: pa.ChunkedArray  # what a corpus of any size is encoded with; see ``ids``
     offsets: array[int]  # byte offset in ``path`` of each document's line; in Parquet, its row
     fingerprint: str = ""  # of all documents and their order
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.offsets)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Document ids in order, as Python objects."""
+        ids: list[str] = self.arrow_ids.to_pylist()
+        return ids
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -58,7 +68,7 @@ class Corpus:
     def _read(self, indices: Sequence[int]) -> Iterator[Document]:
         documents = read_documents(self.path, [self.offsets[i] for i in indices])
         for index, document in zip(indices, documents, strict=True):
-            if document.id != self.ids[index]:
+            if document.id != self.arrow_ids[index].as_py():
                 raise InputError(f"{self.path}: changed while it was in use; load the data set again")
             yield document
 
@@ -66,7 +76,7 @@ class Corpus:
         """The documents at ``indices``, in that order."""
         offsets = array("q", [self.offsets[i] for i in indices])
         chosen = hashlib.sha256(offsets.tobytes()).hexdigest()
-        return Corpus(self.path, [self.ids[i] for i in indices], offsets, _digest(self.fingerprint, chosen))
+        return Corpus(self.path, self.arrow_ids.take(indices), offsets, _digest(self.fingerprint, chosen))
 
 
 @dataclass(frozen=True)

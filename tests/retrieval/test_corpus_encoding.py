@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,8 +156,9 @@ def test_what_a_worker_refuses_is_a_plain_input_error(beir_folder, tmp_path):
 
 @pytest.mark.integration
 def test_corpus_that_changed_meanwhile_is_a_plain_input_error(beir_folder, tmp_path):
-    dataset = load_dataset(beir_folder)
-    dataset.corpus.ids[5] = "another"
+    dataset = load_dataset(shutil.copytree(beir_folder, tmp_path / "data"))
+    path = dataset.corpus.path
+    path.write_text(path.read_text().replace(f'"{dataset.corpus.ids[5]}"', '"another"'))
     with pytest.raises(InputError, match="changed while it was in use"):
         encode_corpus(MODEL, dataset, tmp_path / "out", shard_size=700)
 
