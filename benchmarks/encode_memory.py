@@ -19,7 +19,7 @@ from pathlib import Path
 
 WORKER_BOUND = 1.5 * 2**30
 """Bytes a worker may use, whatever the corpus size: the libraries, the model, one shard."""
-DRIVER_BOUND = 1.5 * 2**30, 500
+DRIVER_BOUND = 1.5 * 2**30, 100
 """Bytes of the driver: a base, and so many a document."""
 SHARD_SIZE = 8192
 

@@ -1,13 +1,14 @@
 """Real learning: a decoder language model becomes a retriever on SQuAD's training questions.
 
     D=DATA python benchmarks/squad_learning.py --squad $D/squad 100 200 \\
-        --also $D/scifact 40 120 --also $D/nfcorpus 10 381
+        --also $D/scifact 100 400 --also $D/nfcorpus 60 1800
     python benchmarks/squad_learning.py --squad DATA/squad 10 40 --steps 3    # a minute or two
 
 The model is scored untrained and trained, on test questions of SQuAD and zero-shot on the other sets, over
 the same samples (so many test queries; all their relevant documents and distractors up to so many documents).
 Negatives are mined by BM25 from SQuAD's whole corpus. Writes OUT/rows (one row a model and data set),
-OUT/history.jsonl (one line a step) and OUT/squad_learning.svg. Two cores, SmolLM2-135M: about 15 minutes.
+OUT/history.jsonl (one line a step) and OUT/squad_learning.svg. Two cores with bfloat16
+instructions, SmolLM2-135M: about 85 minutes.
 """
 
 from __future__ import annotations
