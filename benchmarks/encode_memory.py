@@ -1,6 +1,6 @@
 """Peak memory of corpus encoding as the corpus grows: a tiny random model over short synthetic documents.
 
-    python benchmarks/encode_memory.py --documents 100000 1000000
+    python benchmarks/encode_memory.py --documents 100000 1000000 3000000
 
 Each size runs in a process of its own. Reported are the driver's and the worker's largest resident sizes:
 the worker's must not grow with the corpus; the driver keeps an id and a file offset a document. The table
@@ -19,7 +19,7 @@ from pathlib import Path
 
 WORKER_BOUND = 1.5 * 2**30
 """Bytes a worker may use, whatever the corpus size: the libraries, the model, one shard."""
-DRIVER_BOUND = 1.5 * 2**30, 100
+DRIVER_BOUND = 1.5 * 2**30, 50
 """Bytes of the driver: a base, and so many a document."""
 SHARD_SIZE = 8192
 
@@ -58,7 +58,7 @@ def measure(documents: int, results: multiprocessing.Queue) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 3_000_000])
     parser.add_argument("--out", type=Path, default=Path("results/encoding/memory.csv"))
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")

@@ -106,8 +106,9 @@ def scan_corpus(path: Path) -> CorpusScan:
 
 
 def _check_unique(path: Path, hashes: array[int]) -> None:
-    """No id twice. Equal hashes, which are almost always equal ids, are looked up in a second pass."""
-    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64))
+    """No id twice. Equal hashes, almost always of equal ids, are looked up in a second pass; sorts them."""
+    ordered = np.frombuffer(hashes, dtype=np.int64)
+    ordered.sort()
     repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     if not repeated:
         return

@@ -1,18 +1,20 @@
 """A corpus to a folder of embeddings on Ray Data: resumable shard by shard, bounded in memory.
 
-Ray Data only carries shard numbers and document ids; its actors read their documents, encode them and write
-the shard themselves. What is on disk is the only state: a run that was killed at any point goes on where its
-last finished shard was, and its embeddings are bit for bit those of an undisturbed run, because a shard is
-always encoded as a whole.
+Ray Data only carries shard numbers and where their documents lie; its actors read the documents, encode
+them and write the shard themselves. What is on disk is the only state: a run that was killed at any point
+goes on where its last finished shard was, and its embeddings are bit for bit those of an undisturbed run,
+because a shard is always encoded as a whole.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import logging
 import resource
 import time
 import warnings
-from array import array
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,6 +25,7 @@ import numpy as np
 
 from effir_ray.errors import InputError
 from effir_ray.progress import progress
+from effir_ray.retrieval.beir_files import Document, read_documents
 from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
 from effir_ray.retrieval.efficiency import gemm_peak
 from effir_ray.retrieval.embedding_shards import (
@@ -35,8 +38,6 @@ from effir_ray.retrieval.embedding_shards import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from effir_ray.retrieval.encoder import Encoder
 
 SHARD_SIZE = 1024
@@ -152,7 +153,9 @@ def _encode_missing(
     resources = _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    tasks = ray.data.from_arrow([_task(corpus, shard, encoding) for shard in missing])
+    tasks = ray.data.from_items(
+        [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
+    )
     done = tasks.map_batches(
         _ShardEncoder,
         batch_size=1,
@@ -185,18 +188,30 @@ def _computed_in(folder: ShardFolder) -> str | None:
     return next((folder.record(shard).computed_in for shard in sorted(folder.finished())), None)
 
 
-def _task(corpus: Corpus, shard: int, encoding: Encoding) -> pa.Table:
-    """One row {shard, ids, offsets}, in Arrow: as Python objects they would be far larger."""
-    import pyarrow as pa
+def _task(corpus: Corpus, rows: range, shard: int) -> dict[str, Any]:
+    """What a worker needs to read the documents ``rows``.
 
-    rows = encoding.rows(shard)
-    ids = corpus.arrow_ids.slice(rows.start, len(rows)).combine_chunks()
-    offsets = pa.array(np.frombuffer(corpus.offsets, dtype=np.int64)[rows.start : rows.stop])
-    lists = {
-        name: pa.ListArray.from_arrays([0, len(rows)], part)
-        for name, part in (("ids", ids), ("offsets", offsets))
-    }
-    return pa.table({"shard": [shard], **lists})
+    Kept small: the tasks of a whole corpus exist at once, and a worker's memory counts every page of the
+    object store that it has read.
+    """
+    offsets = np.frombuffer(corpus.offsets, dtype=np.int64)[rows.start : rows.stop]
+    steps = base64.b64encode(zlib.compress(np.diff(offsets, prepend=0).tobytes())).decode()
+    ids = corpus.arrow_ids.slice(rows.start, len(rows)).to_pylist()
+    return {"shard": shard, "offset_steps": steps, "ids_sha256": _ids_sha256(ids)}
+
+
+def _documents(path: Path, offset_steps: str, ids_sha256: str) -> list[Document]:
+    """The documents of a task. Raises InputError where others stand in their place now."""
+    steps = np.frombuffer(zlib.decompress(base64.b64decode(offset_steps)), dtype=np.int64)
+    offsets = np.cumsum(steps).tolist()
+    documents = list(read_documents(path, offsets))
+    if _ids_sha256([document.id for document in documents]) != ids_sha256:
+        raise InputError(f"{path}: changed while it was in use; load the data set again")
+    return documents
+
+
+def _ids_sha256(ids: list[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def _resources(workers: int) -> dict[str, float]:
@@ -264,18 +279,15 @@ class _ShardEncoder:
         return gemm_peak(model.device, model.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """One row {shard, ids, offsets} in, one row of figures out.
+        """One row of ``_task`` in, one row of figures out.
 
         What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
         """
-        import pyarrow as pa
-
-        shard, ids = int(batch["shard"][0]), pa.chunked_array([pa.array(batch["ids"][0], pa.string())])
-        corpus = Corpus(self._path, ids, array("q", batch["offsets"][0]))
+        shard, steps, ids = int(batch["shard"][0]), str(batch["offset_steps"][0]), str(batch["ids_sha256"][0])
         figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
         try:
             before = self._encoder.flops_seen
-            record = self._encode(shard, corpus)
+            record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
             figures["warning"] = self._encoder.int8_warning
@@ -283,9 +295,9 @@ class _ShardEncoder:
             figures["problem"] = str(error)
         return {name: [value] for name, value in figures.items()}
 
-    def _encode(self, shard: int, corpus: Corpus) -> ShardRecord:
+    def _encode(self, shard: int, documents: list[Document]) -> ShardRecord:
         before, started = self._encoder.tokens_seen, time.perf_counter()
-        texts = [document.document_text for document in corpus.iter_documents()]
+        texts = [document.document_text for document in documents]
         embeddings = self._encoder.encode(texts, "document", max_length=self._encoding.max_length)
         record = ShardRecord(
             shard=shard,
@@ -296,5 +308,6 @@ class _ShardEncoder:
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             computed_in=str(self._encoder.retriever.model.dtype).removeprefix("torch."),
         )
-        self._folder.write_shard(record, corpus.ids, embeddings, self._encoding.dtype)
+        ids = [document.id for document in documents]
+        self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
         return record

@@ -21,7 +21,7 @@ import pytest
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.errors import InputError
 from effir_ray.retrieval import corpus_encoding
-from effir_ray.retrieval.corpus_encoding import _ShardEncoder, encode_corpus
+from effir_ray.retrieval.corpus_encoding import _ShardEncoder, _task, encode_corpus
 from effir_ray.retrieval.datasets import load_dataset
 from effir_ray.retrieval.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.retrieval.encoder import Encoder
@@ -70,7 +70,8 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
         quantize=None,
     )
     folder.write_header(encoding)
-    rows = {"shard": [2], "ids": [dataset.corpus.ids[100:150]], "offsets": [dataset.corpus.offsets[100:150]]}
+    task = _task(dataset.corpus, encoding.rows(2), 2)
+    rows = {name: [value] for name, value in task.items()}
     figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, None)(rows)
     assert figures["documents"] == [50] and figures["problem"] == [""] and folder.finished() == {2}
     ids, vectors = folder.read_shard(2)
