@@ -135,6 +135,11 @@ def read_documents(path: Path, offsets: Sequence[int]) -> Iterator[Document]:
                 raise InputError(f"{path}: changed while it was in use; load the data set again") from None
 
 
+def changed_meanwhile(path: Path) -> InputError:
+    """What to raise where ``read_documents`` finds other ids than the scan found."""
+    return InputError(f"{path}: changed while it was in use; load the data set again")
+
+
 def _documents(path: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int, Document]]:
     """(line or row from 1, offset, document) of a whole corpus; ``digest`` takes in all that was read."""
     if path.suffix != ".parquet":

@@ -8,7 +8,6 @@ because a shard is always encoded as a whole.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import logging
 import resource
@@ -25,7 +24,7 @@ import numpy as np
 
 from effir_ray.errors import InputError
 from effir_ray.progress import progress
-from effir_ray.retrieval.beir_files import Document, read_documents
+from effir_ray.retrieval.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.retrieval.datasets import Corpus, Dataset, load_dataset
 from effir_ray.retrieval.efficiency import gemm_peak
 from effir_ray.retrieval.embedding_shards import (
@@ -195,18 +194,18 @@ def _task(corpus: Corpus, rows: range, shard: int) -> dict[str, Any]:
     object store that it has read.
     """
     offsets = np.frombuffer(corpus.offsets, dtype=np.int64)[rows.start : rows.stop]
-    steps = base64.b64encode(zlib.compress(np.diff(offsets, prepend=0).tobytes())).decode()
+    steps = zlib.compress(np.diff(offsets, prepend=0).tobytes())
     ids = corpus.arrow_ids.slice(rows.start, len(rows)).to_pylist()
     return {"shard": shard, "offset_steps": steps, "ids_sha256": _ids_sha256(ids)}
 
 
-def _documents(path: Path, offset_steps: str, ids_sha256: str) -> list[Document]:
+def _documents(path: Path, offset_steps: bytes, ids_sha256: str) -> list[Document]:
     """The documents of a task. Raises InputError where others stand in their place now."""
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(offset_steps)), dtype=np.int64)
+    steps = np.frombuffer(zlib.decompress(offset_steps), dtype=np.int64)
     offsets = np.cumsum(steps).tolist()
     documents = list(read_documents(path, offsets))
     if _ids_sha256([document.id for document in documents]) != ids_sha256:
-        raise InputError(f"{path}: changed while it was in use; load the data set again")
+        raise changed_meanwhile(path)
     return documents
 
 
@@ -283,7 +282,7 @@ class _ShardEncoder:
 
         What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
         """
-        shard, steps, ids = int(batch["shard"][0]), str(batch["offset_steps"][0]), str(batch["ids_sha256"][0])
+        shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
         figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
         try:
             before = self._encoder.flops_seen

@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effir_ray.errors import InputError
-from effir_ray.retrieval.beir_files import Document, read_documents, read_qrels, read_queries, scan_corpus
+from effir_ray.retrieval.beir_files import (
+    Document,
+    changed_meanwhile,
+    read_documents,
+    read_qrels,
+    read_queries,
+    scan_corpus,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,14 +76,17 @@ class Corpus:
         documents = read_documents(self.path, [self.offsets[i] for i in indices])
         for index, document in zip(indices, documents, strict=True):
             if document.id != self.arrow_ids[index].as_py():
-                raise InputError(f"{self.path}: changed while it was in use; load the data set again")
+                raise changed_meanwhile(self.path)
             yield document
 
     def subset(self, indices: Sequence[int]) -> Corpus:
         """The documents at ``indices``, in that order."""
+        import pyarrow as pa
+
+        ids = self.arrow_ids.take(pa.array(indices, pa.int64()))
         offsets = array("q", [self.offsets[i] for i in indices])
         chosen = hashlib.sha256(offsets.tobytes()).hexdigest()
-        return Corpus(self.path, self.arrow_ids.take(indices), offsets, _digest(self.fingerprint, chosen))
+        return Corpus(self.path, ids, offsets, _digest(self.fingerprint, chosen))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,31 @@ def test_what_is_wrong_is_said_with_file_and_line(
         load_dataset(folder)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 40, 41])
+def test_ids_are_those_of_the_file_whatever_the_chunks(
+    folder: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beir_files, "_CHUNK", chunk)
+    corpus = load_dataset(folder).corpus
+    assert corpus.ids == [f"d{i}" for i in range(40)]
+    part = corpus.subset([30, 2])
+    assert part.ids == ["d30", "d2"] and [d.id for d in part.iter_documents()] == ["d30", "d2"]
+    assert corpus.subset([]).ids == []
+    _replace_line(folder / "corpus.jsonl", 40, b'{"_id": "d0", "text": "x"}')
+    with pytest.raises(InputError, match=r"corpus\.jsonl:40: _id 'd0' was already used on line 1;"):
+        load_dataset(folder)
+
+
+def test_ids_that_only_share_their_hash_are_no_duplicates(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beir_files, "hash", lambda identifier: len(identifier), raising=False)
+    assert len(load_dataset(folder).corpus) == 40
+    _replace_line(folder / "corpus.jsonl", 5, b'{"_id": "d3", "text": "x"}')
+    with pytest.raises(InputError, match=r"corpus\.jsonl:5: _id 'd3' was already used on line 4;"):
+        load_dataset(folder)
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
