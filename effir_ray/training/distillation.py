@@ -1,13 +1,17 @@
 """Embeddings of an uncompressed teacher for every training text, computed once and kept as stages.
 
+A text is known by its digest: of a stream, memory holds neither texts nor embeddings.
+
 The student's loss terms over them are ``losses.EmbeddingDistillation`` and ``losses.SimilarityDistillation``.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,24 +28,30 @@ from effir_ray.training.embedding_stage import Kind
 from effir_ray.training.pairs import Pair
 from effir_ray.training.streaming import PairStream
 
+_DIGEST_BYTES = 16  # too many for two texts ever to share a digest by chance
+_DIGESTS, _ROWS, _FIRSTS = "digests.npy", "rows.npy", "firsts.npy"
+
 
 @dataclass(frozen=True)
 class Table:
-    """Embeddings by text: shard i holds rows ``i * shard_size`` on. ``rows``: text -> row."""
+    """Embeddings by text: shard i holds rows ``i * shard_size`` on. ``rows[j]``: of the text of
+    ``digests[j]``, which are sorted. All of it is memory-mapped."""
 
-    rows: dict[str, int]
+    digests: npt.NDArray[np.bytes_]
+    rows: npt.NDArray[np.int64]
     shards: list[npt.NDArray[np.float32]]
 
     def lookup(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """(len(texts), d). Raises InputError for a text the teacher has not seen."""
+        wanted = _digests(texts)
+        places = np.minimum(np.searchsorted(self.digests, wanted), len(self.digests) - 1)
+        unknown = np.flatnonzero(self.digests[places] != wanted)
+        if unknown.size:
+            raise InputError(
+                f"the teacher has not encoded this training text: '{texts[int(unknown[0])][:80]}'"
+            )
         size = len(self.shards[0])
-        found = []
-        for text in texts:
-            row = self.rows.get(text)
-            if row is None:
-                raise InputError(f"the teacher has not encoded this training text: '{text[:80]}'")
-            found.append(self.shards[row // size][row % size])
-        return np.stack(found)
+        return np.stack([self.shards[row // size][row % size] for row in self.rows[places]])
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,10 @@ def embeddings_for(
 ) -> TeacherEmbeddings | None:
     """What the teacher of a run says of its pairs; None without a teacher. Workers find the driver's files.
 
-    ``dtype``: ``encoder_dtype`` of the driver. Raises InputError for a stream.
+    ``dtype``: ``encoder_dtype`` of the driver.
     """
-    if config.distillation.teacher is None:
+    if config.distillation.teacher is None or not len(pairs):  # no pairs at all: ``Batches`` says so
         return None
-    if isinstance(pairs, PairStream):
-        raise InputError(
-            f"{pairs.source} is streamed, and a teacher's embeddings of a stream are not kept; "
-            "annotate the pairs with a reranker's scores instead"
-        )
     return teacher_embeddings(
         config.distillation.teacher,
         pairs,
@@ -86,7 +91,7 @@ def embeddings_for(
 
 def teacher_embeddings(
     teacher: str | Path,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | PairStream,
     *,
     stages: StageStore,
     query_max_length: int | None = None,
@@ -99,17 +104,15 @@ def teacher_embeddings(
     ``dtype``: what the first call computed in, where that was on another machine.
     """
     dtype = dtype or embedding_stage.encoder_dtype()
-    queries = list(dict.fromkeys(pair.query for pair in pairs))
-    documents = list(dict.fromkeys(text for pair in pairs for text in pair.positives + pair.negatives))
     return TeacherEmbeddings(
-        _table(teacher, queries, "query", query_max_length, stages, dtype),
-        _table(teacher, documents, "document", document_max_length, stages, dtype),
+        _table(teacher, pairs, "query", query_max_length, stages, dtype),
+        _table(teacher, pairs, "document", document_max_length, stages, dtype),
     )
 
 
 def _table(
     teacher: str | Path,
-    texts: list[str],
+    pairs: Sequence[Pair] | PairStream,
     kind: Kind,
     max_length: int | None,
     stages: StageStore,
@@ -117,16 +120,72 @@ def _table(
 ) -> Table:
     from effir_ray.backbones.registry import backbone_fingerprint
 
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
+    data = _fingerprint(pairs, kind)
+    index = stages.run("teacher_texts", {"data": data, "kind": kind}, partial(_write_index, pairs, kind))
     shards = embedding_stage.encode_texts(
         stages,
-        {"model": backbone_fingerprint(teacher), "dtype": dtype, "data": digest.hexdigest()},
+        {"model": backbone_fingerprint(teacher), "dtype": dtype, "data": data},
         lambda: embedding_stage.load_encoder(teacher),
-        texts,
+        _DistinctTexts(pairs, kind, np.load(index / _FIRSTS, mmap_mode="r")),
         kind,
         description=f"Teacher, {kind} texts",
         max_length=max_length,
     )
-    return Table({text: row for row, text in enumerate(texts)}, shards)
+    digests, rows = (np.load(index / name, mmap_mode="r") for name in (_DIGESTS, _ROWS))
+    return Table(digests, rows, shards)
+
+
+class _DistinctTexts:
+    """The distinct texts of one kind in the order they appear in, read from front to back when asked for.
+
+    ``firsts``: among all texts of the kind, where every distinct one appears first, ascending.
+    """
+
+    def __init__(self, pairs: Sequence[Pair] | PairStream, kind: Kind, firsts: npt.NDArray[np.int64]) -> None:
+        self._pairs, self._kind, self._firsts = pairs, kind, firsts
+        self._ahead, self._next = self._read(), 0
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def __getitem__(self, part: slice) -> list[str]:
+        start, stop, _ = part.indices(len(self))
+        if start < self._next:
+            self._ahead, self._next = self._read(), 0
+        found = list(islice(self._ahead, start - self._next, stop - self._next))
+        self._next = stop
+        return found
+
+    def _read(self) -> Iterator[str]:
+        texts = enumerate(_texts(self._pairs, self._kind))
+        for first in self._firsts:
+            yield next(text for place, text in texts if place == first)
+
+
+def _write_index(pairs: Sequence[Pair] | PairStream, kind: Kind, folder: Path) -> None:
+    """The digests of all distinct texts, sorted, the row of each, and what ``_DistinctTexts`` needs."""
+    digests, firsts = np.unique(_digests(_texts(pairs, kind)), return_index=True)
+    ascending = np.sort(firsts)
+    np.save(folder / _DIGESTS, digests)
+    np.save(folder / _ROWS, np.searchsorted(ascending, firsts))
+    np.save(folder / _FIRSTS, ascending)
+
+
+def _texts(pairs: Sequence[Pair] | PairStream, kind: Kind) -> Iterator[str]:
+    for pair in pairs.read() if isinstance(pairs, PairStream) else pairs:
+        yield from (pair.query,) if kind == "query" else pair.positives + pair.negatives
+
+
+def _digests(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """(number of texts,)"""
+    found = bytearray()
+    for text in texts:
+        found += hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+    return np.frombuffer(found, dtype=f"S{_DIGEST_BYTES}")
+
+
+def _fingerprint(pairs: Sequence[Pair] | PairStream, kind: Kind) -> str:
+    """Of what determines the texts; a stream is not read for it."""
+    if isinstance(pairs, PairStream):
+        return pairs.fingerprint
+    return hashlib.sha256(_digests(_texts(pairs, kind)).tobytes()).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["query", "document"]
 
+
+class Texts(Protocol):
+    """A list of texts, or what reads one part of them at a time."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Sequence[str]: ...
+
+
 SHARD = 4096  # texts: at most so many are encoded twice after a kill
 _FILE = "embeddings.npy"
 
@@ -26,7 +34,7 @@ def encode_texts(
     stages: StageStore,
     inputs: Mapping[str, Any],
     make_encoder: Callable[[], Encoder],
-    texts: Sequence[str],
+    texts: Texts,
     kind: Kind,
     *,
     description: str,
@@ -35,24 +43,24 @@ def encode_texts(
 ) -> list[npt.NDArray[np.float32]]:
     """Shards (shard_size or SHARD, d) float32 in the order of ``texts``, memory-mapped.
 
-    ``inputs`` must determine ``texts`` and the encoder. ``make_encoder`` is called at most once, and only if
-    a shard is missing.
+    ``inputs`` must determine ``texts`` and the encoder. Only if a shard is missing, its texts are asked for,
+    and ``make_encoder`` is called, at most once.
     """
     encoder, shard_size = cache(make_encoder), shard_size or SHARD
     shards = []
     with progress(description, total=len(texts), unit="texts") as bar:
         for start in range(0, len(texts), shard_size):
-            part = texts[start : start + shard_size]
+            part = slice(start, min(start + shard_size, len(texts)))
             key = {
                 **inputs,
                 "kind": kind,
                 "max_length": max_length,
-                "start": start,
-                "stop": start + len(part),
+                "start": part.start,
+                "stop": part.stop,
             }
-            folder = stages.run("embeddings", key, partial(_encode, encoder, part, kind, max_length))
+            folder = stages.run("embeddings", key, partial(_encode, encoder, texts, part, kind, max_length))
             shards.append(np.load(folder / _FILE, mmap_mode="r"))
-            bar.advance(len(part))
+            bar.advance(part.stop - part.start)
     return shards
 
 
@@ -71,6 +79,11 @@ def encoder_dtype() -> str:
 
 
 def _encode(
-    encoder: Callable[[], Encoder], texts: Sequence[str], kind: Kind, max_length: int | None, folder: Path
+    encoder: Callable[[], Encoder],
+    texts: Texts,
+    part: slice,
+    kind: Kind,
+    max_length: int | None,
+    folder: Path,
 ) -> None:
-    np.save(folder / _FILE, encoder().encode(texts, kind, max_length=max_length))
+    np.save(folder / _FILE, encoder().encode(texts[part], kind, max_length=max_length))

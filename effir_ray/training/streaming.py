@@ -118,6 +118,12 @@ class PairStream:
     def __len__(self) -> int:
         return sum(chunk.rows for chunk in self.chunks) - (self.survey.left_out if self._held_out else 0)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the pairs do."""
+        read = [source_fingerprint(self.source), *sorted(self._held_out)]
+        return hashlib.sha256(repr(read).encode()).hexdigest()
+
     @cached_property
     def survey(self) -> Survey:
         """One pass over all files, by Ray tasks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from effir_ray.stages import StageStore
 from effir_ray.training import embedding_stage
 from effir_ray.training.distillation import teacher_embeddings
 from effir_ray.training.pairs import Pair
+from effir_ray.training.streaming import PairStream, Survey
 
 PAIRS = [
     Pair(str(i), f"query {i % 3}", (f"document {i}", "shared document"), (f"negative {i}",)) for i in range(6)
@@ -36,6 +38,68 @@ def test_embeddings_are_the_teachers_in_any_order(tmp_path: Path, monkeypatch: p
     )
     with pytest.raises(InputError, match="has not encoded this training text: 'unknown'"):
         teacher.documents.lookup(["unknown"])
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> PairStream:
+    """``PAIRS`` and one of a held-out question, in two files."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for name, pairs in (("a", PAIRS[:2]), ("b", [Pair("x", "held out", ("document x",)), *PAIRS[2:]])):
+        rows = ({"query": p.query, "positives": p.positives, "negatives": p.negatives} for p in pairs)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PairStream(str(folder), held_out=frozenset({"held out"}), survey=Survey(left_out=1, negatives=1))
+
+
+def test_a_stream_says_what_its_pairs_say(
+    stream: PairStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_stage, "SHARD", 4)
+    of_list = teacher_embeddings("random:llama", PAIRS, stages=StageStore(tmp_path / "list"))
+    of_stream = teacher_embeddings("random:llama", stream, stages=StageStore(tmp_path / "stream"))
+    texts = [text for pair in reversed(PAIRS) for text in pair.negatives + pair.positives]
+    np.testing.assert_array_equal(of_stream.documents.lookup(texts), of_list.documents.lookup(texts))
+    queries = [pair.query for pair in PAIRS]
+    np.testing.assert_array_equal(of_stream.queries.lookup(queries), of_list.queries.lookup(queries))
+    for table, text in ((of_stream.queries, "held out"), (of_stream.documents, "document x")):
+        with pytest.raises(InputError, match=f"not encoded this training text: '{text}'"):
+            table.lookup([text])
+
+
+def test_a_killed_teacher_goes_on_where_it_was_and_a_finished_one_reads_nothing(
+    stream: PairStream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_stage, "SHARD", 4)
+    stages, encode, seen = StageStore(tmp_path / "stages"), Encoder.encode, []
+
+    def killed_at_the_second(self: Encoder, texts: list[str], *args: object, **kwargs: object) -> object:
+        seen.append(texts)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "encode", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        teacher_embeddings("random:llama", stream, stages=stages)
+    again = teacher_embeddings("random:llama", stream, stages=stages)
+    assert seen == [
+        ["query 0", "query 1", "query 2"],
+        ["document 0", "shared document", "negative 0", "document 1"],
+        ["negative 1", "document 2", "negative 2", "document 3"],
+        ["negative 1", "document 2", "negative 2", "document 3"],
+        ["negative 3", "document 4", "negative 4", "document 5"],
+        ["negative 5"],
+    ]
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("the stream was read again")
+
+    monkeypatch.setattr(PairStream, "read", refuse)
+    mapped = teacher_embeddings("random:llama", stream, stages=stages)
+    texts = ["negative 5", "shared document"]
+    np.testing.assert_array_equal(mapped.documents.lookup(texts), again.documents.lookup(texts))
+    with pytest.raises(AssertionError, match="read again"):
+        teacher_embeddings("random:llama", PairStream(stream.source), stages=stages)
 
 
 def test_encoders_are_on_the_machines_device(monkeypatch: pytest.MonkeyPatch) -> None:

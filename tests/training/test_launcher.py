@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -22,11 +23,13 @@ import torch
 from effir_ray.backbones.retriever import load_retriever
 from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.retrieval.encoder import Encoder
 from effir_ray.training import loop, survival
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.gradcache import ContrastiveStep
 from effir_ray.training.history import read_history
 from effir_ray.training.launcher import TrainResult, train
+from effir_ray.training.pairs import load_pairs, write_pairs
 from tests.lost_node import lose_a_node
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
@@ -217,6 +220,29 @@ def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: 
         killed = train("random:llama", config, tmp_path / "killed")
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
     assert first_steps(tmp_path / "killed") == 1
+
+
+def test_a_teachers_embeddings_of_a_stream_pull_the_student_to_them(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    pairs = load_pairs(dataset)
+    (tmp_path / "pairs").mkdir()
+    write_pairs(pairs[:25], tmp_path / "pairs" / "a.jsonl")
+    write_pairs(pairs[25:], tmp_path / "pairs" / "b.jsonl")
+    config = settings(
+        tmp_path / "pairs",
+        held_out=str(dataset),
+        workers=2,
+        distillation={"teacher": str(uninterrupted.checkpoint), "embedding": 20.0, "similarity": 1.0},
+    )
+    student = train("random:llama", config, tmp_path / "student")
+    queries = [pair.query for pair in pairs]
+    teacher, before, after = (
+        Encoder(load_retriever(str(model))).encode(queries, "query")
+        for model in (uninterrupted.checkpoint, "random:llama", student.checkpoint)
+    )
+    distance = np.linalg.norm(before - teacher, axis=1).mean()
+    assert np.linalg.norm(after - teacher, axis=1).mean() < 0.6 * distance
 
 
 def test_a_diverging_run_fails_with_its_reason_and_is_not_repeated(dataset: Path, tmp_path: Path) -> None:
