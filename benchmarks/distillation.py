@@ -20,20 +20,20 @@ from typing import Any
 
 from rows import known, measure_once
 
-from effir_ray.backbones.retriever import load_retriever
-from effir_ray.compression.checkpoint import save_checkpoint
 from effir_ray.compression.planning import make_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluation_result import Evaluation
 from effir_ray.hardware import detect
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress
-from effir_ray.retrieval.datasets import Dataset, load_dataset
-from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.retrieval.evaluation_result import Evaluation
 from effir_ray.stages import StageStore
 from effir_ray.training.config import DistillationConfig, TrainConfig
-from effir_ray.training.launcher import train
+from effir_ray.training.run.launcher import train
 
 QUERY_LENGTH, DOCUMENT_LENGTH = 64, 128
 

@@ -57,7 +57,7 @@ def contestants(retriever, chosen: list[str]) -> dict[str, Encode]:
 
 
 def effir_ray(retriever, quantize) -> Encode:
-    from effir_ray.retrieval.encoder import Encoder
+    from effir_ray.encoding.encoder import Encoder
 
     encoder = Encoder(retriever, quantize=quantize)
     return lambda texts: encoder.encode(texts, "document")
@@ -190,8 +190,8 @@ def measure(
     """A row a contestant, kind of text and round: seconds, FLOPs, difference to the first contestant."""
     import torch
 
-    from effir_ray.compression.accounting import flops
-    from effir_ray.retrieval.efficiency import gemm_peak
+    from effir_ray.encoding.gemm_peak import gemm_peak
+    from effir_ray.models.accounting import flops
 
     lengths = {kind: [len(ids) for ids in retriever.tokenize(part, kind)] for kind, part in texts.items()}
     reference: dict[str, np.ndarray] = {}
@@ -274,8 +274,8 @@ def plot(lines: dict[str, list[Line]], title: str, path: Path) -> None:
 
 def load(name: str):
     """A retriever on this machine's device, in the type that it computes in there."""
-    from effir_ray.backbones.retriever import load_retriever
     from effir_ray.hardware import detect
+    from effir_ray.models.retriever import load_retriever
 
     if name == "mistral-7b":
         from speedup import random_backbone
@@ -300,8 +300,8 @@ def main() -> None:
     import torch
     from pyarrow import parquet
 
+    from effir_ray.data.datasets import load_dataset
     from effir_ray.hardware import detect
-    from effir_ray.retrieval.datasets import load_dataset
 
     hardware = detect()
     torch.set_num_threads(arguments.threads or hardware.threads)

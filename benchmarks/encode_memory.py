@@ -32,11 +32,11 @@ def write_corpus(folder: Path, documents: int) -> None:
 
 
 def measure(documents: int, results: multiprocessing.Queue) -> None:
-    from effir_ray.backbones.retriever import load_retriever
-    from effir_ray.compression.checkpoint import save_checkpoint
-    from effir_ray.compression.plan import LayerPlan, Plan
     from effir_ray.compression.surgery import apply_plan
-    from effir_ray.retrieval.corpus_encoding import encode_corpus
+    from effir_ray.encoding.corpus_encoding import encode_corpus
+    from effir_ray.models.checkpoint import save_checkpoint
+    from effir_ray.models.plan import LayerPlan, Plan
+    from effir_ray.models.retriever import load_retriever
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

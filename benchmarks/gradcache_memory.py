@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from effir_ray.backbones.retriever import load_retriever
-from effir_ray.training.batches import Batch, Batches
+from effir_ray.data.pairs import Pair
+from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.engine import PlainEngine
-from effir_ray.training.gradcache import ContrastiveStep
-from effir_ray.training.losses import build_objective
-from effir_ray.training.pairs import Pair
-from effir_ray.training.text_encoder import TextEncoder
+from effir_ray.training.step.batches import Batch, Batches
+from effir_ray.training.step.engine import PlainEngine
+from effir_ray.training.step.gradcache import ContrastiveStep
+from effir_ray.training.step.losses import build_objective
+from effir_ray.training.step.text_encoder import TextEncoder
 
 BATCHES = (32, 64, 128, 256, 512)
 

@@ -21,17 +21,16 @@ from typing import Any
 
 from rows import known, measure_once
 
-from effir_ray.backbones.retriever import load_retriever
-from effir_ray.compression.importance import measure_importance
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.planning import make_plan
+from effir_ray.compression.depth.importance import measure_importance
+from effir_ray.compression.planning import ImportanceScores, make_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluation_result import Evaluation
+from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress
-from effir_ray.retrieval.datasets import Dataset, load_dataset
-from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.retrieval.evaluation_result import Evaluation
 
 UNITS = {"A": "drop_attention", "M": "drop_mlp", "B": "drop_block"}
 

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effir_ray.backbones.registry import load_config
-from effir_ray.compression.accounting import count_parameters, flops, model_bytes
-from effir_ray.compression.plan import Plan
 from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluation_result import Evaluation
 from effir_ray.hardware import detect
+from effir_ray.models.accounting import count_parameters, flops, model_bytes
+from effir_ray.models.loading import load_config
+from effir_ray.models.plan import Plan
+from effir_ray.provenance import git_commit, package_versions
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.store import append, latest, read
-from effir_ray.retrieval.datasets import Dataset
-from effir_ray.retrieval.evaluation_result import Evaluation
-from effir_ray.search.provenance import git_commit, package_versions
 
 
 def measure_once(

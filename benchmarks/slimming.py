@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effir_ray.backbones.retriever import Retriever, load_retriever
 from effir_ray.compression.calibration import Pair, embed, make_pair_batches, pair_loss
 from effir_ray.compression.planning import narrow_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
-from effir_ray.compression.width import rank_neurons
+from effir_ray.compression.width.reduction import rank_neurons
+from effir_ray.data.pairs import load_pairs, shuffled
 from effir_ray.errors import InputError
+from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import show_progress
-from effir_ray.training.pairs import load_pairs, shuffled
 
 SEEDED = (
     "self-slimming",

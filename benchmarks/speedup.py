@@ -39,11 +39,11 @@ def random_backbone(shrink: int):
     """The shape of Mistral-7B, every width divided by ``shrink``, as a last-token retriever."""
     import torch
 
-    from effir_ray.backbones.architecture import build_model
-    from effir_ray.backbones.registry import load_config
-    from effir_ray.backbones.retriever import Retriever, RetrieverSpec, load_retriever
-    from effir_ray.compression.plan import Plan
     from effir_ray.hardware import detect
+    from effir_ray.models.architecture import build_model
+    from effir_ray.models.loading import load_config
+    from effir_ray.models.plan import Plan
+    from effir_ray.models.retriever import Retriever, RetrieverSpec, load_retriever
 
     config = load_config(BACKBONE)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
@@ -60,9 +60,9 @@ def random_backbone(shrink: int):
 
 def compressed(retriever, unit: str, dropped: int, width_reduction: float):
     """A model cut to one schedule that shares all weights that are whole with ``retriever``'s."""
-    from effir_ray.compression.accounting import uniform_width
-    from effir_ray.compression.plan import Plan
     from effir_ray.compression.surgery import apply_plan
+    from effir_ray.models.accounting import uniform_width
+    from effir_ray.models.plan import Plan
 
     layers, last = list(retriever.plan.layers), len(retriever.plan.layers) - 1
     for index in range(last - dropped, last):
@@ -80,8 +80,8 @@ def measure(
     retriever, name: str, queries: Sequence[str], documents: Sequence[str], rounds: int
 ) -> dict[str, Any]:
     """The row of one schedule: speed-ups over the full model, their ranges over rounds, the FLOP bounds."""
-    from effir_ray.retrieval.efficiency import measure_efficiency
-    from effir_ray.retrieval.encoder import Encoder
+    from effir_ray.encoding.encoder import Encoder
+    from effir_ray.evaluation.efficiency import measure_efficiency
 
     variant = compressed(retriever, *SCHEDULES[name])
     models = {"full": Encoder(retriever), name: Encoder(variant)}
@@ -102,7 +102,7 @@ def measure(
 
 
 def work(retriever, texts: Sequence[str], kind: str) -> int:
-    from effir_ray.compression.accounting import flops
+    from effir_ray.models.accounting import flops
 
     lengths = [len(ids) for ids in retriever.tokenize(texts, kind)]
     return sum(flops(retriever.model.config, retriever.plan, length) for length in lengths)
@@ -157,8 +157,8 @@ def main() -> None:
 
     import torch
 
+    from effir_ray.data.datasets import load_dataset
     from effir_ray.hardware import detect
-    from effir_ray.retrieval.datasets import load_dataset
 
     hardware = detect()
     torch.set_num_threads(hardware.threads)

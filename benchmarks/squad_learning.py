@@ -21,16 +21,16 @@ from typing import Any
 
 from rows import known, measure_once
 
+from effir_ray.data.datasets import Dataset, load_dataset
+from effir_ray.data.pairs import load_pairs, shuffled, write_pairs
 from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluation_result import Evaluation
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
-from effir_ray.retrieval.datasets import Dataset, load_dataset
-from effir_ray.retrieval.evaluation import evaluate
-from effir_ray.retrieval.evaluation_result import Evaluation
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.launcher import TrainResult, train
-from effir_ray.training.negatives import DEPTH, bm25, collect, mine_pairs
-from effir_ray.training.pairs import load_pairs, shuffled, write_pairs
+from effir_ray.training.run.launcher import TrainResult, train
+from effir_ray.training.supervision.negatives import DEPTH, bm25, collect, mine_pairs
 
 
 def main() -> None:

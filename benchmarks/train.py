@@ -28,15 +28,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.distributed as dist
 
-from effir_ray.backbones.retriever import load_retriever
-from effir_ray.compression.checkpoint import save_checkpoint
+from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.hardware import detect
-from effir_ray.training.batches import Batches
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.gradcache import ContrastiveStep
-from effir_ray.training.loop import prepare
-from effir_ray.training.losses import build_objective
-from effir_ray.training.pairs import Pair, load_pairs
+from effir_ray.training.run.loop import prepare
+from effir_ray.training.step.batches import Batches
+from effir_ray.training.step.gradcache import ContrastiveStep
+from effir_ray.training.step.losses import build_objective
 
 RATE = 5e-5
 BUDGET = 2048  # tokens whose activations are held at once by the bounded systems

@@ -11,62 +11,63 @@ The verbs of the command line are functions here, loaded when first used::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from effir_ray.provenance import __version__
+
 if TYPE_CHECKING:
-    from effir_ray.backbones.retriever import load_retriever as load
-    from effir_ray.cluster_jobs import follow_job, job_logs, list_jobs, stop_job, submit_search
-    from effir_ray.compression.analysis import analyze
-    from effir_ray.compression.compress import compress
-    from effir_ray.compression.plan import Plan
+    from effir_ray.cluster.jobs import follow_job, job_logs, list_jobs, stop_job
+    from effir_ray.compression.analysis.analyze import analyze
+    from effir_ray.compression.pipeline import compress
     from effir_ray.compression.quantization import measure_size, quantize
     from effir_ray.compression.schedule import Schedule
+    from effir_ray.data.datasets import load_dataset
+    from effir_ray.data.download import get as get_dataset
+    from effir_ray.data.download import list_datasets
     from effir_ray.demo import run_demo
     from effir_ray.doctor import diagnose
+    from effir_ray.encoding.corpus_encoding import encode_corpus as encode
+    from effir_ray.encoding.encoder import Encoder
     from effir_ray.errors import InputError, TrialFailure
+    from effir_ray.evaluation.efficiency import measure
+    from effir_ray.evaluation.evaluation import evaluate
+    from effir_ray.models.plan import Plan
+    from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.query import query
     from effir_ray.results.report import report
     from effir_ray.results.selection import pareto
-    from effir_ray.retrieval.corpus_encoding import encode_corpus as encode
-    from effir_ray.retrieval.datasets import load_dataset
-    from effir_ray.retrieval.download import get as get_dataset
-    from effir_ray.retrieval.download import list_datasets
-    from effir_ray.retrieval.efficiency import measure
-    from effir_ray.retrieval.encoder import Encoder
-    from effir_ray.retrieval.evaluation import evaluate
     from effir_ray.search.dry_run import dry_run as preview_search
     from effir_ray.search.repeat import repeat
     from effir_ray.search.space import SearchSpace
     from effir_ray.search.study import search as run_search
-    from effir_ray.training.annotate import annotate
+    from effir_ray.search.submit import submit_search
     from effir_ray.training.config import TrainConfig
-    from effir_ray.training.launcher import train
-    from effir_ray.training.negatives import mine
-
-__version__ = "0.1.0"
+    from effir_ray.training.run.launcher import train
+    from effir_ray.training.supervision.annotate import annotate
+    from effir_ray.training.supervision.negatives import mine
 
 _PUBLIC = {
-    "Encoder": "retrieval.encoder:Encoder",
+    "Encoder": "encoding.encoder:Encoder",
     "InputError": "errors:InputError",
-    "Plan": "compression.plan:Plan",
+    "Plan": "models.plan:Plan",
     "Schedule": "compression.schedule:Schedule",
     "SearchSpace": "search.space:SearchSpace",
     "TrainConfig": "training.config:TrainConfig",
     "TrialFailure": "errors:TrialFailure",
-    "analyze": "compression.analysis:analyze",
-    "annotate": "training.annotate:annotate",
-    "compress": "compression.compress:compress",
+    "analyze": "compression.analysis.analyze:analyze",
+    "annotate": "training.supervision.annotate:annotate",
+    "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
-    "encode": "retrieval.corpus_encoding:encode_corpus",
-    "evaluate": "retrieval.evaluation:evaluate",
-    "follow_job": "cluster_jobs:follow_job",
-    "get_dataset": "retrieval.download:get",
-    "job_logs": "cluster_jobs:job_logs",
-    "list_datasets": "retrieval.download:list_datasets",
-    "list_jobs": "cluster_jobs:list_jobs",
-    "load": "backbones.retriever:load_retriever",
-    "load_dataset": "retrieval.datasets:load_dataset",
-    "measure": "retrieval.efficiency:measure",
+    "encode": "encoding.corpus_encoding:encode_corpus",
+    "evaluate": "evaluation.evaluation:evaluate",
+    "follow_job": "cluster.jobs:follow_job",
+    "get_dataset": "data.download:get",
+    "job_logs": "cluster.jobs:job_logs",
+    "list_datasets": "data.download:list_datasets",
+    "list_jobs": "cluster.jobs:list_jobs",
+    "load": "models.retriever:load_retriever",
+    "load_dataset": "data.datasets:load_dataset",
+    "measure": "evaluation.efficiency:measure",
     "measure_size": "compression.quantization:measure_size",
-    "mine": "training.negatives:mine",
+    "mine": "training.supervision.negatives:mine",
     "pareto": "results.selection:pareto",
     "preview_search": "search.dry_run:dry_run",
     "quantize": "compression.quantization:quantize",
@@ -75,9 +76,9 @@ _PUBLIC = {
     "report": "results.report:report",
     "run_demo": "demo:run_demo",
     "run_search": "search.study:search",
-    "stop_job": "cluster_jobs:stop_job",
-    "submit_search": "cluster_jobs:submit_search",
-    "train": "training.launcher:train",
+    "stop_job": "cluster.jobs:stop_job",
+    "submit_search": "search.submit:submit_search",
+    "train": "training.run.launcher:train",
 }
 """Name -> where it lives. (`effir_ray.search` and `.demo` are modules, hence `run_search` and `run_demo`.)"""
 

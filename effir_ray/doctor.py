@@ -61,7 +61,7 @@ def _faiss() -> Finding:
     import faiss
     import torch
 
-    from effir_ray.retrieval.index import faiss_gpus
+    from effir_ray.evaluation.index import faiss_gpus
 
     if torch.cuda.is_available() and not faiss_gpus():
         reason = f"FAISS {faiss.__version__} is a build for CPUs; results are the same"
@@ -119,7 +119,7 @@ def _memory_and_disk() -> Finding:
 
 
 def _data() -> Finding:
-    from effir_ray.retrieval.datasets import data_folder
+    from effir_ray.caches import data_folder
 
     reason = (
         "EFFIR_RAY_DATA is set" if os.environ.get("EFFIR_RAY_DATA") else "default; EFFIR_RAY_DATA moves it"

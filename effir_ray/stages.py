@@ -12,8 +12,8 @@ from typing import Any
 
 from filelock import FileLock
 
-import effir_ray
 from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.provenance import __version__
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -89,7 +89,7 @@ class StageStore:
                 "version": version,
                 "inputs": inputs,
                 "seconds": round(time.perf_counter() - started, 3),
-                "effir_ray": effir_ray.__version__,
+                "effir_ray": __version__,
             }
             (aside / "stage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
             aside.rename(place)

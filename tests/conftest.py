@@ -1,11 +1,25 @@
 """Models in tests are tiny: a second thread only waits for the first, and for long beside other programs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.helpers import beir_folders
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, after this
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[..., Path]:
+    """``write_folder(folder, documents=40, queries=30)`` writes a small BEIR folder."""
+    return beir_folders.write_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return beir_folders.write_folder(tmp_path / "toy")
 
 
 @pytest.fixture(scope="module")

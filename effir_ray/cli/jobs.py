@@ -34,7 +34,8 @@ def submit(
     effir-ray submit search_spaces/mistral-7b.yaml --address http://head:8265 --out /shared/mistral
     effir-ray submit search_spaces/demo.yaml --out /tmp/demo --follow
     """
-    from effir_ray.cluster_jobs import follow_job, submit_search
+    from effir_ray.cluster.jobs import follow_job
+    from effir_ray.search.submit import submit_search
 
     job = submit_search(space, out, address=address, resume=resume)
     if as_json:
@@ -55,7 +56,7 @@ def jobs(address: JobAddress = None, as_json: AsJson = False) -> None:
     [bold]Examples[/bold]
     effir-ray jobs --address http://head:8265
     """
-    from effir_ray.cluster_jobs import list_jobs
+    from effir_ray.cluster.jobs import list_jobs
 
     found = list_jobs(address=address)
     if as_json:
@@ -78,7 +79,7 @@ def logs(
     [bold]Examples[/bold]
     effir-ray logs effir-ray-demo-4f2c --follow
     """
-    from effir_ray.cluster_jobs import follow_job, job_logs
+    from effir_ray.cluster.jobs import follow_job, job_logs
 
     if follow:
         follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
@@ -93,7 +94,7 @@ def stop(job: JobId, address: JobAddress = None, as_json: AsJson = False) -> Non
     [bold]Examples[/bold]
     effir-ray stop effir-ray-demo-4f2c
     """
-    from effir_ray.cluster_jobs import stop_job
+    from effir_ray.cluster.jobs import stop_job
 
     status = stop_job(job, address=address)
     if as_json:

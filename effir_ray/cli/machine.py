@@ -70,7 +70,7 @@ def data_list(as_json: AsJson = False) -> None:
     [bold]Examples[/bold]
     effir-ray data list
     """
-    from effir_ray.retrieval.download import list_datasets
+    from effir_ray.data.download import list_datasets
 
     listings = list_datasets()
     if as_json:
@@ -97,8 +97,8 @@ def data_get(
     effir-ray data get scifact
     effir-ray data get cqadupstack/android
     """
+    from effir_ray.data.download import get
     from effir_ray.progress import show_progress
-    from effir_ray.retrieval.download import get
 
     with show_progress():
         folder = get(name)

@@ -43,7 +43,7 @@ def analyze(
     effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
     effir-ray analyze --backbone smollm2-135m --criteria cosine,greedy --out runs/a
     """
-    from effir_ray.compression.calibration_data import analyze_on
+    from effir_ray.compression.analysis.analyze import analyze_on
     from effir_ray.progress import show_progress
 
     with show_progress():

@@ -105,8 +105,8 @@ def evaluate(
         --out /shared/small-msmarco --workers 8 --address auto
     """
     from effir_ray import evaluate as run
+    from effir_ray.evaluation.feedback import Feedback
     from effir_ray.progress import show_progress
-    from effir_ray.retrieval.feedback import Feedback
 
     with show_progress():
         result = run(

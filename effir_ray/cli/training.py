@@ -131,7 +131,7 @@ def annotate(
 
 def _stages() -> StageStore:
     """Mined and scored pairs are kept beside the data sets, so that a second command reuses them."""
-    from effir_ray.retrieval.datasets import data_folder
+    from effir_ray.caches import data_folder
     from effir_ray.stages import StageStore
 
     return StageStore(data_folder() / "stages")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from effir_ray.backbones.retriever import Retriever
 from effir_ray.errors import InputError
+from effir_ray.models.retriever import Retriever
+
+if TYPE_CHECKING:
+    from effir_ray.data.datasets import Dataset
+    from effir_ray.data.pairs import Pair as TrainingPair
 
 TEMPERATURE = 0.02  # of the paper's InfoNCE
 WINDOW = 512  # texts tokenised and sorted by length at a time: bounds memory, keeps padding low
@@ -143,3 +148,17 @@ def pair_loss(queries: Tensor, documents: Tensor, same: Tensor) -> Tensor:
     similarity = queries @ documents.T / TEMPERATURE  # (batch, batch)
     similarity = similarity.masked_fill(same.to(similarity.device), float("-inf"))
     return torch.nn.functional.cross_entropy(similarity, torch.arange(len(queries), device=queries.device))
+
+
+def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
+    """Documents drawn by hash of their id: task-agnostic text, no labels (paper section 3.1)."""
+    ids = dataset.corpus.ids
+    drawn = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    return dataset.corpus.texts(drawn[:count])
+
+
+def draw_pairs(dataset: str, count: int, seed: int, *, split: str = "train") -> list[TrainingPair]:
+    """Pairs of the data set, shuffled: train pairs to learn gates from, dev pairs for the dev loss."""
+    from effir_ray.data.pairs import load_pairs, shuffled
+
+    return list(shuffled(load_pairs(dataset, split=split), seed=seed)[:count])

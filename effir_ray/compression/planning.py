@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import model_validator
 
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.schedule import Schedule
+from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.models.plan import LayerPlan, Plan
 
 NeuronScores = Mapping[int, Sequence[float] | NDArray[np.floating]]
 
@@ -185,3 +186,18 @@ def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) 
     for _, layer, _ in groups[: target // multiple - len(sizes)]:
         widths[layer] += multiple
     return widths
+
+
+class ImportanceScores(Config):
+    """One number a layer in each of three separate groups; higher means keep (paper, section 3.1)."""
+
+    criterion: str
+    attention: tuple[float, ...]
+    mlp: tuple[float, ...]
+    block: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _one_a_layer(self) -> ImportanceScores:
+        if not len(self.attention) == len(self.mlp) == len(self.block):
+            raise ValueError("attention, mlp and block need one score a layer each")
+        return self

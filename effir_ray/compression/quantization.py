@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effir_ray.backbones.retriever import Retriever
 from effir_ray.errors import InputError
+from effir_ray.models.retriever import Retriever
 
 Quantization = Literal["int8", "nf4", "llm-int8"]
 

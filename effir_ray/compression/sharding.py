@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from effir_ray.backbones.retriever import Retriever
 from effir_ray.errors import InputError
+from effir_ray.models.retriever import Retriever
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -43,7 +43,7 @@ def mapper(
     if workers < 1:
         raise InputError(f"{workers} workers; expected at least 1")
     with tempfile.TemporaryDirectory(prefix="effir-ray-", dir=scratch) as folder:
-        from effir_ray.compression.checkpoint import save_checkpoint
+        from effir_ray.models.checkpoint import save_checkpoint
 
         path = Path(folder) / "model"
         save_checkpoint(retriever, path)
@@ -55,7 +55,7 @@ def mapper(
 def _actors(path: Path, retriever: Retriever, workers: int, address: str | None) -> Iterator[list[Any]]:
     import ray
 
-    from effir_ray.cluster import connect
+    from effir_ray.cluster.connection import connect
 
     connect(address)
     available = int(ray.cluster_resources().get("CPU", 0))
@@ -76,7 +76,7 @@ class _Worker:
     """One copy of the model."""
 
     def __init__(self, path: str, dtype: str, device: str) -> None:
-        from effir_ray.backbones.retriever import load_retriever
+        from effir_ray.models.retriever import load_retriever
 
         self.retriever = load_retriever(path, dtype=dtype, device=device)
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from effir_ray.backbones.architecture import compressed_classes
-from effir_ray.backbones.family import COMPRESSED_PREFIX, Family
-from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.errors import InputError
+from effir_ray.models.architecture import compressed_classes
+from effir_ray.models.family import COMPRESSED_PREFIX, Family
+from effir_ray.models.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
-    from effir_ray.backbones.retriever import Retriever
+    from effir_ray.models.retriever import Retriever
 
 
 def apply_plan(retriever: Retriever, plan: Plan) -> Retriever:

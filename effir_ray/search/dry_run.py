@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import Plan
-from effir_ray.compression.planning import make_plan, narrow_plan, within
+from effir_ray.compression.planning import ImportanceScores, make_plan, narrow_plan, within
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.models.plan import Plan
 from effir_ray.search.recipe import Sources, recipe
 from effir_ray.search.space import SearchSpace, TrialConfig
 
@@ -54,8 +53,8 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 
     Raises InputError for a schedule that cannot be built, naming it.
     """
-    from effir_ray.backbones.registry import load_config
-    from effir_ray.compression import accounting
+    from effir_ray.models import accounting
+    from effir_ray.models.loading import load_config
 
     backbone = load_config(space.backbone, first_blocks=space.first_blocks)
     full = Plan.full(backbone.num_hidden_layers)
@@ -101,8 +100,8 @@ def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:
     Of a backbone that is compressed already, what is gone counts as least important, as it does in trials.
     Raises InputError when the schedule cannot be built on this backbone.
     """
-    from effir_ray.backbones.folder import present_plan
-    from effir_ray.compression import accounting
+    from effir_ray.models import accounting
+    from effir_ray.models.folder import present_plan
 
     present = present_plan(backbone)
     scores = ImportanceScores(

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from effir_ray.compression import accounting
-from effir_ray.compression.plan import Plan
+from effir_ray.models import accounting
+from effir_ray.models.plan import Plan
 from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.recipe import Recipe, Sources, Stage, recipe
 from effir_ray.search.space import TrialConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from effir_ray.cluster import connect
+from effir_ray.cluster.connection import connect
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow

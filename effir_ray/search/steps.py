@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import Plan
+from effir_ray.compression.planning import ImportanceScores
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.models.plan import Plan
 from effir_ray.search.recipe import Split
 from effir_ray.search.space import TrialConfig
 from effir_ray.stages import StageStore
 
 if TYPE_CHECKING:
-    from effir_ray.backbones.retriever import Retriever
-    from effir_ray.retrieval.datasets import Dataset
+    from effir_ray.data.datasets import Dataset
+    from effir_ray.models.retriever import Retriever
     from effir_ray.training.config import TrainConfig
 
 Parents = Mapping[str, Path]
@@ -39,8 +39,8 @@ TIMING = "timing.json"
 
 def backbone(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """The uncompressed model as a checkpoint folder; a folder that is used whole is linked, not copied."""
-    from effir_ray.backbones.registry import resolve
-    from effir_ray.compression.checkpoint import save_checkpoint
+    from effir_ray.models.checkpoint import save_checkpoint
+    from effir_ray.models.names import resolve
 
     retriever = _load(config.backbone, first_blocks=config.first_blocks)
     source = resolve(config.backbone)
@@ -58,9 +58,9 @@ def base(config: TrialConfig, split: Split, parents: Parents, out: Path, stages:
 
 
 def importance(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
-    from effir_ray.compression.calibration_data import draw_pairs, draw_texts
-    from effir_ray.compression.importance import measure_importance
-    from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.compression.calibration import draw_pairs, draw_texts
+    from effir_ray.compression.depth.importance import measure_importance
+    from effir_ray.data.datasets import load_dataset
 
     criterion = config.schedule.importance
     texts = draw_texts(load_dataset(config.dataset), config.calibration_texts, config.seed)
@@ -78,9 +78,9 @@ def importance(config: TrialConfig, split: Split, parents: Parents, out: Path, s
 
 def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
-    from effir_ray.compression.calibration_data import draw_pairs
+    from effir_ray.compression.calibration import draw_pairs
     from effir_ray.compression.surgery import apply_plan
-    from effir_ray.compression.width import rank_neurons
+    from effir_ray.compression.width.reduction import rank_neurons
 
     retriever = load_model(parents["model"])
     apply_plan(retriever, _depth_plan(config, retriever.plan, parents))
@@ -98,9 +98,9 @@ def neurons(config: TrialConfig, split: Split, parents: Parents, out: Path, stag
 
 
 def pruned(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
-    from effir_ray.compression.checkpoint import save_checkpoint
     from effir_ray.compression.planning import narrow_plan
     from effir_ray.compression.surgery import apply_plan
+    from effir_ray.models.checkpoint import save_checkpoint
 
     retriever = load_model(parents["model"])
     plan = _depth_plan(config, retriever.plan, parents)
@@ -120,7 +120,7 @@ def recovered(config: TrialConfig, split: Split, parents: Parents, out: Path, st
 
 
 def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
-    from effir_ray.retrieval.corpus_encoding import encode_corpus
+    from effir_ray.encoding.corpus_encoding import encode_corpus
 
     encode_corpus(
         parents["model"] / CHECKPOINT,
@@ -133,10 +133,10 @@ def embeddings(config: TrialConfig, split: Split, parents: Parents, out: Path, s
 
 def scores(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Encode the queries, search the embedded corpus exactly, score."""
-    from effir_ray.retrieval.embedding_shards import CorpusEmbeddings, ShardFolder
-    from effir_ray.retrieval.encoder import Encoder
-    from effir_ray.retrieval.evaluation import search_corpus
-    from effir_ray.retrieval.metrics import score_run
+    from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
+    from effir_ray.encoding.encoder import Encoder
+    from effir_ray.evaluation.evaluation import search_corpus
+    from effir_ray.evaluation.metrics import score_run
 
     dataset = sampled(config, split)
     queries = dataset.queries(split)
@@ -152,8 +152,8 @@ def scores(config: TrialConfig, split: Split, parents: Parents, out: Path, stage
 
 def timing(config: TrialConfig, split: Split, parents: Parents, out: Path, stages: StageStore) -> None:
     """Speed of this model and of the full one, taking turns on the same texts in the same process."""
-    from effir_ray.retrieval.efficiency import measure_efficiency
-    from effir_ray.retrieval.encoder import Encoder
+    from effir_ray.encoding.encoder import Encoder
+    from effir_ray.evaluation.efficiency import measure_efficiency
 
     dataset = sampled(config, "dev")
     queries = list(dataset.queries("dev").values())[: config.timing.queries]
@@ -183,7 +183,7 @@ RESUMABLE = frozenset({"base", "recovered", "embeddings"})
 
 def sampled(config: TrialConfig, split: Split) -> Dataset:
     """The part of ``split`` that the study uses."""
-    from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.data.datasets import load_dataset
 
     dataset, sample = load_dataset(config.dataset), getattr(config, split)
     if sample.queries is None:
@@ -203,15 +203,15 @@ def _shortened(retriever: Retriever, config: TrialConfig) -> Retriever:
 
 
 def _load(name: str, first_blocks: int | None = None) -> Retriever:
-    from effir_ray.backbones.retriever import load_retriever
     from effir_ray.hardware import detect
+    from effir_ray.models.retriever import load_retriever
 
     hardware = detect()
     return load_retriever(name, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks)
 
 
 def _train(training: TrainConfig, model: Path, out: Path, stages: StageStore) -> None:
-    from effir_ray.training.launcher import train
+    from effir_ray.training.run.launcher import train
 
     train(model / CHECKPOINT, training, out, stages=stages)
     _write_plan(out, read_plan(model))

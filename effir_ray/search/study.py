@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from effir_ray.backbones.registry import load_config
-from effir_ray.cluster import connect
+from effir_ray.cluster.connection import connect
 from effir_ray.config import Config, load_yaml
 from effir_ray.errors import InputError
+from effir_ray.models.loading import load_config
 from effir_ray.results import store
 from effir_ray.search.activity import forget, reporting
 from effir_ray.search.display import StudyDisplay
@@ -141,7 +141,7 @@ def _check_address(address: str | None) -> None:
 
 
 def _check_splits(space: SearchSpace) -> None:
-    from effir_ray.retrieval.datasets import load_dataset
+    from effir_ray.data.datasets import load_dataset
 
     sources_of(space)
     dataset = load_dataset(space.dataset)

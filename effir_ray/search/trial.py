@@ -9,18 +9,19 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from effir_ray.backbones.registry import backbone_fingerprint, load_config
-from effir_ray.compression import accounting
-from effir_ray.compression.plan import Plan
+from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import detect
+from effir_ray.models import accounting
+from effir_ray.models.loading import load_config
+from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.plan import Plan
+from effir_ray.provenance import git_commit, package_versions
 from effir_ray.results.schema import TrialRow
-from effir_ray.search.provenance import git_commit, package_versions
 from effir_ray.search.recipe import Recipe, Sources, Split, Stage, recipe
 from effir_ray.search.space import Protocol, TrialConfig
 from effir_ray.search.steps import RESUMABLE, SCORES, STEPS, TIMING, read_plan
 from effir_ray.stages import StageStore
-from effir_ray.training.streaming import source_fingerprint
 
 Listener = Callable[[str], None]
 

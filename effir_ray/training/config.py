@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from effir_ray.config import Config
-from effir_ray.training.ladder import Ladder, check_nested
+from effir_ray.training.step.ladder import Ladder, check_nested
 
 
 class LoraConfig(Config):

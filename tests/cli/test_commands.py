@@ -16,7 +16,7 @@ from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import pareto
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.launcher import TrainResult
+from effir_ray.training.run.launcher import TrainResult
 
 COMMANDS = [
     (name,) if not hasattr(command, "commands") else (name, inner)

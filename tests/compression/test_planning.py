@@ -5,11 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import LayerPlan, Plan
-from effir_ray.compression.planning import grain, make_plan, narrow_plan, needs_scores, within
+from effir_ray.compression.planning import (
+    ImportanceScores,
+    grain,
+    make_plan,
+    narrow_plan,
+    needs_scores,
+    within,
+)
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
+from effir_ray.models.plan import LayerPlan, Plan
 
 SCORES = ImportanceScores(
     criterion="cosine", attention=(0.9, 0.1, 0.5, 0.3), mlp=(0.2, 0.8, 0.1, 0.7), block=(0.4, 0.3, 0.2, 0.1)

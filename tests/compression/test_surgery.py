@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from masked_reference import masked_by_hooks, randomise_norms
 
-from effir_ray.backbones.random_models import RANDOM_MODELS
-from effir_ray.backbones.retriever import Retriever, load_retriever
-from effir_ray.compression import modeling_effir
-from effir_ray.compression.accounting import count_parameters
-from effir_ray.compression.plan import LayerPlan, Plan
 from effir_ray.compression.planning import make_plan, narrow_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
+from effir_ray.models import modeling_effir
+from effir_ray.models.accounting import count_parameters
+from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.random_models import RANDOM_MODELS
+from effir_ray.models.retriever import Retriever, load_retriever
+from tests.helpers.masked_reference import masked_by_hooks, randomise_norms
 
 LAYERS, WIDTH = 4, 128
 _FULL: dict[str, Retriever] = {}

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-from search_examples import small_space
 
-from effir_ray.compression.compress import compress
+from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.dry_run import dry_run, named_sources
 from effir_ray.search.recipe import recipe
 from effir_ray.search.space import Candidate, SearchSpace
+from tests.helpers.search_examples import small_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}

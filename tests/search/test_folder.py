@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import pytest
-from search_examples import row, small_space, write_corpus
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.search.folder import alone, claim, finished_rows
 from effir_ray.search.space import Candidate
 from effir_ray.search.study import search
+from tests.helpers.search_examples import row, small_space, write_corpus
 
 
 def test_a_study_is_resumed_only_when_asked_and_keeps_its_threads(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from search_examples import small_space
 
-from effir_ray.backbones.registry import load_config
+from effir_ray.models.loading import load_config
 from effir_ray.search.dry_run import named_sources
 from effir_ray.search.outlook import Outlook
 from effir_ray.search.recipe import recipe
 from effir_ray.search.space import Candidate
 from effir_ray.stages import StageStore
+from tests.helpers.search_examples import small_space
 
 SPACE = small_space(base_training={"steps": 2, "batch_size": 4, "lora": None})
 FULL, PRUNED = SPACE.trial(Candidate()), SPACE.trial(Candidate(drop_mlp=1))

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from search_examples import row, small_space
 
-from effir_ray.backbones.registry import load_config
+from effir_ray.models.loading import load_config
 from effir_ray.search.proposals import Proposals, Work
 from effir_ray.search.space import SearchSpace
+from tests.helpers.search_examples import row, small_space
 
 AXES = {"drop_mlp": {"low": 0, "high": 3}, "drop_attention": [0, 1, 2], "width_reduction": [0.0, 0.5]}
 

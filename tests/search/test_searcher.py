@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from search_examples import row, small_space
 
-from effir_ray.backbones.registry import load_config
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.models.loading import load_config
 from effir_ray.results import store
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.searcher import ABORT, ROW, ScheduleSearcher
 from effir_ray.search.space import TrialConfig
+from tests.helpers.search_examples import row, small_space
 
 
 @pytest.fixture

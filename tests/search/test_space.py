@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from search_examples import small_space
 
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.space import Candidate, SearchSpace, TrialConfig
 from effir_ray.training.config import TrainConfig
+from tests.helpers.search_examples import small_space
 
 SPACES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}

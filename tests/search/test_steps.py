@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 import ray
-from search_examples import small_space, write_corpus
 
-from effir_ray.backbones.registry import load_config
-from effir_ray.cluster import connect
-from effir_ray.compression.compress import compress
-from effir_ray.compression.importance_scores import ImportanceScores
-from effir_ray.compression.plan import Plan
+from effir_ray.cluster.connection import connect
+from effir_ray.compression.pipeline import compress
+from effir_ray.compression.planning import ImportanceScores
 from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.errors import TrialFailure
-from effir_ray.retrieval.datasets import load_dataset
+from effir_ray.models.loading import load_config
+from effir_ray.models.plan import Plan
 from effir_ray.search import steps
 from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.trial import workers
 from effir_ray.stages import StageStore
-from effir_ray.training.held_out import held_out_by, training_pairs
-from effir_ray.training.pairs import Pair, write_pairs
+from effir_ray.training.supervision.held_out import held_out_by, training_pairs
+from tests.helpers.search_examples import small_space, write_corpus
 
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 
@@ -67,7 +67,7 @@ def test_trials_share_mined_negatives_and_teacher_embeddings(
 ) -> None:
     given = {}
     monkeypatch.setattr(
-        "effir_ray.training.launcher.train", lambda model, config, out, **options: given.update(options)
+        "effir_ray.training.run.launcher.train", lambda model, config, out, **options: given.update(options)
     )
     model, out, stages = tmp_path / "model", tmp_path / "out", StageStore(tmp_path / "stages")
     model.mkdir()

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from search_examples import small_space, write_corpus
 
-from effir_ray.cluster import connect
-from effir_ray.compression.compress import compress
+from effir_ray.cluster.connection import connect
+from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.search.folder import STAGES
 from effir_ray.search.repeat import repeat
 from effir_ray.search.study import search
+from tests.helpers.search_examples import small_space, write_corpus
 
 TRAINING = {
     "steps": 3,

@@ -1,0 +1,267 @@
+"""Retrieval data sets: BEIR folders, read as streams and checked completely when they are loaded.
+
+``load_dataset`` makes one validating pass over a folder, so that everything wrong with it is said (file and
+line) before any model is loaded; texts are then streamed from disk and never held together in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from effir_ray.caches import data_folder
+from effir_ray.data.beir_files import (
+    Document,
+    changed_meanwhile,
+    read_documents,
+    read_qrels,
+    read_queries,
+    scan_corpus,
+)
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+DEV_SHARE = 0.1
+_SPLITS = ("train", "dev", "test")
+_ALIASES = {"dbpedia": "dbpedia-entity", "touche2020": "webis-touche2020", "touche-2020": "webis-touche2020"}
+
+Qrels = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of a data set (or a part of them), in a fixed order, on disk."""
+
+    path: Path
+    arrow_ids: pa.ChunkedArray  # what a corpus of any size is encoded with; see ``ids``
+    offsets: array[int]  # byte offset in ``path`` of each document's line; in Parquet, its row
+    fingerprint: str = ""  # of all documents and their order
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Document ids in order, as Python objects."""
+        ids: list[str] = self.arrow_ids.to_pylist()
+        return ids
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Document id -> its index in this corpus."""
+        return {identifier: index for index, identifier in enumerate(self.ids)}
+
+    def iter_documents(self, start: int = 0, stop: int | None = None) -> Iterator[Document]:
+        """Documents ``start`` to ``stop`` (exclusive), one at a time."""
+        return self._read(range(start, len(self) if stop is None else min(stop, len(self))))
+
+    def texts(self, ids: Sequence[str]) -> list[str]:
+        """The texts (title and text) of these documents. Raises KeyError for an unknown id."""
+        indices = [self.position[i] for i in ids]
+        ascending = sorted(set(indices))  # a file is read fastest from front to back
+        found = {
+            i: document.document_text for i, document in zip(ascending, self._read(ascending), strict=True)
+        }
+        return [found[i] for i in indices]
+
+    def _read(self, indices: Sequence[int]) -> Iterator[Document]:
+        documents = read_documents(self.path, [self.offsets[i] for i in indices])
+        for index, document in zip(indices, documents, strict=True):
+            if document.id != self.arrow_ids[index].as_py():
+                raise changed_meanwhile(self.path)
+            yield document
+
+    def subset(self, indices: Sequence[int]) -> Corpus:
+        """The documents at ``indices``, in that order."""
+        import pyarrow as pa
+
+        ids = self.arrow_ids.take(pa.array(indices, pa.int64()))
+        offsets = array("q", [self.offsets[i] for i in indices])
+        chosen = hashlib.sha256(offsets.tobytes()).hexdigest()
+        return Corpus(self.path, ids, offsets, _digest(self.fingerprint, chosen))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Corpus, queries and judgements. ``fingerprint`` changes whenever any of them does.
+
+    Without an official dev split one is cut from the train queries (a fixed ``DEV_SHARE`` by SHA-1 of the
+    query id). ``queries("train")`` leaves out every dev query: what is chosen on dev was never trained on.
+    """
+
+    name: str
+    folder: Path
+    corpus: Corpus
+    fingerprint: str
+    warnings: tuple[str, ...]
+    all_queries: dict[str, str]
+    judgements: dict[str, Qrels]  # split -> qrels
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those of train, dev and test that exist."""
+        return tuple(self.judgements)
+
+    def qrels(self, split: str) -> Qrels:
+        """Query id -> document id -> relevance. Raises InputError for a split this data set lacks."""
+        if split not in self.judgements:
+            raise InputError(
+                f"data set '{self.name}' has no split '{split}'; it has {', '.join(self.splits)}"
+                + (" (dev is cut from train, which is missing too)" if split == "dev" else "")
+            )
+        return self.judgements[split]
+
+    def queries(self, split: str) -> dict[str, str]:
+        """Query id -> text of the judged queries of ``split``."""
+        return {query_id: self.all_queries[query_id] for query_id in self.qrels(split)}
+
+    def sample(self, split: str, *, queries: int, documents: int, seed: int = 0) -> Dataset:
+        """A small view with only ``split``: so many of its queries over so many documents, always the same.
+
+        All relevant documents of the chosen queries are in (even if they are more than ``documents``);
+        distractors fill up the rest. Order is by SHA-256 of seed and id: independent of library versions.
+        """
+        if queries < 1 or documents < 1:
+            raise InputError(f"a sample needs at least 1 query and 1 document, not {queries} and {documents}")
+        qrels = self.qrels(split)
+        chosen = sorted(sorted(qrels, key=lambda query_id: _draw(seed, query_id))[:queries])
+        relevant = {
+            document_id
+            for query_id in chosen
+            for document_id, score in qrels[query_id].items()
+            if score > 0 and document_id in self.corpus.position
+        }
+        others = sorted((i for i in self.corpus.ids if i not in relevant), key=lambda i: _draw(seed, i))
+        kept = relevant.union(others[: max(0, documents - len(relevant))])
+        corpus = self.corpus.subset([index for index, i in enumerate(self.corpus.ids) if i in kept])
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}[{split}:{len(chosen)}x{len(corpus)}:{seed}]",
+            corpus=corpus,
+            fingerprint=_digest(self.fingerprint, split, str(len(chosen)), str(len(corpus)), str(seed)),
+            all_queries={query_id: self.all_queries[query_id] for query_id in chosen},
+            judgements={
+                split: {q: {d: s for d, s in qrels[q].items() if d in kept or s > 0} for q in chosen}
+            },
+        )
+
+
+def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
+    """``stdlib`` (built on first use), a BEIR folder, or the name of a data set downloaded before.
+
+    Without ``queries`` only the corpus is read and need be there: the data set has no split.
+
+    Raises InputError for anything missing or malformed, naming file and line.
+    """
+    path = Path(name_or_path).expanduser()
+    if str(name_or_path) == "stdlib":
+        from effir_ray.data.stdlib_corpus import build_stdlib
+
+        return read_beir_folder(build_stdlib(), name="stdlib", queries=queries)
+    if path.is_dir():
+        return read_beir_folder(path, queries=queries)
+    if path.is_absolute() or str(name_or_path).startswith("."):
+        raise InputError(
+            f"data set '{name_or_path}': no such folder; give 'stdlib', a BEIR folder (corpus.jsonl, "
+            "queries.jsonl, qrels/test.tsv), or a name of: effir-ray data list"
+        )
+    for name in (str(name_or_path), official_name(str(name_or_path))):
+        if ".." not in path.parts and (data_folder() / name).is_dir():
+            return read_beir_folder(data_folder() / name, name=name, queries=queries)
+    raise InputError(
+        f"data set '{name_or_path}': no such folder, and nothing of that name in {data_folder()}; "
+        f"give 'stdlib', a BEIR folder, or run: effir-ray data get {name_or_path}"
+    )
+
+
+def official_name(name: str) -> str:
+    """BEIR's name of a data set that people write in other ways: ``DBPedia``, ``touche2020``."""
+    whole, slash, part = name.lower().partition("/")
+    return f"{_ALIASES.get(whole, whole)}{slash}{part}"
+
+
+def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = True) -> Dataset:
+    """Read and check a BEIR folder (without ``queries`` its corpus); ``name`` defaults to the folder's."""
+    folder = folder.resolve()
+    corpus = folder / "corpus.jsonl"
+    if not corpus.exists() and (folder / "corpus.parquet").exists():
+        corpus = folder / "corpus.parquet"
+    parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl"))
+    if parts and not corpus.exists():
+        names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
+        raise InputError(f"{folder}: holds several data sets; name one of its parts: {names}")
+    scan = scan_corpus(corpus)
+    alone = Dataset(
+        name=name or folder.name,
+        folder=folder,
+        corpus=Corpus(corpus, scan.ids, scan.offsets, scan.sha256),
+        fingerprint=_digest(scan.sha256),
+        warnings=scan.warnings,
+        all_queries={},
+        judgements={},
+    )
+    return _with_queries(alone) if queries else alone
+
+
+def _with_queries(corpus: Dataset) -> Dataset:
+    folder = corpus.folder
+    queries = read_queries(folder / "queries.jsonl")
+    files = {split: folder / "qrels" / f"{split}.tsv" for split in _SPLITS}
+    files = {split: path for split, path in files.items() if path.is_file()}
+    if not files:
+        raise InputError(f"{folder / 'qrels'}: no train.tsv, dev.tsv or test.tsv; at least one is needed")
+    documents = set(corpus.corpus.ids)
+    judged = {split: read_qrels(path, queries, documents) for split, path in files.items()}
+    warnings = [*corpus.warnings, *(w for part in judged.values() for w in part.warnings)]
+    contents = [_file_digest(path) for path in (folder / "queries.jsonl", *files.values())]
+    return dataclasses.replace(
+        corpus,
+        fingerprint=_digest(corpus.corpus.fingerprint, *files, *contents),
+        warnings=tuple(warnings),
+        all_queries=queries,
+        judgements=_with_dev({split: part.qrels for split, part in judged.items()}),
+    )
+
+
+def _with_dev(judgements: dict[str, Qrels]) -> dict[str, Qrels]:
+    """Cut dev from train where there is no official one; splits in the order train, dev, test.
+
+    Queries of an official dev split that are in train as well are dev's alone.
+    """
+    train = judgements.get("train", {})
+    if "dev" in judgements:
+        own = {query_id: row for query_id, row in train.items() if query_id not in judgements["dev"]}
+        judgements = judgements | ({"train": own} if train else {})
+    if len(train) > 1 and "dev" not in judgements:
+        rank = {query_id: int(hashlib.sha1(query_id.encode()).hexdigest(), 16) / 2**160 for query_id in train}
+        dev = {query_id for query_id in train if rank[query_id] < DEV_SHARE} or {
+            min(train, key=rank.__getitem__)
+        }
+        if len(dev) == len(train):
+            dev.remove(max(train, key=rank.__getitem__))
+        judgements = judgements | {
+            "train": {query_id: row for query_id, row in train.items() if query_id not in dev},
+            "dev": {query_id: row for query_id, row in train.items() if query_id in dev},
+        }
+    return {split: judgements[split] for split in _SPLITS if split in judgements}
+
+
+def _draw(seed: int, identifier: str) -> str:
+    return hashlib.sha256(f"{seed}:{identifier}".encode()).hexdigest()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

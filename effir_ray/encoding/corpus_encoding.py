@@ -1,0 +1,312 @@
+"""A corpus to a folder of embeddings on Ray Data: resumable shard by shard, bounded in memory.
+
+Ray Data only carries shard numbers and where their documents lie; its actors read the documents, encode
+them and write the shard themselves. What is on disk is the only state: a run that was killed at any point
+goes on where its last finished shard was, and its embeddings are bit for bit those of an undisturbed run,
+because a shard is always encoded as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import resource
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
+from effir_ray.data.datasets import Corpus, Dataset, load_dataset
+from effir_ray.encoding.embedding_shards import (
+    CorpusEmbeddings,
+    Encoding,
+    ShardFolder,
+    ShardRecord,
+    StoredType,
+    differences,
+)
+from effir_ray.encoding.gemm_peak import gemm_peak
+from effir_ray.errors import InputError
+from effir_ray.progress import progress
+
+if TYPE_CHECKING:
+    from effir_ray.encoding.encoder import Encoder
+
+SHARD_SIZE = 1024
+"""Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
+
+
+def encode_corpus(
+    model: str | Path,
+    dataset: Dataset | str | Path,
+    out: str | Path,
+    *,
+    shard_size: int = SHARD_SIZE,
+    workers: int = 1,
+    max_length: int | None = None,
+    dtype: StoredType = "float32",
+    quantize: Literal["int8"] | None = None,
+    address: str | None = None,
+) -> CorpusEmbeddings:
+    """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
+
+    A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
+    Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
+    A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
+    arguments, for an ``out`` that holds other embeddings, and while another run writes to it.
+    """
+    from effir_ray.models.names import backbone_fingerprint
+
+    if shard_size < 1 or workers < 1:
+        raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
+    if dtype not in ("float32", "float16"):
+        raise InputError(f"dtype '{dtype}' cannot be stored; expected float32 or float16")
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, queries=False)
+    encoding = Encoding(
+        model=str(model),
+        model_fingerprint=backbone_fingerprint(model),
+        dataset=data.name,
+        corpus_fingerprint=data.corpus.fingerprint,
+        documents=len(data.corpus),
+        shard_size=shard_size,
+        max_length=max_length,
+        dtype=dtype,
+        quantize=quantize,
+    )
+    folder = ShardFolder(out)
+    if not _complete(folder, encoding):
+        with _only_writer(folder):
+            _prepare(folder, encoding)
+            missing = sorted(set(range(encoding.shards)) - folder.finished())
+            _encode_missing(folder, encoding, data.corpus, missing, workers, address)
+    return CorpusEmbeddings(folder)
+
+
+def _complete(folder: ShardFolder, encoding: Encoding) -> bool:
+    found = folder.header()
+    return (
+        found is not None
+        and not differences(found, encoding)
+        and (folder.finished() >= set(range(encoding.shards)))
+    )
+
+
+def _prepare(folder: ShardFolder, encoding: Encoding) -> None:
+    """A new folder gets its header; an old one must be for the same embeddings."""
+    found = folder.header()
+    if found is None:
+        folder.write_header(encoding)
+        return
+    different = differences(found, encoding)
+    if different:
+        listed = "; ".join(f"{name} is {old}, now {new}" for name, (old, new) in different.items())
+        raise InputError(
+            f"{folder.location}: holds embeddings of '{found.dataset}' by '{found.model}', not of "
+            f"'{encoding.dataset}' by '{encoding.model}' ({listed}); choose another output folder"
+        )
+    folder.remove_leftovers()
+
+
+@contextmanager
+def _only_writer(folder: ShardFolder) -> Iterator[None]:
+    """Two runs at once would do every shard twice. The system drops the lock when its holder is killed."""
+    from filelock import FileLock, Timeout
+
+    if folder.local is None:  # object stores have no locks; shards are put atomically and are all alike
+        yield
+        return
+    try:
+        folder.local.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.local / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{folder.location}: cannot be written: {error}") from None
+
+
+def _encode_missing(
+    folder: ShardFolder,
+    encoding: Encoding,
+    corpus: Corpus,
+    missing: list[int],
+    workers: int,
+    address: str | None,
+) -> None:
+    from effir_ray.cluster.connection import connect
+
+    if not missing:
+        return
+    connect(address)
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    workers = min(workers, len(missing))
+    resources = _resources(workers)
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    tasks = ray.data.from_items(
+        [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
+    )
+    done = tasks.map_batches(
+        _ShardEncoder,
+        batch_size=1,
+        compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs={
+            "folder": folder,
+            "encoding": encoding,
+            "path": corpus.path,
+            "workers_a_node": _workers_a_node(workers, resources),
+            "computed_in": _computed_in(folder),
+        },
+        **resources,
+    )
+    already = encoding.documents - sum(len(encoding.rows(shard)) for shard in missing)
+    started, tokens, flops = time.monotonic(), 0, 0.0
+    with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
+        for row in done.iter_rows():
+            if row["problem"]:
+                raise InputError(row["problem"])
+            if row["warning"]:  # Python shows it once
+                warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
+            tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
+            seconds = time.monotonic() - started
+            mfu = flops / seconds / (workers * row["gemm_peak"])
+            bar.advance(int(row["documents"]), tokens_per_s=tokens / seconds, mfu=mfu)
+
+
+def _computed_in(folder: ShardFolder) -> str | None:
+    """The type that the shards so far were computed in; all have the same."""
+    return next((folder.record(shard).computed_in for shard in sorted(folder.finished())), None)
+
+
+def _task(corpus: Corpus, rows: range, shard: int) -> dict[str, Any]:
+    """What a worker needs to read the documents ``rows``.
+
+    Kept small: the tasks of a whole corpus exist at once, and a worker's memory counts every page of the
+    object store that it has read.
+    """
+    offsets = np.frombuffer(corpus.offsets, dtype=np.int64)[rows.start : rows.stop]
+    steps = zlib.compress(np.diff(offsets, prepend=0).tobytes())
+    ids = corpus.arrow_ids.slice(rows.start, len(rows)).to_pylist()
+    return {"shard": shard, "offset_steps": steps, "ids_sha256": _ids_sha256(ids)}
+
+
+def _documents(path: Path, offset_steps: bytes, ids_sha256: str) -> list[Document]:
+    """The documents of a task. Raises InputError where others stand in their place now."""
+    steps = np.frombuffer(zlib.decompress(offset_steps), dtype=np.int64)
+    offsets = np.cumsum(steps).tolist()
+    documents = list(read_documents(path, offsets))
+    if _ids_sha256([document.id for document in documents]) != ids_sha256:
+        raise changed_meanwhile(path)
+    return documents
+
+
+def _ids_sha256(ids: list[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def _resources(workers: int) -> dict[str, float]:
+    """What one actor reserves. Raises InputError for more workers than the cluster can ever run.
+
+    A worker reserves one core and computes on its share of the node's: a larger reservation would wait
+    forever beside any other job.
+    """
+    import ray
+
+    cluster = ray.cluster_resources()
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
+    limit, unit = (gpus, "GPUs") if gpus else (cpus, "cores")
+    if workers > limit:
+        raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
+    return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+
+
+def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
+    """How many of ``workers`` share a node. A head that only schedules has no room for any."""
+    import ray
+
+    kind = "GPU" if "num_gpus" in resources else "CPU"
+    able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
+    return -(-workers // max(1, len(able)))
+
+
+class _ShardEncoder:
+    """The actor: loads the model once by its path, then encodes and writes one shard a call."""
+
+    def __init__(
+        self,
+        folder: ShardFolder,
+        encoding: Encoding,
+        path: Path,
+        workers_a_node: int,
+        computed_in: str | None,
+    ) -> None:
+        self._folder, self._encoding, self._path = folder, encoding, path
+        self._workers_a_node, self._computed_in = workers_a_node, computed_in
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
+        import torch
+
+        from effir_ray.encoding.encoder import Encoder
+        from effir_ray.hardware import detect
+        from effir_ray.models.retriever import load_retriever
+
+        hardware = detect()
+        if self._computed_in not in (None, hardware.dtype):
+            raise InputError(
+                f"{self._folder.location}: its shards so far were computed in {self._computed_in}, this "
+                f"worker ({hardware.name}) computes in {hardware.dtype}; resume on the same kind of machine "
+                "or choose another output folder"
+            )
+        torch.set_num_threads(max(1, hardware.threads // self._workers_a_node))
+        retriever = load_retriever(self._encoding.model, dtype=hardware.dtype, device=hardware.device)
+        return Encoder(retriever, quantize=self._encoding.quantize)
+
+    @cached_property
+    def _gemm_peak(self) -> float:
+        model = self._encoder.retriever.model
+        return gemm_peak(model.device, model.dtype)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row of ``_task`` in, one row of figures out.
+
+        What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
+        """
+        shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
+        try:
+            before = self._encoder.flops_seen
+            record = self._encode(shard, _documents(self._path, steps, ids))
+            figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
+            figures["flops"] = float(self._encoder.flops_seen - before)
+            figures["warning"] = self._encoder.int8_warning
+        except InputError as error:
+            figures["problem"] = str(error)
+        return {name: [value] for name, value in figures.items()}
+
+    def _encode(self, shard: int, documents: list[Document]) -> ShardRecord:
+        before, started = self._encoder.tokens_seen, time.perf_counter()
+        texts = [document.document_text for document in documents]
+        embeddings = self._encoder.encode(texts, "document", max_length=self._encoding.max_length)
+        record = ShardRecord(
+            shard=shard,
+            documents=len(texts),
+            dimension=embeddings.shape[1],
+            tokens=self._encoder.tokens_seen - before,
+            seconds=time.perf_counter() - started,
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            computed_in=str(self._encoder.retriever.model.dtype).removeprefix("torch."),
+        )
+        ids = [document.id for document in documents]
+        self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
+        return record

@@ -1,0 +1,184 @@
+"""Parameters, FLOPs and bytes of a compressed backbone, from its configuration alone (no weights are made).
+
+Conventions: the language-modelling head is left out, embeddings are counted (as the paper does). One
+multiply-add is two FLOPs; only matrix products count. Attention scores are counted for every pair of tokens
+that a layer's window lets meet, causal or not, as in PaLM (arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from effir_ray.errors import InputError
+from effir_ray.models.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAnatomy:
+    """What one uncompressed layer is made of. ``*_weights``: entries of matrices, two FLOPs a token each."""
+
+    attention_parameters: int
+    attention_weights: int
+    # Channels of all heads together: each query-key pair costs 2 FLOPs a channel for the score, 2 for the
+    # mixture.
+    attention_channels: int
+    # Tokens that a token can attend to; None is all of them.
+    window: int | None
+    mlp_fixed_parameters: int
+    parameters_a_neuron: int
+    weights_a_neuron: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """``rest``: parameters outside the blocks (embeddings and final norm)."""
+
+    rest: int
+    layers: tuple[LayerAnatomy, ...]
+
+
+def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
+    """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out."""
+    anatomy = anatomy_of(config)
+    _check(anatomy, plan)
+    total = anatomy.rest
+    for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
+        if kept.attention:
+            total += parts.attention_parameters
+        if kept.mlp:
+            total += parts.mlp_fixed_parameters + parts.parameters_a_neuron * width(parts, kept)
+    return total
+
+
+def flops(config: PreTrainedConfig, plan: Plan, tokens: int) -> int:
+    """FLOPs of one forward pass over one text of ``tokens`` tokens."""
+    anatomy = anatomy_of(config)
+    _check(anatomy, plan)
+    total = 0
+    for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
+        if kept.attention:
+            seen = tokens if parts.window is None else min(tokens, parts.window)
+            total += 2 * tokens * parts.attention_weights + 4 * tokens * seen * parts.attention_channels
+        if kept.mlp:
+            total += 2 * tokens * parts.weights_a_neuron * width(parts, kept)
+    return total
+
+
+def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") -> int:
+    """Bytes of the weights, on disk and in memory. Raises InputError for an unknown ``dtype``."""
+    if dtype not in BYTES_PER_PARAMETER:
+        raise InputError(f"dtype '{dtype}' is unknown; expected one of {', '.join(BYTES_PER_PARAMETER)}")
+    return count_parameters(config, plan) * BYTES_PER_PARAMETER[dtype]
+
+
+def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multiple: int | None) -> Plan:
+    """``plan`` with its width target spread evenly, for counting before any neuron was ranked.
+
+    Sizes and FLOPs come out exactly as those of the ranked plan, which keeps the same number of neurons
+    overall (all of a backbone's layers have the same width).
+    """
+    from effir_ray.compression.planning import grain, target_width
+
+    anatomy = anatomy_of(config)
+    _check(anatomy, plan)
+    slim = [index for index, layer in enumerate(plan.layers) if layer.mlp]
+    present = [width(anatomy.layers[index], plan.layers[index]) for index in slim]
+    target = target_width(sum(present), reduction, grain(multiple, present))
+    layers = list(plan.layers)
+    for place, index in enumerate(slim):
+        share = target // len(slim) + (1 if place < target % len(slim) else 0)
+        layers[index] = layers[index].model_copy(update={"neurons": tuple(range(share))})
+    return Plan(layers=tuple(layers))
+
+
+def width(parts: LayerAnatomy, kept: LayerPlan) -> int:
+    """Neurons that a kept MLP has."""
+    return parts.width if kept.neurons is None else len(kept.neurons)
+
+
+def anatomy_of(config: PreTrainedConfig) -> Anatomy:
+    """Measured on a weightless copy of the uncompressed backbone; remembered for each configuration."""
+    from effir_ray.models.architecture import full_config
+
+    return _anatomy(json.dumps(full_config(config).to_dict(), sort_keys=True, default=str))
+
+
+@lru_cache(maxsize=64)
+def _anatomy(settings: str) -> Anatomy:
+    from transformers import AutoConfig
+
+    from effir_ray.models import family as families
+    from effir_ray.models.architecture import build_on_meta
+
+    config = AutoConfig.for_model(**json.loads(settings))
+    family = families.get(config.model_type)
+    model = build_on_meta(config)
+    layers = tuple(
+        _layer_anatomy(layer, family, config, index) for index, layer in enumerate(family.layers(model))
+    )
+    in_blocks = sum(parameter.numel() for parameter in family.layers(model).parameters())
+    return Anatomy(rest=sum(parameter.numel() for parameter in model.parameters()) - in_blocks, layers=layers)
+
+
+def _layer_anatomy(layer: nn.Module, family: Any, config: PreTrainedConfig, index: int) -> LayerAnatomy:
+    from torch.nn import Linear
+
+    from effir_ray.models.family import part
+
+    def modules(names: tuple[str, ...]) -> list[nn.Module]:
+        return [module for name in names if (module := part(layer, name)) is not None]
+
+    attention, mlp = modules(family.attention_parts), modules(family.mlp_parts)
+    attention_total = sum(p.numel() for module in attention for p in module.parameters())
+    attention_weights = sum(
+        inner.weight.numel()
+        for module in attention
+        for inner in module.modules()
+        if isinstance(inner, Linear)
+    )
+    mlp_total = sum(p.numel() for module in mlp for p in module.parameters())
+    mlp_weights = sum(
+        inner.weight.numel() for module in mlp for inner in module.modules() if isinstance(inner, Linear)
+    )
+    own_mlp = family.mlp(layer)
+    down, up, gate = family.down(own_mlp), family.up(own_mlp), family.gate(own_mlp)
+    neurons = down.in_features
+    by_neuron = [up] if gate is None or gate is up else [up, gate]
+    bias_entries = sum(linear.bias.numel() for linear in by_neuron if linear.bias is not None)
+    output = part(layer, family.attention_linears[-1])
+    return LayerAnatomy(
+        attention_parameters=attention_total,
+        attention_weights=attention_weights,
+        attention_channels=output.in_features if isinstance(output, Linear) else 0,
+        window=_window(config, index),
+        mlp_fixed_parameters=mlp_total - mlp_weights - bias_entries,
+        parameters_a_neuron=(mlp_weights + bias_entries) // neurons,
+        weights_a_neuron=mlp_weights // neurons,
+        width=neurons,
+    )
+
+
+def _window(config: PreTrainedConfig, index: int) -> int | None:
+    """Most tokens that one token attends to in a layer; None without a window."""
+    kinds = getattr(config, "layer_types", None)
+    sliding = kinds[index] == "sliding_attention" if kinds else config.model_type == "mistral"
+    if not sliding:
+        return None
+    window: int | None = config.sliding_window
+    # ModernBERT's number is how far to each side.
+    return 2 * window + 1 if window is not None and config.model_type == "modernbert" else window
+
+
+def _check(anatomy: Anatomy, plan: Plan) -> None:
+    if len(plan.layers) != len(anatomy.layers):
+        raise InputError(f"the plan has {len(plan.layers)} layers; the backbone has {len(anatomy.layers)}")

@@ -1,0 +1,108 @@
+"""Checkpoints of others: LLM-Drop's lists of dropped layers, and the released EffiR adapters.
+
+LLM-Drop (CASE-Lab) marks dropped sublayers in config.json as ``drop_attn_list`` and ``drop_mlp_list``: layer
+indices, or one true/false a layer. The weights may still hold the dropped sublayers.
+
+An EffiR release is a LoRA adapter (``adapter_config.json``, ``adapter_model.safetensors``) on a Mistral
+marked in that way, with ``embedding/input_emb.pth``: the input embedding that replaces the base's after
+merging.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from effir_ray.errors import InputError
+from effir_ray.models.spec import RetrieverSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The prompt and length of the authors' evaluation script.
+EFFIR_SPEC = RetrieverSpec(
+    pooling="last",
+    append_eos=True,
+    query_prompt="<instruct>Given a query, retrieve relevant passages that answer the query.\n<query>",
+    max_length=512,
+)
+_LORA_NAME = re.compile(
+    r"base_model\.model\.(?:model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
+)
+
+
+@torch.no_grad()
+def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> None:
+    """W += scale * B A for every adapted Linear (arXiv 2106.09685, section 4.1), in float32."""
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; a LoRA adapter keeps its weights there")
+    if settings.get("use_dora") or settings.get("fan_in_fan_out") or settings.get("bias", "none") != "none":
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: only plain LoRA is supported (no DoRA, no biases)"
+        )
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        found = _LORA_NAME.fullmatch(name)
+        if found is None:
+            raise InputError(f"{file}: unexpected tensor {name}; expected LoRA pairs (lora_A, lora_B) only")
+        pairs.setdefault(found["module"], {})[found["side"]] = tensor
+    for name, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise InputError(f"{file}: {name} has only one of lora_A and lora_B")
+        linear = _linear(model, name, file)
+        rank = pair["A"].shape[0]
+        alpha = _alpha(name, settings)
+        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        change = scale * pair["B"].float() @ pair["A"].float()
+        if change.shape != linear.weight.shape:
+            shape, expected = tuple(change.shape), tuple(linear.weight.shape)
+            raise InputError(f"{file}: {name} has shape {shape}, the base model's is {expected}")
+        linear.weight += change.to(linear.weight)
+
+
+def _alpha(name: str, settings: Mapping[str, Any]) -> float:
+    """The first pattern that matches the end of the module's name, whole parts of it, counts (as in PEFT).
+
+    PEFT's name of it begins with ``model.`` where the adapter is that of a whole language model.
+    """
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", whole) for whole in (name, f"model.{name}")):
+            return float(alpha)
+    return float(settings["lora_alpha"])
+
+
+def _linear(model: nn.Module, name: str, file: Path) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        raise InputError(f"{file}: it adapts {name}, which the base model has not got; check its drop lists")
+    return module
+
+
+def replace_embedding(model: Any, file: Path) -> None:
+    """The file is a pickled nn.Embedding: torch's restricted unpickler reads it, nothing in it may run."""
+    try:
+        with torch.serialization.safe_globals([nn.Embedding]):
+            value = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a malformed file makes it raise
+        raise InputError(f"{file}: not a plain embedding: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(value, Mapping):
+        value = value.get("weight")
+    weight = value.weight if isinstance(value, nn.Embedding) else value
+    hidden = model.config.hidden_size
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != hidden:
+        raise InputError(f"{file}: expected an embedding matrix of width {hidden}")
+    old = model.get_input_embeddings()
+    # A vocabulary that was extended for training has more rows than the base's.
+    model.resize_token_embeddings(weight.shape[0], mean_resizing=False)
+    model.get_input_embeddings().weight.data.copy_(weight.to(old.weight.dtype))

@@ -1,0 +1,146 @@
+"""Saving a retriever as one folder that effir-ray, transformers and sentence-transformers load.
+
+config.json             per_layer_config, auto_map
+model*.safetensors      sharded above 5 GB; tensor names keep the layer numbers of the backbone
+modeling_effir.py       self-contained modelling code (compressed models only)
+tokenizer*.json         adds EOS by itself where the pooling wants it
+modules.json, 1_Pooling/, ...   sentence-transformers' description of pooling, normalisation and prompts
+effir.json              effir-ray's own: pooling and prompts, kept neurons, the backbone's name
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import save_torch_state_dict
+
+from effir_ray.errors import InputError
+from effir_ray.models.drop_lists import DROP_LISTS
+from effir_ray.models.family import COMPRESSED_PREFIX
+from effir_ray.models.folder import OWN_FILE
+from effir_ray.models.quiet import quiet_transformers
+from effir_ray.models.spec import RetrieverSpec
+
+if TYPE_CHECKING:
+    from effir_ray.models.retriever import Retriever
+
+MAX_SHARD = "5GB"
+_POOLING_NAMES = {"last": "lasttoken", "mean": "mean", "cls": "cls"}
+
+
+def save_checkpoint(retriever: Retriever, folder: Path) -> None:
+    """Write ``folder``, which appears complete or not at all; an existing one is replaced.
+
+    Raises InputError when ``folder`` exists and is something other than a checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / OWN_FILE).is_file():
+        raise InputError(f"{folder} exists and is not an effir-ray checkpoint; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        _write_model(retriever, temporary)
+        retriever.tokenizer.save_pretrained(temporary)
+        _write_sentence_transformers(retriever, temporary)
+        _write_own(retriever, temporary)
+        _make_readable(temporary)
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_readable(folder: Path) -> None:
+    """Temporary files belong to their owner alone; a checkpoint is for everyone, like any file."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _replace(new: Path, folder: Path) -> None:
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
+        folder.rename(aside / "old")
+        new.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        new.rename(folder)
+
+
+def _write_model(retriever: Retriever, folder: Path) -> None:
+    model, config = retriever.model, retriever.model.config
+    with quiet_transformers():
+        config.save_pretrained(folder)
+    # Not model.save_pretrained: it imports DeepSpeed where that is installed, which prints and takes seconds.
+    save_torch_state_dict(model.state_dict(), folder, max_shard_size=MAX_SHARD)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for inherited in ("auto_map", *DROP_LISTS.values()):
+        settings.pop(inherited, None)
+    settings["architectures"] = [type(model).__name__]
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    if config.model_type.startswith(COMPRESSED_PREFIX):
+        code = Path(__file__).with_name("modeling_effir.py")
+        shutil.copyfile(code, folder / code.name)
+        settings["auto_map"] = {
+            "AutoConfig": f"{code.stem}.{type(config).__name__}",
+            "AutoModel": f"{code.stem}.{type(model).__name__}",
+        }
+    _write_json(file, settings)
+
+
+def _write_own(retriever: Retriever, folder: Path) -> None:
+    neurons = {
+        str(i): layer.neurons for i, layer in enumerate(retriever.plan.layers) if layer.neurons is not None
+    }
+    own = {
+        "format": 1,
+        "backbone": retriever.name,
+        "spec": retriever.spec.model_dump(),
+        "neurons": neurons,
+    }
+    (folder / OWN_FILE).write_text(json.dumps(own), encoding="utf-8")
+
+
+def _write_sentence_transformers(retriever: Retriever, folder: Path) -> None:
+    spec, hidden = retriever.spec, retriever.model.config.hidden_size
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + (
+        [("2_Normalize", "Normalize")] if spec.normalize else []
+    )
+    listed = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    _write_json(folder / "modules.json", listed)
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": spec.max_length, "do_lower_case": False}
+    )
+    prompts = {"query": spec.query_prompt, "document": spec.document_prompt}
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if spec.normalize else "dot",
+        },
+    )
+    (folder / "1_Pooling").mkdir()
+    _write_json(folder / "1_Pooling" / "config.json", _pooling_config(spec, hidden))
+    if spec.normalize:
+        (folder / "2_Normalize").mkdir()
+
+
+def _pooling_config(spec: RetrieverSpec, hidden: int) -> dict[str, Any]:
+    chosen = _POOLING_NAMES[spec.pooling]
+    flags = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
+    return {
+        "word_embedding_dimension": hidden,
+        **{f"pooling_mode_{flag}": name == chosen for name, flag in flags.items()},
+        "include_prompt": True,
+    }
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,196 @@
+"""Loading weights: strict about every tensor, safetensors only, with their tokenizer and pooling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from effir_ray.errors import InputError
+from effir_ray.models import architecture
+from effir_ray.models import family as families
+from effir_ray.models.folder import base_of_adapter, is_adapter, read_json, read_plan, read_spec
+from effir_ray.models.gguf import dequantised
+from effir_ray.models.known_configs import KNOWN_CONFIGS
+from effir_ray.models.names import Source, resolve
+from effir_ray.models.plan import Plan
+from effir_ray.models.quiet import quiet_transformers
+from effir_ray.models.spec import RetrieverSpec
+from effir_ray.models.strictness import check_tensors
+from effir_ray.models.tokenizers import load_tokenizer, with_eos
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    DType = torch.dtype | str  # "auto": as stored
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    spec: RetrieverSpec
+    plan: Plan
+
+
+def load(name: str, *, dtype: DType, trust_remote_code: bool, first_blocks: int | None) -> Loaded:
+    """See ``retriever.load_retriever``."""
+    source = resolve(name)
+    if source.kind == "random":
+        return _load_random(source, dtype, first_blocks)
+    folder = prepare(source)
+    if is_adapter(folder):
+        return _load_adapter(folder, dtype, trust_remote_code, first_blocks)
+    model = load_model(folder, dtype=dtype, first_blocks=first_blocks)
+    spec = read_spec(folder, families.get(model.config.model_type))
+    return Loaded(
+        model=model,
+        tokenizer=load_tokenizer(folder, append_eos=spec.append_eos, trust_remote_code=trust_remote_code),
+        spec=spec,
+        plan=read_plan(folder, model.config),
+    )
+
+
+def _load_random(source: Source, dtype: DType, first_blocks: int | None) -> Loaded:
+    from effir_ray.models.random_models import random_config, random_model, random_tokenizer
+
+    config = random_config(source.model)
+    if first_blocks is not None:
+        config = architecture.cut_depth(config, first_blocks)
+    family = families.get(config.model_type)
+    tokenizer = random_tokenizer(family.causal)
+    spec = RetrieverSpec(pooling=family.pooling, append_eos=family.causal)
+    model = random_model(config, source.seed)
+    if not isinstance(dtype, str):
+        model = model.to(dtype)
+    plan = Plan.full(config.num_hidden_layers)
+    return Loaded(model, with_eos(tokenizer) if spec.append_eos else tokenizer, spec, plan)
+
+
+def prepare(source: Source) -> Path:
+    """A Hugging Face folder for a source that is a folder or a GGUF file."""
+    assert source.path is not None
+    return dequantised(source.path) if source.kind == "gguf" else source.path
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """A compressed configuration where the folder's config.json says that sublayers or neurons are gone.
+
+    Remote code is never run: supported architectures are transformers' own. Raises InputError when there is
+    no readable config.json or its architecture is not supported.
+    """
+    from transformers import AutoConfig
+
+    from effir_ray.models.drop_lists import read_drop_lists
+
+    file = folder / "config.json"
+    settings = read_json(file)
+    if settings is None:
+        raise InputError(f"{file}: no such file; expected a Hugging Face model folder")
+    model_type = str(settings.get("model_type"))
+    families.get(model_type)
+    own = architecture.compressed_classes()
+    try:
+        if model_type in own:
+            return own[model_type].config_class.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers validates with many exception types
+        raise InputError(f"{file}: not a valid configuration: {' '.join(str(error).split())}") from None
+    return read_drop_lists(config, file)
+
+
+def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -> PreTrainedModel:
+    """The headless model of a folder. Raises InputError naming missing, unexpected and misshapen tensors."""
+    whole = read_config(folder)
+    config = whole if first_blocks is None else architecture.cut_depth(whole, first_blocks)
+    try:
+        with quiet_transformers():
+            model, report = architecture.model_class(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **architecture.build_options(config),
+            )
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{folder}: cannot load weights (safetensors only): {reason}") from None
+    check_tensors(folder, report, _left_over(whole, config.num_hidden_layers))
+    return model.eval()
+
+
+def _left_over(config: PreTrainedConfig, depth: int) -> tuple[str, ...]:
+    """Prefixes of tensors that a checkpoint may hold without a place for them: heads, blocks after
+    ``depth``, and, where only lists of dropped layers were added to a full checkpoint (LLM-Drop), the
+    dropped sublayers.
+    """
+    from effir_ray.models.drop_lists import has_drop_lists
+
+    family = families.get(config.model_type)
+    cut = [f"{family.blocks}.{index}." for index in range(depth, config.num_hidden_layers)]
+    if has_drop_lists(config):
+        for index, entry in architecture.overrides(config).items():
+            for kind in entry.get("skip", ()):
+                parts = family.attention_parts if kind == "attention" else family.mlp_parts
+                cut += [f"{family.blocks}.{index}.{name}." for name in parts]
+    return (*family.head_prefixes, *cut)
+
+
+def load_config(name_or_path: str | Path, *, first_blocks: int | None = None) -> PreTrainedConfig:
+    """Configuration without weights; without network for packaged, random, local and shipped names.
+
+    For a compressed checkpoint it is that of the compressed model, ``per_layer_config`` included.
+    """
+    from effir_ray.models.architecture import cut_depth
+
+    config = _config(str(name_or_path))
+    return config if first_blocks is None else cut_depth(config, first_blocks)
+
+
+def _config(name: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if name in KNOWN_CONFIGS:
+        return AutoConfig.for_model(**KNOWN_CONFIGS[name])
+    source = resolve(name)
+    if source.kind == "random":
+        from effir_ray.models.random_models import random_config
+
+        return random_config(source.model)
+    from effir_ray.models.loading import prepare, read_config
+
+    return read_config(prepare(source))
+
+
+def _load_adapter(
+    folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, first_blocks: int | None
+) -> Loaded:
+    """A LoRA adapter merged into its base model. Raises InputError when they do not fit each other."""
+    from effir_ray.models.adapter import EFFIR_SPEC, merge_lora, replace_embedding
+
+    settings = read_json(folder / "adapter_config.json")
+    loaded = load(
+        base_of_adapter(folder),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        first_blocks=first_blocks,
+    )
+    merge_lora(loaded.model, folder, settings)
+    embedding = folder / "embedding" / "input_emb.pth"
+    if not embedding.is_file():
+        return loaded
+    replace_embedding(loaded.model, embedding)
+    tokenizer = loaded.tokenizer
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder, append_eos=True, trust_remote_code=trust_remote_code)
+    return replace(loaded, tokenizer=tokenizer, spec=EFFIR_SPEC)

@@ -1,0 +1,341 @@
+"""Fine-tuning a model on Ray Train: starts the workers, follows their rows, puts the result in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from effir_ray import storage
+from effir_ray.cluster.connection import connect
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.files import write_whole
+from effir_ray.models.loading import load_config
+from effir_ray.models.names import PACKAGED, backbone_fingerprint
+from effir_ray.stages import StageStore
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
+from effir_ray.training.run.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
+from effir_ray.training.run.trackers import Board, check_installed, tracked
+
+_SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
+_DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """``history``: one row a step. ``engine`` names what ran, and why if it is not DeepSpeed.
+
+    ``step``: after how many steps the weights in ``checkpoint`` were taken (the best dev score's, or all).
+    """
+
+    checkpoint: Path
+    step: int
+    history: list[dict[str, Any]]
+    seconds: float
+    engine: str
+
+
+def train(
+    model: str | Path,
+    config: TrainConfig,
+    out: Path,
+    *,
+    address: str | None = None,
+    resume: bool = True,
+    stages: StageStore | None = None,
+    track: Collection[str] = (),
+) -> TrainResult:
+    """Fine-tune ``model`` (any name or path that ``load_retriever`` takes) into ``out/checkpoint``.
+
+    Run again with the same arguments it goes on from the newest training checkpoint, or returns at once when
+    it had finished; ``resume=False`` starts over. Works in a script, a notebook and inside a Ray Tune trial.
+    ``stages`` keeps mined negatives and teacher embeddings (by default below ``out``).
+    ``track``: "mlflow" and "wandb" (Weights & Biases), where the curves are then shown too.
+
+    Raises InputError for data or settings that cannot work (a folder of another run included) and
+    TrialFailure when the weights can no longer be trusted.
+    """
+    check_installed(track)
+    if "://" in str(out):
+        raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
+    out = Path(out).absolute()
+    stages = stages or StageStore(out / "stages")
+    model, config = _absolute(str(model), PACKAGED), with_absolute_paths(config)
+    _check_ladder(model, config)
+    job = _open(out, model, config, resume)
+    if (out / _RESULT).is_file():
+        return _finished(out)
+    began = time.monotonic()
+    connect(address)
+    job |= _prepare_data(config, stages)
+    with tracked(
+        track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
+    ) as boards:
+        outcome = _fit(job, config, out, boards)
+    storage.fetch(job["saved"], out / "checkpoint")
+    result = {**outcome, "seconds": time.monotonic() - began}
+    _write_json(out / _RESULT, result)
+    storage.remove(job["run"])
+    return _finished(out)
+
+
+def _tracking_id(out: Path) -> str:
+    """What trackers know the run in ``out`` by: the same when it goes on, another when it starts over."""
+    file = out / _TRACKING
+    if not file.is_file():
+        _write_json(file, {"id": uuid.uuid4().hex[:12]})
+    return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+
+
+def _absolute(name: str, reserved: Collection[str]) -> str:
+    """``name`` as an absolute path where it is that of a file or folder: workers may stand elsewhere."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name not in reserved and path.exists() else name
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """``config`` with every path that a worker reads or writes made absolute."""
+    changes: dict[str, Any] = {"dataset": _absolute(config.dataset, _DATA)}
+    if config.dev is not None and config.dev.dataset is not None:
+        changes["dev"] = config.dev.model_copy(update={"dataset": _absolute(config.dev.dataset, _DATA)})
+    if config.held_out is not None:
+        changes["held_out"] = _absolute(config.held_out, _DATA)
+    if config.distillation.teacher is not None:
+        teacher = _absolute(config.distillation.teacher, PACKAGED)
+        changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})
+    if config.storage_path is not None and "://" not in config.storage_path:
+        changes["storage_path"] = str(Path(config.storage_path).expanduser().absolute())
+    return config.model_copy(update=changes)
+
+
+def _check_ladder(model: str, config: TrainConfig) -> None:
+    """Raise InputError when a rung drops a layer that the model has not got."""
+    if config.elastic:
+        layers = load_config(model).num_hidden_layers
+        for rung in config.elastic:
+            rung.check(layers)
+
+
+def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """Claim the output folder for this run; the description of the run that workers get."""
+    settings = {
+        "model": model,
+        "config": config.model_dump(mode="json"),
+        "contents": _contents(model, config),
+    }
+    base, name = _place(out, settings)
+    storage.check(base)
+    run = storage.join(base, name)
+    known = out / _SETTINGS
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
+    if not resume:
+        for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
+            (out / file).unlink(missing_ok=True)
+        for old in (before, settings):
+            storage.remove(storage.join(*_place(out, old)))
+    elif before != settings:
+        raise InputError(
+            f"{out} holds a run of another model or other settings or data ({known}: "
+            f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(known, settings)
+    return {**settings, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
+
+
+def _place(out: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """Where Ray Train keeps a run with these settings: folder or URI, and its name there."""
+    name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
+    base = settings["config"].get("storage_path") or str(out / "run")
+    return base, name
+
+
+def _contents(model: str, config: TrainConfig) -> dict[str, str]:
+    """Fingerprints of what the run reads: names alone do not tell whether it is still the same run."""
+    from effir_ray.data.pair_stream import source_fingerprint
+
+    contents = {"model": backbone_fingerprint(model), "dataset": source_fingerprint(config.dataset)}
+    if config.dev is not None and config.dev.dataset is not None:
+        contents["dev.dataset"] = source_fingerprint(config.dev.dataset)
+    if config.held_out is not None:
+        contents["held_out"] = source_fingerprint(config.held_out)
+    if config.negatives not in ("given", "bm25"):
+        contents["negatives"] = backbone_fingerprint(config.negatives)
+    if config.distillation.teacher is not None:
+        contents["distillation.teacher"] = backbone_fingerprint(config.distillation.teacher)
+    return contents
+
+
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The names of the settings and contents that differ."""
+    names = ["model"] if before["model"] != after["model"] else []
+    names += [key for key, value in after["config"].items() if before["config"].get(key) != value]
+    known = before.get("contents", {})
+    names += [f"contents of {key}" for key, value in after["contents"].items() if known.get(key) != value]
+    return ", ".join(names)
+
+
+def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
+    """Mine negatives and run the teacher where the settings ask for it; workers then only read files."""
+    from effir_ray.training.supervision.embedding_stage import encoder_dtype
+    from effir_ray.training.supervision.held_out import held_out_by, survey_stream, training_pairs
+
+    held_out, dtype = held_out_by(config), encoder_dtype()
+    pairs = config.dataset
+    if config.negatives != "given" and config.hard_negatives:
+        from effir_ray.training.supervision.negatives import mine
+
+        count = config.hard_negatives
+        pairs = str(
+            mine(config.dataset, by=config.negatives, stages=stages, split=config.split, negatives=count)
+        )
+    if config.distillation.teacher is not None:
+        from effir_ray.training.supervision.distillation import embeddings_for
+
+        found, _ = training_pairs(pairs, _split_of(pairs, config), held_out)
+        embeddings_for(config, found, stages, dtype)
+    return {
+        "pairs": pairs,
+        "split": _split_of(pairs, config),
+        "held_out": held_out,
+        "survey": survey_stream(pairs, held_out),
+        "stages": str(stages.root),
+        "teacher_dtype": dtype,
+    }
+
+
+def _split_of(pairs: str, config: TrainConfig) -> str:
+    """A file of mined pairs is all training data, whatever the split it was made from."""
+    return "train" if pairs != config.dataset else config.split
+
+
+def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]) -> dict[str, Any]:
+    """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
+    # The controller looks after its workers this often; its default of 2 s would hold every report up.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Workers stay in the folder they start in: as for any other Ray task, relative names mean the same there.
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # A busy machine needs more than the default minute until its workers have imported everything.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    while True:
+        budget = halved_budget(job["run"])
+        try:
+            with follow(out, f"Training {Path(job['model']).name}", boards):
+                outcome = _trainer(job, config, out).fit().return_value
+            break
+        except SystemExit:
+            raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
+        except TrainingFailedError as error:
+            release(job["run"])
+            halved = _budget_after(error, job, config)
+            if halved is None or halved == budget:
+                raise
+            if halved < SMALLEST_BUDGET:
+                raise TrialFailure(f"out of memory even with a token budget of {halved * 2}") from error
+    if "error" in outcome:
+        kind = InputError if outcome["error"] == "InputError" else TrialFailure
+        raise kind(outcome["message"])
+    return dict(outcome)
+
+
+def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) -> int | None:
+    """The token budget for the next start after ``error``; None when memory was not the reason.
+
+    A worker that runs out of memory writes it; one that Ray's memory monitor killed could not. The monitor
+    kills several actors at once, so that its reason may come as the controller's. torch's error for GPUs
+    has the name of Ray's, so the text of a traceback does not tell them apart.
+    """
+    from ray.exceptions import OutOfMemoryError
+
+    text = str(error)
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    if "low on memory" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
+        lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
+        everything = config.batch_size // config.workers * lengths
+        halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)
+    elif "OutOfMemory" not in text:
+        return None
+    return halved_budget(job["run"])
+
+
+def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
+    """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from effir_ray.training.run.loop import train_worker
+
+    scaling, backend = _scaling(config)
+    best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
+    keep = CheckpointConfig(num_to_keep=config.keep_checkpoints, **(best if config.dev else {}))
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend=backend),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=job["name"],
+            storage_path=job["base"],
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=keep,
+            callbacks=[HistoryWriter(out / HISTORY)],
+        ),
+    )
+
+
+def _scaling(config: TrainConfig) -> tuple[Any, str]:
+    """Resources of the workers and their communication backend; InputError for more than the cluster has.
+
+    Asking for more than there is would wait for ever without a word. A Tune trial that calls this holds a
+    sliver of a CPU itself, so the workers' share is cut to what is left.
+    """
+    import ray
+    from ray.train import ScalingConfig
+
+    cluster = ray.cluster_resources()
+    gpus = cluster.get("GPU", 0)
+    if 0 < gpus < config.workers:
+        raise InputError(
+            f"{config.workers} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
+            "worker a GPU"
+        )
+    gpu = gpus > 0
+    own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
+    cpus = cluster.get("CPU", 0.0)
+    if config.workers * config.cpus_per_worker > cpus:
+        raise InputError(
+            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs each, but the cluster has "
+            f"{cpus:g}; lower workers or cpus_per_worker"
+        )
+    share = min(config.cpus_per_worker, int((cpus - own) / config.workers * 100) / 100)
+    scaling = ScalingConfig(
+        num_workers=config.workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
+    )
+    return scaling, "nccl" if gpu else "gloo"
+
+
+def _in_worker() -> bool:
+    import ray
+    from ray._private.worker import WORKER_MODE
+
+    return bool(ray._private.worker.global_worker.mode == WORKER_MODE)
+
+
+def _finished(out: Path) -> TrainResult:
+    result = json.loads((out / _RESULT).read_text(encoding="utf-8"))
+    return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    write_whole(file, json.dumps(value, indent=1) + "\n")

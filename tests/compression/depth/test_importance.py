@@ -1,0 +1,213 @@
+"""Every criterion against a direct, slow computation on every family."""
+
+import numpy as np
+import pytest
+import torch
+
+from effir_ray.compression.calibration import make_batches
+from effir_ray.compression.depth.importance import measure_importance
+from effir_ray.compression.planning import ImportanceScores
+from effir_ray.compression.surgery import apply_plan
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.retriever import Retriever, load_retriever
+from tests.helpers.compression_examples import PAIRS, QUERIES, TEXTS, vectors
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "bert", "modernbert"]
+
+
+def without(name: str, dropped: list[tuple[str, int]]) -> Retriever:
+    retriever = load_retriever(name)
+    layers = [
+        LayerPlan(
+            attention=("attention", i) not in dropped and ("block", i) not in dropped,
+            mlp=("mlp", i) not in dropped and ("block", i) not in dropped,
+        )
+        for i in range(len(retriever.plan.layers))
+    ]
+    return apply_plan(retriever, Plan(layers=tuple(layers)))
+
+
+def groups(scores: ImportanceScores) -> np.ndarray:
+    return np.array([scores.attention, scores.mlp, scores.block])
+
+
+Change = tuple[str, int, torch.Tensor, torch.Tensor]
+
+
+def streams(name: str, texts: list[list[int]]) -> list[list[Change]]:
+    """(unit, layer, x, x + F(x)) of unpadded texts, each (tokens, hidden), by cutting the model short.
+
+    The middle of block l is the output of that block in a model whose layer l has lost its MLP.
+    """
+    full = load_retriever(name)
+    halves = [without(name, [("mlp", layer)]) for layer in range(4)]
+    found = []
+    for tokens in texts:
+        outputs = block_outputs(full, tokens)
+        changes: list[Change] = []
+        for layer, half in enumerate(halves):
+            middle = block_outputs(half, tokens)[layer + 1]
+            changes.append(("attention", layer, outputs[layer], middle))
+            changes.append(("mlp", layer, middle, outputs[layer + 1]))
+            changes.append(("block", layer, outputs[layer], outputs[layer + 1]))
+        found.append(changes)
+    return found
+
+
+def block_outputs(retriever: Retriever, tokens: list[int]) -> list[torch.Tensor]:
+    """What enters block 0 and what every block puts out, (tokens, hidden) each."""
+    outputs: list[torch.Tensor] = []
+    layers = retriever.family.layers(retriever.model)
+    handles = [layer.register_forward_hook(lambda m, a, out: outputs.append(out[0])) for layer in layers]
+    handles.append(
+        layers[0].register_forward_pre_hook(
+            lambda m, a, k: outputs.append((a[0] if a else k["hidden_states"])[0]), with_kwargs=True
+        )
+    )
+    ids = torch.tensor([tokens])
+    with torch.inference_mode():
+        retriever.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_cosine_is_the_mean_over_real_tokens(kind: str) -> None:
+    retriever = load_retriever(f"random:{kind}")
+    expected = np.zeros((3, 4))
+    count = 0
+    texts = retriever.tokenize(TEXTS, "document")
+    for tokens, changes in zip(texts, streams(retriever.name, texts), strict=True):
+        for unit, layer, before, after in changes:
+            turned = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
+            expected[["attention", "mlp", "block"].index(unit), layer] += turned.sum().item()
+        count += len(tokens)
+    for budget in (1, 64, 4096):  # one text a batch, some padding, all in one batch
+        scores = measure_importance(retriever, TEXTS, criterion="cosine", token_budget=budget)
+        np.testing.assert_allclose(groups(scores), expected / count, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "modernbert"])
+def test_pooled_compares_text_vectors_of_queries_and_documents(kind: str) -> None:
+    retriever = load_retriever(f"random:{kind}")
+    expected = np.zeros((3, 4))
+    texts = retriever.tokenize(TEXTS, "document") + retriever.tokenize(QUERIES, "query")
+    for tokens, changes in zip(texts, streams(retriever.name, texts), strict=True):
+        mask = torch.ones(1, len(tokens), dtype=torch.long)
+        for unit, layer, before, after in changes:
+            old, new = retriever.pool(before[None], mask), retriever.pool(after[None], mask)
+            expected[["attention", "mlp", "block"].index(unit), layer] += (
+                1 - torch.cosine_similarity(old, new).item()
+            )
+    scores = measure_importance(retriever, TEXTS, queries=QUERIES, criterion="pooled", token_budget=50)
+    np.testing.assert_allclose(groups(scores), expected / len(texts), atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "bert"])
+def test_greedy_is_the_order_found_by_physical_removal(kind: str) -> None:
+    name = f"random:{kind}"
+    full = vectors(load_retriever(name), TEXTS)
+    scores = measure_importance(load_retriever(name), TEXTS, criterion="greedy", token_budget=50)
+    for unit in ("attention", "mlp", "block"):
+        dropped: list[tuple[str, int]] = []
+        while len(dropped) < 3:
+            damage = {
+                layer: (
+                    1
+                    - torch.cosine_similarity(full, vectors(without(name, [*dropped, (unit, layer)]), TEXTS))
+                )
+                .mean()
+                .item()
+                for layer in range(4)
+                if (unit, layer) not in dropped
+            }
+            dropped.append((unit, min(damage, key=lambda layer: damage[layer])))
+        order = [layer for _, layer in dropped]
+        assert np.argsort(getattr(scores, unit))[:3].tolist() == order
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "modernbert"])
+def test_dev_loss_is_the_loss_increase_of_physical_removal(kind: str) -> None:
+    name = f"random:{kind}"
+
+    def loss(retriever: Retriever) -> float:
+        queries = vectors(retriever, [pair.query for pair in PAIRS], "query")
+        documents = vectors(retriever, [pair.positives[0] for pair in PAIRS])
+        log_probabilities = (queries @ documents.T / 0.02).log_softmax(dim=1)
+        return -log_probabilities.diagonal().mean().item()
+
+    base = loss(load_retriever(name))
+    scores = measure_importance(load_retriever(name), criterion="dev-loss", pairs=PAIRS)
+    expected = [
+        [loss(without(name, [(unit, i)])) - base for i in range(4)] for unit in ("attention", "mlp", "block")
+    ]
+    np.testing.assert_allclose(groups(scores), expected, atol=2e-4)
+
+
+def test_dropped_sublayers_score_nothing_and_are_no_candidates() -> None:
+    retriever = without("random:llama", [("attention", 1), ("block", 3)])
+    for criterion in ("cosine", "pooled", "greedy"):
+        scores = measure_importance(retriever, TEXTS, criterion=criterion)
+        assert scores.attention[1] == scores.attention[3] == scores.mlp[3] == 0.0
+        assert scores.block[3] == pytest.approx(0.0, abs=1e-6)
+        assert min(scores.attention[0], scores.attention[2], scores.mlp[1], scores.block[1]) > 0
+
+
+def test_random_scores_follow_the_seed() -> None:
+    retriever = load_retriever("random:bert")
+    first, again, other = (measure_importance(retriever, criterion="random", seed=seed) for seed in (3, 3, 4))
+    assert first == again != other
+    assert len(first.mlp) == 4
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    retriever = load_retriever("random:modernbert")
+    before = vectors(retriever, TEXTS)
+    for criterion in ("cosine", "greedy", "dev-loss"):
+        measure_importance(retriever, TEXTS, criterion=criterion, pairs=PAIRS)
+    assert torch.equal(vectors(retriever, TEXTS), before)
+    assert all("forward" not in module.__dict__ for module in retriever.model.modules())
+
+
+def test_missing_texts_and_pairs_are_named() -> None:
+    retriever = load_retriever("random:llama")
+    with pytest.raises(InputError, match="needs calibration texts"):
+        measure_importance(retriever, criterion="cosine")
+    with pytest.raises(InputError, match="expected one of cosine, pooled"):
+        measure_importance(retriever, TEXTS, criterion="cosin")  # type: ignore[arg-type]  # the point
+    with pytest.raises(InputError, match="1 training pairs"):
+        measure_importance(retriever, criterion="dev-loss", pairs=PAIRS[:1])
+
+
+def test_a_broken_model_is_a_failed_trial() -> None:
+    retriever = load_retriever("random:llama")
+    next(retriever.model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(TrialFailure, match="not a finite number"):
+        measure_importance(retriever, TEXTS)
+
+
+def test_batches_hold_every_text_once_within_the_budget() -> None:
+    retriever = load_retriever("random:llama")
+    texts = TEXTS * 5
+    batches = list(make_batches(retriever, texts, token_budget=40))
+    assert sum(len(batch) for batch in batches) == len(texts)
+    assert all(batch.input_ids.numel() <= 40 or len(batch) == 1 for batch in batches)
+    lengths = sorted(int(row.sum()) for batch in batches for row in batch.attention_mask)
+    assert lengths == sorted(len(tokens) for tokens in retriever.tokenize(texts, "document"))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("criterion", ["cosine", "greedy"])
+def test_one_and_two_workers_agree_to_the_last_bit(criterion: str) -> None:
+    retriever = load_retriever("random:gemma2:5")
+    results = [
+        measure_importance(
+            retriever, TEXTS * 3, criterion=criterion, pairs=PAIRS * 20, token_budget=60, workers=workers
+        )
+        for workers in (1, 2)
+    ]
+    assert results[0] == results[1]
+    here = measure_importance(retriever, TEXTS * 3, criterion=criterion, pairs=PAIRS * 20, token_budget=60)
+    np.testing.assert_allclose(groups(results[0]), groups(here), atol=1e-5)

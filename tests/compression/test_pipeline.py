@@ -1,0 +1,129 @@
+"""Compression in one call: what the dry run announces is what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from effir_ray import hardware
+from effir_ray.compression import calibration
+from effir_ray.compression.pipeline import compress
+from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.surgery import apply_plan
+from effir_ray.data.pairs import Pair, load_pairs
+from effir_ray.errors import InputError
+from effir_ray.hardware import Hardware
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.retriever import load_retriever
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """Twelve documents, each with a train query."""
+    folder = tmp_path / "corpus"
+    (folder / "qrels").mkdir(parents=True)
+    ids = range(12)
+    documents = [json.dumps({"_id": f"d{i}", "title": "", "text": f"text number {i}"}) for i in ids]
+    queries = [json.dumps({"_id": f"q{i}", "text": f"find {i}"}) for i in ids]
+    (folder / "corpus.jsonl").write_text("\n".join(documents) + "\n")
+    (folder / "queries.jsonl").write_text("\n".join(queries) + "\n")
+    qrels = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in ids)]
+    (folder / "qrels" / "train.tsv").write_text("\n".join(qrels) + "\n")
+    return str(folder)
+
+
+def test_a_dry_run_has_the_size_of_the_checkpoint_and_the_checkpoint_that_of_its_plan(
+    dataset: str, tmp_path: Path
+) -> None:
+    schedule = Schedule(drop_mlp=1, drop_attention=(2,), width_reduction=0.25)
+    announced = compress("random:llama", schedule, None, dataset=dataset)
+    made = compress(
+        "random:llama", schedule, tmp_path / "small", dataset=dataset, gate_steps=2, max_length=16
+    )
+    assert announced.checkpoint is None
+    assert (announced.parameters, announced.schedule) == (made.parameters, "1MA[2]-w25")
+    assert made.parameters < made.full_parameters
+    loaded = load_retriever(str(tmp_path / "small"))
+    assert loaded.plan == made.plan
+    assert sum(p.numel() for p in loaded.model.parameters()) == made.parameters
+
+
+def test_the_same_call_makes_the_same_plan(dataset: str) -> None:
+    schedule = Schedule(drop_block=2, importance="pooled")
+    first, second = (compress("random:llama", schedule, None, dataset=dataset, seed=3) for _ in range(2))
+    assert dataclasses.asdict(first) == dataclasses.asdict(second)
+
+
+def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="drop_last_blocks is 5; the backbone has 4 blocks"):
+        compress("random:llama", Schedule(drop_last_blocks=5), tmp_path / "x", dataset="absent")
+    with pytest.raises(InputError, match="the backbone has 2 blocks"):
+        compress("random:llama", Schedule(drop_last_blocks=3), tmp_path / "x", first_blocks=2)
+    for schedule, message in (
+        (Schedule(width_reduction=0.5, width_multiple=48), "48 does not divide the MLP width 128"),
+        (Schedule(width_reduction=0.99), "leaves 8 neurons; 4 MLPs need 8 each"),
+        (Schedule(drop_mlp=4, width_reduction=0.5), "the schedule drops every MLP"),
+    ):
+        for out in (tmp_path / "x", None):
+            with pytest.raises(InputError, match=message):
+                compress("random:llama", schedule, out, dataset="absent")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_width_that_a_compressed_checkpoint_has_no_room_for(dataset: str, tmp_path: Path) -> None:
+    half = Schedule(width_reduction=0.5, width_method="magnitude")
+    compress("random:llama", half, tmp_path / "half", dataset=dataset)
+    with pytest.raises(InputError, match="does not divide the MLP width"):
+        again = half.model_copy(update={"width_multiple": 128})
+        compress(str(tmp_path / "half"), again, None, dataset="absent")
+
+
+def test_kept_weights_are_saved_as_they_were_stored(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever type the machine measures in."""
+    schedule = Schedule(drop_mlp=(1,), width_reduction=0.5, width_method="magnitude")
+    for stored, measured in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        original = load_retriever("random:llama", dtype=stored)
+        save_checkpoint(original, tmp_path / stored)
+        fake = Hardware(device="cpu", dtype=measured, threads=1, name="test")
+        monkeypatch.setattr(hardware, "detect", lambda fake=fake: fake)
+        made = compress(str(tmp_path / stored), schedule, tmp_path / f"small-{stored}", dataset=dataset)
+        expected = apply_plan(original, made.plan).model.state_dict()
+        found = load_retriever(tmp_path / f"small-{stored}", dtype="auto").model.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert value.dtype == getattr(torch, stored)
+            assert torch.equal(found[name], value)
+
+
+def test_the_dev_loss_is_measured_on_dev_pairs(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def draw(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:
+        drawn.append(split)
+        return load_pairs(dataset)[:4]
+
+    monkeypatch.setattr(calibration, "draw_pairs", draw)
+    compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), None, dataset=dataset)
+    assert drawn == ["dev"]
+
+
+def test_sparsity_comes_last_and_a_bad_pattern_first(dataset: str, tmp_path: Path) -> None:
+    schedule = Schedule(drop_mlp=(1,))
+    out = tmp_path / "sparse"
+    result = compress(
+        "random:llama", schedule, out, dataset=dataset, sparsity="2:4", sparsity_method="sparsegpt"
+    )
+    retriever = load_retriever(out)
+    assert result.zeros == pytest.approx(0.5, abs=0.01)
+    assert retriever.plan == result.plan
+    for _, linear in retriever.family.linears(retriever.model):
+        assert ((linear.weight == 0).view(-1, 4).sum(dim=1) >= 2).all()
+    with pytest.raises(InputError, match="sparsity pattern '5:4'"):
+        compress("random:llama", schedule, tmp_path / "bad", dataset=dataset, sparsity="5:4")
+    assert not (tmp_path / "bad").exists()

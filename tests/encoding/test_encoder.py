@@ -1,0 +1,268 @@
+"""Encoder: order, batching, prompts, and what happens when memory runs out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from effir_ray.compression.quantization import quantize
+from effir_ray.compression.surgery import apply_plan
+from effir_ray.encoding import encoder as encoder_module
+from effir_ray.encoding.batching import token_budget_batches
+from effir_ray.encoding.encoder import Encoder
+from effir_ray.encoding.padded import PaddedForward
+from effir_ray.errors import InputError
+from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.random_models import RANDOM_MODELS
+from effir_ray.models.retriever import load_retriever
+from effir_ray.models.spec import RetrieverSpec
+from effir_ray.training.config import LoraConfig
+from effir_ray.training.step.lora import add_lora
+
+TEXTS = [
+    "the study of cells and protein",
+    "a",
+    "results of the search in this document are from the model and the data " * 3,
+    "list the value of string",
+    "number of the file",
+    "the study of cells and protein",
+] + [f"query number {i} " + "of the data " * (i % 5) for i in range(12)]
+
+
+def alone(retriever, texts):
+    """The reference: one text at a time through the model's own forward, no padding, no batching."""
+    rows = []
+    for ids in retriever.tokenize(texts, "document"):
+        input_ids = torch.tensor([ids])
+        with torch.no_grad():
+            hidden = retriever.model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        rows.append(retriever.pool(hidden.last_hidden_state, torch.ones_like(input_ids))[0].numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("family", RANDOM_MODELS)
+@pytest.mark.parametrize("budget", [16, 100_000])
+def test_same_embedding_alone_and_in_any_batch(family, budget):
+    retriever = load_retriever(f"random:{family}")
+    got = Encoder(retriever, token_budget=budget).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_an_empty_text_without_special_tokens_has_an_embedding(pooling):
+    retriever = load_retriever("random:llama")
+    retriever.spec = RetrieverSpec(pooling=pooling, append_eos=False)
+    retriever.tokenizer._tokenizer.post_processor = None
+    got = Encoder(retriever).encode(["some text", "", "of the data"], "document")
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, alone(retriever, ["some text", "", "of the data"]), atol=1e-5, rtol=0)
+
+
+COMPRESSED = Plan(
+    layers=(
+        LayerPlan(mlp=False),
+        LayerPlan(attention=False, neurons=tuple(range(0, 128, 2))),
+        LayerPlan(attention=False, mlp=False),
+        LayerPlan(neurons=(3, 7, 11)),
+    )
+)
+
+
+@pytest.mark.parametrize("family", RANDOM_MODELS)
+def test_compressed_models(family):
+    retriever = apply_plan(load_retriever(f"random:{family}"), COMPRESSED)
+    got = Encoder(retriever, token_budget=200).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+@pytest.mark.parametrize("with_attention", [(), (0,), (1, 2), (0, 3)])
+def test_layers_after_the_last_attention(family, pooling, with_attention):
+    """What pooling does not read is not computed from there on."""
+    retriever = load_retriever(f"random:{family}")
+    plan = Plan(layers=tuple(LayerPlan(attention=n in with_attention, mlp=n != 2) for n in range(4)))
+    retriever = apply_plan(retriever, plan)
+    retriever.spec = retriever.spec.model_copy(update={"pooling": pooling})
+    got = Encoder(retriever, token_budget=200).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_packed_pooling(family, pooling, normalize):
+    retriever = load_retriever(f"random:{family}")
+    retriever.spec = retriever.spec.model_copy(update={"pooling": pooling, "normalize": normalize})
+    got = Encoder(retriever).encode(TEXTS, "document")
+    np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("change", ["adapters", "int8"])
+def test_adapted_and_quantised_models_take_their_own_forward(family, change):
+    retriever = load_retriever(f"random:{family}")
+    plain = Encoder(retriever).encode(TEXTS, "document")
+    if change == "int8":
+        quantize(retriever, "int8")
+    else:
+        add_lora(retriever, LoraConfig(r=2))
+        for name, parameter in retriever.model.named_parameters():
+            if name.endswith("lora_b"):
+                torch.nn.init.constant_(parameter, 0.05)
+    encoder = Encoder(retriever)
+    got = encoder.encode(TEXTS, "document")
+    assert encoder._forward.padded
+    assert np.abs(got - plain).max() > 1e-4
+    if change == "adapters":  # activations are quantised a batch as they come: int8 depends on the batch
+        np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+
+
+def test_no_dropout_in_the_middle_of_a_training():
+    retriever = load_retriever("random:bert")
+    expected = Encoder(retriever).encode(TEXTS, "document")
+    retriever.model.train()
+    for module in retriever.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    np.testing.assert_array_equal(Encoder(retriever).encode(TEXTS, "document"), expected)
+    assert all(module.training for module in retriever.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "packed"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("bert", True), ("gemma2", False)],
+)
+def test_which_families_are_packed(family, packed):
+    assert Encoder(load_retriever(f"random:{family}"))._forward.padded is not packed
+
+
+def test_follows_weights_and_hooks_that_change_after_it_was_made():
+    retriever = load_retriever("random:llama")
+    encoder = Encoder(retriever)
+    before = encoder.encode(TEXTS, "document")
+    with torch.no_grad():
+        retriever.model.layers[1].mlp.down_proj.weight.mul_(-2)
+    trained = encoder.encode(TEXTS, "document")
+    assert np.abs(trained - before).max() > 1e-2
+    np.testing.assert_allclose(trained, alone(retriever, TEXTS), atol=1e-5, rtol=0)
+    handle = retriever.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, args: (args[0] * 0,))
+    np.testing.assert_allclose(encoder.encode(TEXTS, "document"), alone(retriever, TEXTS), atol=1e-5, rtol=0)
+    handle.remove()
+    np.testing.assert_allclose(encoder.encode(TEXTS, "document"), trained, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
+def test_int8_is_close_and_does_not_depend_on_the_batch(family):
+    retriever = load_retriever(f"random:{family}")
+    exact = Encoder(retriever).encode(TEXTS, "document")
+    encoder = Encoder(retriever, quantize="int8")
+    got = encoder.encode(TEXTS, "document")
+    assert (got * exact).sum(axis=1).min() > 0.99
+    one_by_one = np.concatenate([encoder.encode([text], "document") for text in TEXTS])
+    assert (got * one_by_one).sum(axis=1).min() > 0.9999
+
+
+@pytest.mark.filterwarnings("error")
+def test_int8_that_is_close_is_checked_in_silence():
+    encoder = Encoder(load_retriever("random:llama"), quantize="int8")
+    assert encoder.int8_cosine is None
+    encoder.encode(TEXTS, "document")
+    assert encoder.int8_cosine > 0.99 and encoder.int8_warning == ""
+
+
+def test_int8_that_is_not_close_says_so():
+    retriever = load_retriever("random:llama")
+    with torch.no_grad():
+        # A massive activation that carries nothing: 8 bits for it leave few for the other channels.
+        retriever.model.embed_tokens.weight[:, 5] = 30
+        for layer in retriever.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[5], norm.weight[:5], norm.weight[6:] = 1e-4, 30, 30
+        retriever.model.norm.weight[5] = 0
+    encoder = Encoder(retriever, quantize="int8")
+    with pytest.warns(RuntimeWarning, match="int8 changes the embeddings of 'random:llama'"):
+        encoder.encode(TEXTS, "document")
+    assert encoder.int8_cosine < 0.98
+
+
+def test_int8_where_it_does_not_exist():
+    with pytest.raises(InputError, match="int8 is for"):
+        Encoder(load_retriever("random:gemma2"), quantize="int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+def test_packed_on_cuda_is_near_the_padded_pass(family):
+    texts = TEXTS * 20
+    retriever = load_retriever(f"random:{family}", dtype="bfloat16", device="cuda")
+    encoder = Encoder(retriever)
+    assert not encoder._forward.padded
+    with torch.inference_mode():
+        padded = PaddedForward(retriever)(retriever.tokenize(texts, "document")).float().cpu().numpy()
+    got = encoder.encode(texts, "document")
+    assert (got * padded).sum(axis=1).min() > 0.995
+    single = encoder.encode(texts[:1], "query")
+    assert float((single * encoder.encode(texts[:1] + texts[5:6], "query")[:1]).sum()) > 0.999
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_batches_hold_every_text_once_within_the_budget(padded):
+    lengths = [3, 9, 1, 40, 7, 7, 2, 12, 5]
+    batches = token_budget_batches(lengths, 20, padded=padded)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        sizes = [lengths[i] for i in batch]
+        cost = max(sizes) * len(sizes) if padded else sum(sizes)
+        assert cost <= 20 or len(sizes) == 1
+    assert token_budget_batches([], 20) == []
+
+
+def test_windows_keep_the_input_order(monkeypatch):
+    retriever = load_retriever("random:llama")
+    whole = Encoder(retriever).encode(TEXTS, "document")
+    monkeypatch.setattr(encoder_module, "WINDOW", 5)
+    np.testing.assert_allclose(Encoder(retriever).encode(TEXTS, "document"), whole, atol=1e-5, rtol=0)
+
+
+def test_no_texts():
+    assert Encoder(load_retriever("random:bert")).encode([], "query").shape == (0, 64)
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on():
+    retriever = load_retriever("random:llama")
+    expected = Encoder(retriever).encode(TEXTS, "document")
+    encoder = Encoder(retriever, token_budget=400)
+    forward = encoder._forward
+
+    class Small:
+        padded = forward.padded
+
+        def __call__(self, tokens):
+            if sum(map(len, tokens)) > 90:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(tokens)
+
+    encoder._forward = Small()
+    np.testing.assert_allclose(encoder.encode(TEXTS, "document"), expected, atol=1e-5, rtol=0)
+    assert encoder.token_budget <= 200
+
+
+def test_one_text_that_does_not_fit_is_an_input_error():
+    encoder = Encoder(load_retriever("random:llama"))
+
+    class Full:
+        padded = True
+
+        def __call__(self, tokens):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    encoder._forward = Full()
+    with pytest.raises(InputError, match="out of memory with a single text"):
+        encoder.encode(["the study"], "query")
+
+
+def test_bad_budget():
+    with pytest.raises(InputError, match="token_budget"):
+        Encoder(load_retriever("random:llama"), token_budget=0)

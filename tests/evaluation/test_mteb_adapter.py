@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from effir_ray.data.datasets import load_dataset
+from effir_ray.evaluation.evaluation import evaluate
+
+mteb = pytest.importorskip("mteb")
+
+MODEL = "random:bert"
+TOPICS = ["wing", "flow", "heat", "shock", "plate", "drag", "jet", "cone", "lift", "wave"]
+
+
+@pytest.fixture
+def words(folder: Path) -> Path:
+    """Queries share words with their documents, so that even a random model finds something."""
+    with (folder / "corpus.jsonl").open("w") as file:
+        for i in range(40):
+            text = f"{TOPICS[i % 10]} {TOPICS[i // 4]} {TOPICS[i // 4]}"
+            print(json.dumps({"_id": f"d{i}", "title": f"{TOPICS[i % 10]} study", "text": text}), file=file)
+    with (folder / "queries.jsonl").open("w") as file:
+        for i in range(31):
+            print(json.dumps({"_id": f"q{i}", "text": f"{TOPICS[i % 10]} {TOPICS[i // 4]}"}), file=file)
+    return folder
+
+
+def local_task(folder: Path) -> "mteb.AbsTask":
+    """An mteb retrieval task over a BEIR folder on disk."""
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    class LocalTask(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="LocalRetrieval",
+            description="A BEIR folder",
+            dataset={"path": "local/folder", "revision": "1"},
+            type="Retrieval",
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+
+        def load_data(self, *_: object, **__: object) -> None:
+            data = load_dataset(folder)
+            self.queries = {"test": data.queries("test")}
+            documents = data.corpus.iter_documents()
+            self.corpus = {"test": {d.id: {"title": d.title, "text": d.text} for d in documents}}
+            self.relevant_docs = {"test": data.qrels("test")}
+            self.data_loaded = True
+
+    return LocalTask()
+
+
+def test_mteb_gets_the_same_main_score(words: Path) -> None:
+    from effir_ray.evaluation.mteb_adapter import MtebModel
+
+    model = MtebModel(MODEL)
+    result = mteb.evaluate(model, local_task(words), cache=None, show_progress_bar=False)
+    expected = evaluate(MODEL, words).scores.mean
+    scores = result.task_results[0].scores["test"][0]
+    assert 0.05 < expected["ndcg@10"] < 1
+    assert scores["main_score"] == pytest.approx(expected["ndcg@10"], abs=1e-4)
+    assert scores["recall_at_100"] == pytest.approx(expected["recall@100"], abs=1e-4)
+    assert model.mteb_model_meta.name == "effir-ray/random-bert"

@@ -1,0 +1,125 @@
+"""The step in one process, without DeepSpeed; ``test_equality`` has every engine and several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from effir_ray.models.retriever import load_retriever
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.step.batches import Batch, Batches
+from effir_ray.training.step.engine import PlainEngine
+from effir_ray.training.step.gradcache import (
+    ContrastiveStep,
+    common_chunks,
+    kept_passes,
+    mean_cosine,
+    pass_tokens,
+    plan_chunks,
+    split_chunks,
+)
+from effir_ray.training.step.losses import build_objective
+from effir_ray.training.step.text_encoder import TextEncoder
+from tests.helpers.equality_worker import training_pairs
+
+
+def gradients(model: str, budget: int | None, **settings: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    config = TrainConfig(dataset="d", hard_negatives=3, batch_size=8, lora=None, steps=1, **settings)
+    retriever = load_retriever(model)
+    retriever.model.train()
+    if config.gradient_checkpointing:
+        retriever.model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+
+    def tokenize(texts: Any, kind: Any) -> list[list[int]]:
+        return retriever.tokenize(texts, kind, max_length=64)
+
+    (batch,) = Batches(training_pairs(), config, tokenize).run()
+    objective = build_objective(config, has_teacher_scores=True)
+
+    def teacher(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.randn(len(batch.texts), 64, generator=torch.Generator().manual_seed(1))
+        return rows[: batch.n_queries], rows[batch.n_queries :]
+
+    step = ContrastiveStep(engine, objective, token_budget=budget, teacher=teacher)
+    torch.manual_seed(5)
+    outcome = step(batch)
+    return {
+        name: engine.gradient(value).clone() for name, value in retriever.model.named_parameters()
+    }, outcome
+
+
+@pytest.mark.parametrize("model", ["random:llama", "random:bert", "random:modernbert"])
+def test_a_token_budget_changes_the_memory_not_the_gradients(model: str) -> None:
+    settings: dict[str, Any] = {
+        "matryoshka": (16, 32),
+        "distillation": {"teacher": "t", "embedding": 0.3, "similarity": 0.7},
+    }
+    whole, expected = gradients(model, None, **settings)
+    cached, outcome = gradients(model, 100, **settings)
+    assert outcome.computed > expected.computed
+    assert outcome.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert outcome.terms == pytest.approx(expected.terms, rel=1e-4)
+    largest = max(float(value.abs().max()) for value in whole.values())
+    for name in whole:
+        assert float((whole[name] - cached[name]).abs().max()) < 1e-5 * max(1.0, largest), name
+
+
+def test_recomputed_passes_draw_the_dropout_they_drew_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout the gradient of a pass is only right if it is the gradient of that very pass."""
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    forward = TextEncoder.forward
+
+    def with_dropout(self: TextEncoder, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        embeddings = torch.nn.functional.dropout(forward(self, ids, lengths), 0.5)
+        seen[torch.is_grad_enabled()].append(embeddings.detach())
+        return embeddings
+
+    monkeypatch.setattr(TextEncoder, "forward", with_dropout)
+    gradients("random:llama", 100)
+    again = seen[True][-len(seen[False]) :]
+    assert len(seen[False]) > 1
+    assert all(torch.equal(first, second) for first, second in zip(seen[False], again, strict=True))
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    plain, _ = gradients("random:llama", None)
+    checkpointed, _ = gradients("random:llama", None, gradient_checkpointing=True)
+    for name in plain:
+        assert torch.allclose(plain[name], checkpointed[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_chunks_hold_every_row_once_within_the_limit(padded: bool) -> None:
+    lengths = [5, 100, 7, 7, 30, 1, 64, 64, 64]
+    chunks = plan_chunks(lengths, 128, worthwhile=32, padded=padded)
+    assert sorted(row for rows in chunks for row in rows) == list(range(9))
+    costs = [pass_tokens([lengths[row] for row in rows], padded=padded) for rows in chunks]
+    for rows, cost in zip(chunks, costs, strict=True):
+        assert len(rows) == 1 or cost <= 128
+    assert sum(costs) <= (sum(lengths) / 0.75 + 32 if padded else sum(lengths))
+    assert len(split_chunks(chunks, 9)) == 9
+    assert sorted(row for rows in split_chunks(chunks, 8) for row in rows) == list(range(9))
+
+
+def test_a_batch_little_larger_than_the_budget_recomputes_little() -> None:
+    engine = PlainEngine(
+        TextEncoder(load_retriever("random:llama")),
+        TrainConfig(dataset="d", lora=None),
+        torch.device("cpu"),
+        False,
+    )
+    lengths, budget = [100] * 24, 2048
+    chunks = common_chunks(lengths, engine, budget)
+    costs = [100 * len(rows) for rows in chunks]
+    kept = sum(costs[len(chunks) - kept_passes(costs, budget) :])
+    assert kept <= budget
+    assert sum(lengths) - kept < sum(lengths) / 3
+    assert len(common_chunks(lengths, engine, None)) == 2  # nothing to recompute: passes as large as can be
+
+
+def test_mean_cosine_is_one_for_collapsed_embeddings() -> None:
+    assert mean_cosine(torch.ones(5, 3)) == pytest.approx(1.0)
+    assert mean_cosine(torch.eye(4)) == pytest.approx(0.0, abs=1e-7)

@@ -1,0 +1,137 @@
+"""Each loss term against its equation, and what the embeddings' gradients must look like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from effir_ray.errors import InputError
+from effir_ray.training.config import DistillationConfig, TrainConfig
+from effir_ray.training.step.losses import (
+    EmbeddingDistillation,
+    InfoNCE,
+    Matryoshka,
+    ScoreDistillation,
+    SimilarityDistillation,
+    Targets,
+    build_objective,
+    cosine,
+)
+
+
+def example(b: int = 3, k: int = 2, d: int = 8) -> tuple[torch.Tensor, torch.Tensor, Targets]:
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(rows, d, generator=generator) for rows in (b, b * k))
+    listed = torch.arange(b * k).view(b, k)
+    return queries, documents, Targets(listed=listed, allowed=torch.ones(b, b * k, dtype=torch.bool))
+
+
+def test_info_nce_is_the_mean_negative_log_likelihood_of_the_positive() -> None:
+    queries, documents, targets = example()
+    expected = 0.0
+    for i in range(3):
+        similar = [math.exp(float(torch.cosine_similarity(queries[i], d, dim=0)) / 0.5) for d in documents]
+        expected -= math.log(similar[2 * i] / sum(similar)) / 3
+    assert float(InfoNCE(0.5)(queries, documents, targets)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_masked_document_is_no_negative() -> None:
+    queries, documents, targets = example()
+    targets.allowed[0, 4] = False
+    documents.requires_grad_()
+    InfoNCE(0.5)(
+        queries[:1], documents, Targets(listed=targets.listed[:1], allowed=targets.allowed[:1])
+    ).backward()
+    assert documents.grad is not None
+    assert documents.grad[4].abs().max() == 0
+    assert documents.grad[3].abs().max() > 0
+
+
+def test_score_distillation_skips_queries_without_scores_and_vanishes_where_student_and_teacher_agree() -> (
+    None
+):
+    queries, documents, targets = example()
+    student = cosine(queries, documents).gather(1, targets.listed) / 0.1
+    scores = student.clone()
+    scores[1] = float("nan")
+    term = ScoreDistillation(temperature=0.1, teacher_temperature=1.0)
+    scored = Targets(listed=targets.listed, allowed=targets.allowed, teacher_scores=scores)
+    assert float(term(queries, documents, scored)) == pytest.approx(0.0, abs=1e-6)
+    scores[0] = student[0].flip(0)
+    p, q = torch.softmax(student[0].flip(0), 0), torch.log_softmax(student[0], 0)
+    expected = float((p * (p.log() - q)).sum()) / 2  # the mean of two scored queries, one of them at 0
+    assert float(term(queries, documents, scored)) == pytest.approx(expected, rel=1e-4)
+    missing = Targets(
+        listed=targets.listed, allowed=targets.allowed, teacher_scores=torch.full_like(scores, torch.nan)
+    )
+    assert float(term(queries, documents, missing)) == 0.0
+
+
+def test_score_distillation_uses_the_scored_documents_of_ragged_lists() -> None:
+    """Queries with 2, 1 and 3 scored documents: two of them teach, each over its own documents alone."""
+    queries, documents, targets = example(k=3)
+    scores = torch.tensor([[3.0, math.nan, 1.0], [2.0, math.nan, math.nan], [0.5, 2.0, 1.0]])
+    queries.requires_grad_()
+    documents.requires_grad_()
+    term = ScoreDistillation(temperature=0.5, teacher_temperature=2.0)
+    loss = term(queries, documents, replace(targets, teacher_scores=scores))
+    expected = 0.0
+    for i, known in ((0, [0, 2]), (2, [0, 1, 2])):
+        student = torch.softmax(cosine(queries, documents)[i, [3 * i + j for j in known]] / 0.5, 0)
+        teacher = torch.softmax(scores[i, known] / 2.0, 0)
+        expected += float((teacher * (teacher.log() - student.log())).sum().detach()) / 2
+    assert expected > 0.01
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+    by_query, by_document = torch.autograd.grad(loss, [queries, documents])
+    taught = [row for row, gradient in enumerate(by_document) if gradient.abs().max() > 0]
+    assert taught == [0, 2, 6, 7, 8]
+    assert by_query.isfinite().all() and by_document.isfinite().all()
+
+
+def test_teacher_embeddings_pull_towards_themselves() -> None:
+    queries, documents, targets = example()
+    same = Targets(
+        listed=targets.listed,
+        allowed=targets.allowed,
+        teacher_queries=3 * queries,
+        teacher_documents=0.5 * documents,
+    )
+    assert float(EmbeddingDistillation()(queries, documents, same)) == pytest.approx(0.0, abs=1e-6)
+    assert float(SimilarityDistillation(0.1)(queries, documents, same)) == pytest.approx(0.0, abs=1e-6)
+    assert float(SimilarityDistillation(0.1)(queries.flip(0), documents, same)) > 0.1
+    with pytest.raises(InputError, match="teacher's embeddings"):
+        EmbeddingDistillation()(queries, documents, targets)
+    with pytest.raises(InputError, match="8 dimensions"):
+        EmbeddingDistillation()(torch.ones(3, 9), torch.ones(6, 9), same)
+
+
+def test_matryoshka_averages_the_prefixes_and_the_whole() -> None:
+    queries, documents, targets = example()
+    term = InfoNCE(0.1)
+    expected = sum(float(term(queries[:, :m], documents[:, :m], targets)) for m in (2, 4, 8)) / 3
+    assert float(Matryoshka(term, (4, 2))(queries, documents, targets)) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(InputError, match="9 dimensions"):
+        Matryoshka(term, (9,))(queries, documents, targets)
+
+
+def test_an_objective_has_the_terms_that_settings_and_data_call_for() -> None:
+    config = TrainConfig(dataset="stdlib")
+    assert list(build_objective(config, has_teacher_scores=True).terms) == ["info_nce", "scores"]
+    assert list(build_objective(config, has_teacher_scores=False).terms) == ["info_nce"]
+    distillation = DistillationConfig(teacher="m", embedding=0.5, similarity=2.0, scores=0.0)
+    config = TrainConfig(dataset="stdlib", distillation=distillation)
+    objective = build_objective(config, has_teacher_scores=True)
+    queries, documents, targets = example()
+    taught = Targets(
+        listed=targets.listed,
+        allowed=targets.allowed,
+        teacher_queries=queries.flip(1),
+        teacher_documents=documents.flip(1),
+    )
+    loss, terms = objective(queries, documents, taught)
+    assert float(loss) == pytest.approx(
+        terms["info_nce"] + 0.5 * terms["embedding"] + 2 * terms["similarity"], rel=1e-5
+    )
