@@ -60,8 +60,8 @@ def random_backbone(shrink: int):
 
 def compressed(retriever, unit: str, dropped: int, width_reduction: float):
     """A model cut to one schedule that shares all weights that are whole with ``retriever``'s."""
+    from effir_ray.compression.planning import uniform_width
     from effir_ray.compression.surgery import apply_plan
-    from effir_ray.models.accounting import uniform_width
     from effir_ray.models.plan import Plan
 
     layers, last = list(retriever.plan.layers), len(retriever.plan.layers) - 1

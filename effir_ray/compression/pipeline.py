@@ -107,7 +107,7 @@ def compress(
 
 def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
     """``plan`` as wide as the schedule asks, with no say in which neurons stay."""
-    from effir_ray.models.accounting import uniform_width
+    from effir_ray.compression.planning import uniform_width
 
     if not schedule.width_reduction:
         return plan

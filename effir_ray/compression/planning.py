@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,11 @@ from pydantic import model_validator
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
 from effir_ray.errors import InputError
+from effir_ray.models.accounting import anatomy_of, check_plan, width
 from effir_ray.models.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NeuronScores = Mapping[int, Sequence[float] | NDArray[np.floating]]
 
@@ -201,3 +206,21 @@ class ImportanceScores(Config):
         if not len(self.attention) == len(self.mlp) == len(self.block):
             raise ValueError("attention, mlp and block need one score a layer each")
         return self
+
+
+def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multiple: int | None) -> Plan:
+    """``plan`` with its width target spread evenly, for counting before any neuron was ranked.
+
+    Sizes and FLOPs come out exactly as those of the ranked plan, which keeps the same number of neurons
+    overall (all of a backbone's layers have the same width).
+    """
+    anatomy = anatomy_of(config)
+    check_plan(anatomy, plan)
+    slim = [index for index, layer in enumerate(plan.layers) if layer.mlp]
+    present = [width(anatomy.layers[index], plan.layers[index]) for index in slim]
+    target = target_width(sum(present), reduction, grain(multiple, present))
+    layers = list(plan.layers)
+    for place, index in enumerate(slim):
+        share = target // len(slim) + (1 if place < target % len(slim) else 0)
+        layers[index] = layers[index].model_copy(update={"neurons": tuple(range(share))})
+    return Plan(layers=tuple(layers))

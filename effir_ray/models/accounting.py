@@ -50,7 +50,7 @@ class Anatomy:
 def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
     """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out."""
     anatomy = anatomy_of(config)
-    _check(anatomy, plan)
+    check_plan(anatomy, plan)
     total = anatomy.rest
     for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
         if kept.attention:
@@ -63,7 +63,7 @@ def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
 def flops(config: PreTrainedConfig, plan: Plan, tokens: int) -> int:
     """FLOPs of one forward pass over one text of ``tokens`` tokens."""
     anatomy = anatomy_of(config)
-    _check(anatomy, plan)
+    check_plan(anatomy, plan)
     total = 0
     for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
         if kept.attention:
@@ -79,26 +79,6 @@ def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") ->
     if dtype not in BYTES_PER_PARAMETER:
         raise InputError(f"dtype '{dtype}' is unknown; expected one of {', '.join(BYTES_PER_PARAMETER)}")
     return count_parameters(config, plan) * BYTES_PER_PARAMETER[dtype]
-
-
-def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multiple: int | None) -> Plan:
-    """``plan`` with its width target spread evenly, for counting before any neuron was ranked.
-
-    Sizes and FLOPs come out exactly as those of the ranked plan, which keeps the same number of neurons
-    overall (all of a backbone's layers have the same width).
-    """
-    from effir_ray.compression.planning import grain, target_width
-
-    anatomy = anatomy_of(config)
-    _check(anatomy, plan)
-    slim = [index for index, layer in enumerate(plan.layers) if layer.mlp]
-    present = [width(anatomy.layers[index], plan.layers[index]) for index in slim]
-    target = target_width(sum(present), reduction, grain(multiple, present))
-    layers = list(plan.layers)
-    for place, index in enumerate(slim):
-        share = target // len(slim) + (1 if place < target % len(slim) else 0)
-        layers[index] = layers[index].model_copy(update={"neurons": tuple(range(share))})
-    return Plan(layers=tuple(layers))
 
 
 def width(parts: LayerAnatomy, kept: LayerPlan) -> int:
@@ -179,6 +159,6 @@ def _window(config: PreTrainedConfig, index: int) -> int | None:
     return 2 * window + 1 if window is not None and config.model_type == "modernbert" else window
 
 
-def _check(anatomy: Anatomy, plan: Plan) -> None:
+def check_plan(anatomy: Anatomy, plan: Plan) -> None:
     if len(plan.layers) != len(anatomy.layers):
         raise InputError(f"the plan has {len(plan.layers)} layers; the backbone has {len(anatomy.layers)}")

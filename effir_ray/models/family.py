@@ -167,7 +167,7 @@ def part(layer: nn.Module, name: str) -> nn.Module | None:
 @lru_cache(maxsize=1)
 def families() -> tuple[Family, ...]:
     modules = ("llama", "gemma", "bert", "modernbert")
-    return tuple(import_module(f"effir_ray.backbones.{name}").FAMILY for name in modules)
+    return tuple(import_module(f"effir_ray.models.{name}").FAMILY for name in modules)
 
 
 def get(model_type: str) -> Family:

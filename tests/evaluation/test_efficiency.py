@@ -7,9 +7,9 @@ import pytest
 from torch import nn
 
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.encoding import gemm_peak
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
-from effir_ray.evaluation import efficiency
 from effir_ray.evaluation.efficiency import isotropy, measure, measure_efficiency
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import load_retriever
@@ -28,7 +28,7 @@ def test_isotropy_is_the_mean_pairwise_cosine():
 
 
 def test_figures_fit_together(monkeypatch):
-    monkeypatch.setitem(efficiency._PEAK_SIZE, "cpu", 64)
+    monkeypatch.setitem(gemm_peak._PEAK_SIZE, "cpu", 64)
     full = Encoder(load_retriever("random:llama"))
     slim = Plan(layers=(LayerPlan(), LayerPlan(mlp=False), LayerPlan(mlp=False), LayerPlan(mlp=False)))
     small = Encoder(apply_plan(load_retriever("random:llama"), slim))
@@ -53,7 +53,7 @@ def test_figures_fit_together(monkeypatch):
 
 
 def test_models_are_compared_with_the_first_on_the_texts_of_a_data_set(folder, monkeypatch):
-    monkeypatch.setitem(efficiency._PEAK_SIZE, "cpu", 64)
+    monkeypatch.setitem(gemm_peak._PEAK_SIZE, "cpu", 64)
     found = measure(["random:llama", "random:bert"], folder, queries=2, documents=5, rounds=1)
     assert found["random:llama"].document_speedup == 1 != found["random:bert"].document_speedup
     with pytest.raises(InputError, match="give every model once"):

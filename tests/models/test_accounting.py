@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from effir_ray.compression.planning import make_plan
+from effir_ray.compression.planning import make_plan, uniform_width
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
-from effir_ray.models.accounting import count_parameters, flops, model_bytes, uniform_width
+from effir_ray.models.accounting import count_parameters, flops, model_bytes
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS

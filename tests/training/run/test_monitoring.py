@@ -10,8 +10,8 @@ import torch
 
 from effir_ray.compression.planning import within
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.encoding import gemm_peak
 from effir_ray.errors import TrialFailure
-from effir_ray.evaluation import efficiency
 from effir_ray.models.accounting import flops
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import load_retriever
@@ -22,7 +22,7 @@ from effir_ray.training.step.ladder import Rung
 def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(efficiency, "gemm_peak", lambda device, dtype: 4e9)
+    monkeypatch.setattr(gemm_peak, "gemm_peak", lambda device, dtype: 4e9)
     retriever = load_retriever("random:llama")
     plan = Plan(
         layers=(LayerPlan(mlp=False), LayerPlan(neurons=tuple(range(64))), *retriever.plan.layers[2:])
@@ -37,7 +37,7 @@ def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
 
 
 def test_mfu_counts_every_network_of_an_elastic_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efficiency, "gemm_peak", lambda device, dtype: 4e9)
+    monkeypatch.setattr(gemm_peak, "gemm_peak", lambda device, dtype: 4e9)
     retriever = apply_plan(
         load_retriever("random:llama"), Plan(layers=(LayerPlan(attention=False), *[LayerPlan()] * 3))
     )
