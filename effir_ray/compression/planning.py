@@ -138,11 +138,11 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
     multiple = grain(schedule.width_multiple, [len(values) for values in scores.values()])
     widths = _widths([scores[index] for index in layers], schedule.width_reduction, multiple)
     entries = list(plan.layers)
-    for index, width in zip(layers, widths, strict=True):
-        if width == len(scores[index]):
+    for index, target in zip(layers, widths, strict=True):
+        if target == len(scores[index]):
             continue
         present = entries[index].neurons or range(len(scores[index]))
-        best = np.argsort(-scores[index], kind="stable")[:width]
+        best = np.argsort(-scores[index], kind="stable")[:target]
         kept = tuple(sorted(present[place] for place in best.tolist()))
         entries[index] = entries[index].model_copy(update={"neurons": kept})
     return Plan(layers=tuple(entries))
