@@ -8,7 +8,7 @@ that a layer's window lets meet, causal or not, as in PaLM (arXiv 2204.02311, ap
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,14 @@ def flops(config: PreTrainedConfig, plan: Plan, tokens: int) -> int:
     return total
 
 
+def alike(config: PreTrainedConfig, tokens: int) -> bool:
+    """Whether all layers of the backbone cost the same, for texts of ``tokens`` tokens: then sizes and FLOPs
+    depend on how many layers go, not on which."""
+    layers = anatomy_of(config).layers
+    windows = [tokens if parts.window is None else min(tokens, parts.window) for parts in layers]
+    return len({replace(parts, window=seen) for parts, seen in zip(layers, windows, strict=True)}) == 1
+
+
 def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") -> int:
     """Bytes of the weights, on disk and in memory. Raises InputError for an unknown ``dtype``."""
     if dtype not in BYTES_PER_PARAMETER:
@@ -129,6 +137,7 @@ def _layer_anatomy(
         inner.weight.numel() for module in mlp for inner in module.modules() if isinstance(inner, Linear)
     )
     own_mlp = family.mlp(layer)
+    assert own_mlp is not None  # nothing of an uncompressed layer is gone
     down, up, gate = family.down(own_mlp), family.up(own_mlp), family.gate(own_mlp)
     neurons = down.in_features
     by_neuron = [up] if gate is None or gate is up else [up, gate]

@@ -136,7 +136,7 @@ def restore_model(model: PreTrainedModel, config: PreTrainedConfig, layers: list
     family, plain = families.get(config.model_type), full_config(config)
     compress_model(model)
     present = dict(zip(layers, family.layers(model), strict=True))
-    block_class: Any = type(model).layer_class  # type: ignore[attr-defined]  # ours, see modeling_effir
+    block_class: Any = type(model).layer_class
     blocks = []
     for index in range(config.num_hidden_layers):
         if index not in present:

@@ -90,7 +90,10 @@ def test_the_first_blocks_of_an_ordinary_checkpoint(kind: str, tmp_path: Path) -
     ("layers", "reason"),
     [
         ((LayerPlan(), LayerPlan(mlp=False)), "layer 1 has attention and no MLP"),
-        ((LayerPlan(attention=False), LayerPlan(mlp=False)), "layer 0 has MLP and no attention (and 1 more like it)"),
+        (
+            (LayerPlan(attention=False), LayerPlan(mlp=False)),
+            "layer 0 has MLP and no attention (and 1 more like it)",
+        ),
         ((LayerPlan(), LayerPlan(neurons=NARROW)), "the MLPs differ in width (64 to 128 neurons)"),
         ((GONE, GONE), "no block is left"),
     ],
@@ -143,5 +146,7 @@ def test_a_checkpoint_that_another_program_changed(tmp_path: Path) -> None:
     save_checkpoint(apply_plan(from_folder("llama", tmp_path / "full"), FEWER), tmp_path / "small")
     file = tmp_path / "small" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 2}))
-    with pytest.raises(InputError, match=r"effir.json: lists 3 layers, config.json says 2; delete effir.json"):
+    with pytest.raises(
+        InputError, match=r"effir.json: lists 3 layers, config.json says 2; delete effir.json"
+    ):
         load_retriever(tmp_path / "small")
