@@ -14,7 +14,7 @@ from effir_ray.models.names import backbone_fingerprint
 from effir_ray.training.config import TrainConfig
 
 # None of these reaches the weights: where checkpoints lie, how many, how often a run starts again.
-_WITHOUT_EFFECT = frozenset({"storage_path", "checkpoint_every", "keep_checkpoints", "max_failures"})
+_WITHOUT_EFFECT = {"storage_path", "checkpoint_every", "keep_checkpoints", "max_failures"}
 _UNTRAINED_MINERS = ("given", "bm25")  # values of ``negatives`` that name no model
 
 

@@ -64,7 +64,7 @@ def train(
     TrialFailure when the weights can no longer be trusted.
     """
     check_installed(track)
-    if "://" in str(out):
+    if storage.is_uri(out):
         raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
     out = Path(out).absolute()
     stages = stages or StageStore(out / "stages")
@@ -111,7 +111,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.distillation.teacher is not None:
         teacher = _absolute(config.distillation.teacher, PACKAGED)
         changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})
-    if config.storage_path is not None and "://" not in config.storage_path:
+    if config.storage_path is not None and not storage.is_uri(config.storage_path):
         changes["storage_path"] = str(Path(config.storage_path).expanduser().absolute())
     return config.model_copy(update=changes)
 
