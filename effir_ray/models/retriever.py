@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from effir_ray.models import family as families
 from effir_ray.models import loading
 from effir_ray.models.plan import Plan
-from effir_ray.models.spec import RetrieverSpec
+from effir_ray.models.spec import RetrieverSpec, TextKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ class Retriever:
         return families.get(self.model.config.model_type)
 
     def tokenize(
-        self, texts: Sequence[str], kind: Literal["query", "document"], max_length: int | None = None
+        self, texts: Sequence[str], kind: TextKind, max_length: int | None = None
     ) -> list[list[int]]:
         """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding.
 

@@ -1,4 +1,4 @@
-"""How a backbone's hidden states become one embedding a text."""
+"""How a backbone's hidden states become one embedding a text, and the two kinds of text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from effir_ray.config import Config
+
+TextKind = Literal["query", "document"]
 
 
 class RetrieverSpec(Config):

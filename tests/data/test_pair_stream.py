@@ -15,7 +15,7 @@ from effir_ray.data.pairs import load_pairs
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.supervision.held_out import training_pairs
+from effir_ray.training.supervision.training_data import training_pairs
 
 
 @pytest.fixture

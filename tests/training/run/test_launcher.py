@@ -26,7 +26,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.run import loop, survival
+from effir_ray.training.run import fault_tolerance, loop
 from effir_ray.training.run.history import read_history
 from effir_ray.training.run.launcher import TrainResult, train
 from effir_ray.training.step.gradcache import ContrastiveStep
@@ -137,9 +137,9 @@ def test_out_of_memory_goes_on_with_half_the_budget(
     """Once in a step, and Ray Train starts the worker again; once in the dev score, past ``max_failures``."""
 
     def worker(job: dict[str, Any]) -> dict[str, Any]:
-        from effir_ray.training.run.dev import DevScore
+        from effir_ray.training.run.monitoring import DevScore
 
-        survival.CHECKPOINT_SECONDS = 0.0
+        fault_tolerance.CHECKPOINT_SECONDS = 0.0
         exhausted_once(ContrastiveStep, 6)
         exhausted_once(DevScore, 1)
         return loop.train_worker(job)

@@ -14,7 +14,7 @@ from effir_ray.errors import InputError
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.run import launcher, loop, survival
+from effir_ray.training.run import fault_tolerance, launcher, loop
 from effir_ray.training.step.ladder import Rung
 
 
@@ -109,7 +109,7 @@ def test_fewer_gpus_than_workers_is_said(pairs: Path, monkeypatch: pytest.Monkey
 
 def test_a_gpu_that_was_out_of_memory_halves_the_budget_once(pairs: Path, tmp_path: Path) -> None:
     job, config = {"run": str(tmp_path / "run")}, settings(pairs, token_budget=4096)
-    survival.halve(job["run"], 4096)  # the worker's own doing
+    fault_tolerance.halve(job["run"], 4096)  # the worker's own doing
     error = RuntimeError("OutOfMemory: ... torch.OutOfMemoryError: CUDA out of memory")
     assert launcher._budget_after(error, job, config) == 2048
     killed = RuntimeError("4 worker(s) were killed due to the node running low on memory. Memory on")

@@ -20,17 +20,17 @@ from effir_ray.encoding.embedding_shards import ShardFolder
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.run import survival
-from effir_ray.training.run.history import read_history
-from effir_ray.training.run.launcher import train
-from effir_ray.training.run.survival import (
+from effir_ray.training.run import fault_tolerance
+from effir_ray.training.run.fault_tolerance import (
     OutOfMemory,
-    Reporter,
+    StepReports,
     halved_budget,
     halving,
     note_reservation,
     release,
 )
+from effir_ray.training.run.history import read_history
+from effir_ray.training.run.launcher import train
 from effir_ray.training.step.engine import PlainEngine
 from effir_ray.training.step.text_encoder import TextEncoder
 
@@ -69,11 +69,11 @@ def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
             assert torch.load(Path(checkpoint.path) / "state.pt")["weights"]
             written.append(metrics["step"])
 
-    monkeypatch.setattr(survival, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(ray.train, "report", report)  # there is no Ray Train around this process
     config = TrainConfig(dataset="unused", checkpoint_every=every)
     engine = PlainEngine(TextEncoder(load_retriever("random:llama")), config, torch.device("cpu"), False)
-    reporter = Reporter(engine, config)
+    reporter = StepReports(engine, config)
     for step in range(1, 41):
         now[0] += seconds
         reporter({"step": step, "steps": 40})
