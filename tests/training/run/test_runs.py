@@ -127,3 +127,9 @@ def test_a_gpu_that_ray_did_not_assign_is_left_alone(pairs: Path, monkeypatch: p
         assert loop._device(settings(pairs, precision="bfloat16")) == (torch.device("cpu"), True)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
+    with pytest.raises(InputError, match="another model or other settings"):
+        launcher.train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
