@@ -36,7 +36,7 @@ def check(base: str) -> None:
         raise InputError(f"{base} cannot be written to: {reason}") from error
 
 
-def upload(target: str, write: Callable[[Path], None]) -> None:
+def upload(target: str, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a folder at ``target``, a path or a URI (``s3://bucket/key``)."""
     if "://" not in target:
         write(Path(target))
