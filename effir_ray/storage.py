@@ -116,7 +116,7 @@ def check(base: str) -> None:
         system.delete_file(probe)
 
 
-def upload(target: str, write: Callable[[Path], None]) -> None:
+def upload(target: str, write: Callable[[Path], object]) -> None:
     """Let ``write`` make a folder at ``target``."""
     if not is_uri(target):
         write(Path(target))
@@ -169,7 +169,8 @@ def read_json(source: str) -> Any:
 
 
 def exists(source: str) -> bool:
-    return bool(_type(source).name != "NotFound")
+    found: bool = _type(source).name != "NotFound"
+    return found
 
 
 def remove(source: str) -> None:

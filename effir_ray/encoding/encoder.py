@@ -18,8 +18,8 @@ from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError
+from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever
-from effir_ray.models.spec import TextKind
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from effir_ray.data.pair_stream import PairStream
 from effir_ray.data.pairs import Pair
 from effir_ray.errors import InputError
+from effir_ray.models.folder import TextKind
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.models.spec import TextKind
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batch

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.hardware import detect
-from effir_ray.models.spec import TextKind
+from effir_ray.models.folder import TextKind
 from effir_ray.progress import progress
 from effir_ray.stages import StageStore
 
