@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from effir_ray.compression.planning import ImportanceScores
-    from effir_ray.compression.sparsity.sparsity import SparsityMethod
+    from effir_ray.compression.sparsity.sparsify import SparsityMethod
     from effir_ray.models.retriever import Retriever
 
 
@@ -68,8 +68,8 @@ def compress(
     Raises InputError for a schedule that the backbone has no room for, before anything is measured.
     """
     from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
-    from effir_ray.compression.sparsity.patterns import parse_pattern
-    from effir_ray.compression.sparsity.sparsity import sparsify
+    from effir_ray.compression.sparsity.methods import parse_pattern
+    from effir_ray.compression.sparsity.sparsify import sparsify
     from effir_ray.compression.surgery import apply_plan
     from effir_ray.hardware import detect
     from effir_ray.models.checkpoint import save_checkpoint

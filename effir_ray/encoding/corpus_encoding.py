@@ -33,7 +33,8 @@ from effir_ray.encoding.embedding_shards import (
     differences,
 )
 from effir_ray.encoding.gemm_peak import gemm_peak
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
+
+
+_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (InputError, TrialFailure)}
 
 
 def encode_corpus(
@@ -60,10 +64,9 @@ def encode_corpus(
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
     A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
-    arguments, for an ``out`` that holds other embeddings, and while another run writes to it.
+    arguments, for an ``out`` that holds other embeddings, and while another run writes to it; TrialFailure
+    when one text alone does not fit a worker's memory.
     """
-    from effir_ray.models.names import backbone_fingerprint
-
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
     if dtype not in ("float32", "float16"):
@@ -173,7 +176,7 @@ def _encode_missing(
     with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
         for row in done.iter_rows():
             if row["problem"]:
-                raise InputError(row["problem"])
+                raise _ERRORS[row["error"]](row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -280,18 +283,19 @@ class _ShardEncoder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of ``_task`` in, one row of figures out.
 
-        What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
+        What is wrong travels as a value: Ray would drop the exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
+        figures |= {"error": "", "problem": ""}
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
             figures["warning"] = self._encoder.int8_warning
-        except InputError as error:
-            figures["problem"] = str(error)
+        except tuple(_ERRORS.values()) as error:
+            figures |= {"error": type(error).__name__, "problem": str(error)}
         return {name: [value] for name, value in figures.items()}
 
     def _encode(self, shard: int, documents: list[Document]) -> ShardRecord:

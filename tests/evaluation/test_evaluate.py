@@ -11,8 +11,8 @@ from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
 from effir_ray.evaluation import evaluation
-from effir_ray.evaluation.evaluation import evaluate, search_corpus
-from effir_ray.evaluation.feedback import Feedback
+from effir_ray.evaluation.corpus_search import Feedback, search_corpus
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.trec import read_run
 from effir_ray.models.retriever import load_retriever
 
