@@ -9,6 +9,8 @@ import platform
 import shutil
 from dataclasses import dataclass
 
+from effir_ray.caches import data_folder
+
 PACKAGES = (
     "effir-ray",
     "torch",
@@ -119,8 +121,6 @@ def _memory_and_disk() -> Finding:
 
 
 def _data() -> Finding:
-    from effir_ray.caches import data_folder
-
     reason = (
         "EFFIR_RAY_DATA is set" if os.environ.get("EFFIR_RAY_DATA") else "default; EFFIR_RAY_DATA moves it"
     )

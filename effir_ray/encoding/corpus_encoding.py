@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from effir_ray.cluster.connection import connect
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -32,13 +34,13 @@ from effir_ray.encoding.embedding_shards import (
     StoredType,
     differences,
 )
+from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import detect
 from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import progress
-
-if TYPE_CHECKING:
-    from effir_ray.encoding.encoder import Encoder
 
 SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
@@ -143,8 +145,6 @@ def _encode_missing(
     workers: int,
     address: str | None,
 ) -> None:
-    from effir_ray.cluster.connection import connect
-
     if not missing:
         return
     connect(address)
@@ -258,12 +258,6 @@ class _ShardEncoder:
     @cached_property
     def _encoder(self) -> Encoder:
         """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
-        import torch
-
-        from effir_ray.encoding.encoder import Encoder
-        from effir_ray.hardware import detect
-        from effir_ray.models.retriever import load_retriever
-
         hardware = detect()
         if self._computed_in not in (None, hardware.dtype):
             raise InputError(

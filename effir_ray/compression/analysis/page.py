@@ -24,8 +24,8 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """Cells as they are shown."""
+class Cells:
+    """A table as it is shown."""
 
     header: list[str]
     rows: list[tuple[str, ...]]
@@ -88,7 +88,7 @@ def _facts(analysis: Analysis) -> dict[str, str]:
     }
 
 
-def _sublayers(analysis: Analysis) -> Table:
+def _sublayers(analysis: Analysis) -> Cells:
     header = ["Layer"]
     columns: list[list[str]] = [[str(layer) for layer in range(analysis.layers)]]
     for criterion in analysis.criteria:
@@ -103,10 +103,10 @@ def _sublayers(analysis: Analysis) -> Table:
             [f"{100 * row.parameter_share:.2f}" for row in group],
             [f"{100 * row.document_flop_share:.2f}" for row in group],
         ]
-    return Table(header=header, rows=list(zip(*columns, strict=True)))
+    return Cells(header=header, rows=list(zip(*columns, strict=True)))
 
 
-def _sizes(analysis: Analysis) -> Table:
+def _sizes(analysis: Analysis) -> Cells:
     """By the first criterion; they differ between criteria only where layers differ in size."""
     header, columns = ["k"], [[str(k) for k in range(analysis.layers + 1)]]
     for unit in UNITS:
@@ -118,7 +118,7 @@ def _sizes(analysis: Analysis) -> Table:
             [_short(row.document_flops) for row in rows],
             [f"{100 * row.document_flop_ratio:.1f}" for row in rows],
         ]
-    return Table(header=header, rows=list(zip(*columns, strict=True)))
+    return Cells(header=header, rows=list(zip(*columns, strict=True)))
 
 
 def _short(number: int) -> str:

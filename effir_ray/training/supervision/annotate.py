@@ -15,7 +15,7 @@ from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.errors import InputError
 from effir_ray.hardware import detect
-from effir_ray.models.quiet import quiet_transformers
+from effir_ray.models.weights import quiet_transformers
 from effir_ray.stages import StageStore, fingerprint
 from effir_ray.training.supervision.chunks import Process, in_chunks
 
