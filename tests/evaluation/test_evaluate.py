@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from effir_ray.evaluation.corpus_search import Feedback, search_corpus
 from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.trec import read_run
 from effir_ray.models.retriever import load_retriever
+from tests.helpers.real_data import real_data
 
 WriteFolder = Callable[..., Path]
 MODEL = "random:bert"
@@ -126,14 +126,6 @@ def test_stored_and_distributed_embeddings_give_the_same_run(
     alone = evaluate(MODEL, folder, out=tmp_path / "out", workers=1)
     assert alone.run == stored.run
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
-
-
-def real_data(name: str) -> Path:
-    """A real BEIR folder, or a skip that says how to provide one."""
-    root = os.environ.get("EFFIR_DATASETS") or Path(__file__).parents[3] / "shared/datasets"
-    if not (Path(root) / name / "corpus.jsonl").is_file():
-        pytest.skip(f"no {name} in {root}; set EFFIR_DATASETS to a folder of BEIR data sets")
-    return Path(root) / name
 
 
 @pytest.mark.integration
