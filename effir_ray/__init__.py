@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from effir_ray.compression.analysis.analyze import analyze
     from effir_ray.compression.pipeline import compress
     from effir_ray.compression.quantization import measure_size, quantize
-    from effir_ray.compression.schedule import Schedule
+    from effir_ray.compression.schedule import Calibration, GateTraining, Schedule
     from effir_ray.data.datasets import load_dataset
     from effir_ray.data.download import get as get_dataset
     from effir_ray.data.download import list_datasets
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from effir_ray.encoding.encoder import Encoder
     from effir_ray.errors import InputError, TrialFailure
     from effir_ray.evaluation.efficiency import measure
-    from effir_ray.evaluation.evaluation import evaluate
+    from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.query import query
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from effir_ray.training.supervision.negatives import mine
 
 _PUBLIC = {
+    "Calibration": "compression.schedule:Calibration",
     "Encoder": "encoding.encoder:Encoder",
+    "GateTraining": "compression.schedule:GateTraining",
     "InputError": "errors:InputError",
     "Plan": "models.plan:Plan",
     "Schedule": "compression.schedule:Schedule",
@@ -57,7 +59,7 @@ _PUBLIC = {
     "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
-    "evaluate": "evaluation.evaluation:evaluate",
+    "evaluate": "evaluation.evaluate:evaluate",
     "follow_job": "cluster.jobs:follow_job",
     "get_dataset": "data.download:get",
     "job_logs": "cluster.jobs:job_logs",
@@ -83,7 +85,9 @@ _PUBLIC = {
 """Name -> where it lives. (`effir_ray.search` and `.demo` are modules, hence `run_search` and `run_demo`.)"""
 
 __all__ = [
+    "Calibration",
     "Encoder",
+    "GateTraining",
     "InputError",
     "Plan",
     "Schedule",

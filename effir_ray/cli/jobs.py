@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import effir_ray
 from effir_ray.cli._options import AsJson, JobAddress
 from effir_ray.cli._output import say, show_json, show_table
 
@@ -34,16 +35,13 @@ def submit(
     effir-ray submit search_spaces/mistral-7b.yaml --address http://head:8265 --out /shared/mistral
     effir-ray submit search_spaces/demo.yaml --out /tmp/demo --follow
     """
-    from effir_ray.cluster.jobs import follow_job
-    from effir_ray.search.submit import submit_search
-
-    job = submit_search(space, out, address=address, resume=resume)
+    job = effir_ray.submit_search(space, out, address=address, resume=resume)
     if as_json:
         show_json({"job": job})
     else:
         say(f"Job: {job}")
     if follow:
-        status = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+        status = effir_ray.follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
         if status != "SUCCEEDED":
             typer.echo(f"effir-ray: job {job} ended as {status}", err=True)
             raise typer.Exit(1)
@@ -56,9 +54,7 @@ def jobs(address: JobAddress = None, as_json: AsJson = False) -> None:
     [bold]Examples[/bold]
     effir-ray jobs --address http://head:8265
     """
-    from effir_ray.cluster.jobs import list_jobs
-
-    found = list_jobs(address=address)
+    found = effir_ray.list_jobs(address=address)
     if as_json:
         show_json(found)
         return
@@ -79,12 +75,10 @@ def logs(
     [bold]Examples[/bold]
     effir-ray logs effir-ray-demo-4f2c --follow
     """
-    from effir_ray.cluster.jobs import follow_job, job_logs
-
     if follow:
-        follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+        effir_ray.follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
     else:
-        typer.echo(job_logs(job, address=address), nl=False)
+        typer.echo(effir_ray.job_logs(job, address=address), nl=False)
 
 
 def stop(job: JobId, address: JobAddress = None, as_json: AsJson = False) -> None:
@@ -94,9 +88,7 @@ def stop(job: JobId, address: JobAddress = None, as_json: AsJson = False) -> Non
     [bold]Examples[/bold]
     effir-ray stop effir-ray-demo-4f2c
     """
-    from effir_ray.cluster.jobs import stop_job
-
-    status = stop_job(job, address=address)
+    status = effir_ray.stop_job(job, address=address)
     if as_json:
         show_json({"job": job, "status": status})
     else:

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
+import effir_ray
 from effir_ray.cli._app import Commands
 from effir_ray.cli._options import Address, AsJson
 from effir_ray.cli._output import say, show_json, show_table
+from effir_ray.cli.results import show_front
+from effir_ray.progress import show_progress
 
 data = typer.Typer(
     cls=Commands, no_args_is_help=True, rich_markup_mode="rich", help="List and fetch data sets."
@@ -31,12 +34,8 @@ def demo(
     effir-ray demo
     effir-ray demo --out /data/demo
     """
-    from effir_ray import run_demo
-    from effir_ray.cli.results import show_front
-    from effir_ray.progress import show_progress
-
     with show_progress():
-        result = run_demo(out, address=address)
+        result = effir_ray.run_demo(out, address=address)
     if as_json:
         show_json({"front": result.front.to_pylist(), "report": result.report})
         return
@@ -52,9 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
     effir-ray doctor
     effir-ray doctor --json
     """
-    from effir_ray.doctor import diagnose
-
-    findings = diagnose()
+    findings = effir_ray.diagnose()
     if as_json:
         show_json(findings)
         return
@@ -70,9 +67,7 @@ def data_list(as_json: AsJson = False) -> None:
     [bold]Examples[/bold]
     effir-ray data list
     """
-    from effir_ray.data.download import list_datasets
-
-    listings = list_datasets()
+    listings = effir_ray.list_datasets()
     if as_json:
         show_json(listings)
         return
@@ -97,11 +92,8 @@ def data_get(
     effir-ray data get scifact
     effir-ray data get cqadupstack/android
     """
-    from effir_ray.data.download import get
-    from effir_ray.progress import show_progress
-
     with show_progress():
-        folder = get(name)
+        folder = effir_ray.get_dataset(name)
     if as_json:
         show_json({"name": name, "folder": folder})
     else:

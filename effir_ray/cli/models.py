@@ -43,12 +43,17 @@ def analyze(
     effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
     effir-ray analyze --backbone smollm2-135m --criteria cosine,greedy --out runs/a
     """
-    from effir_ray.compression.analysis.analyze import analyze_on
+    from effir_ray import analyze as run
     from effir_ray.progress import show_progress
 
     with show_progress():
-        result = analyze_on(
-            dataset, backbone, out, texts=texts, criteria=criteria.split(","), first_blocks=first_blocks
+        result = run(
+            backbone,
+            out,
+            criteria=criteria.split(","),
+            dataset=dataset,
+            texts=texts,
+            first_blocks=first_blocks,
         )
     if as_json:
         show_json(result)
@@ -132,7 +137,7 @@ def compress(
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     """
-    from effir_ray import Schedule
+    from effir_ray import Calibration, GateTraining, Schedule
     from effir_ray import compress as run
     from effir_ray.config import parse
     from effir_ray.progress import show_progress
@@ -156,13 +161,12 @@ def compress(
             schedule,
             None if dry_run else out,
             first_blocks=first_blocks,
-            dataset=dataset,
-            calibration_texts=texts,
-            gate_steps=gate_steps,
+            calibration=Calibration(
+                dataset=dataset, texts=texts, gates=GateTraining(steps=gate_steps), seed=seed
+            ),
             sparsity=sparsity,
             sparsity_method=sparsity_method.value,
             uniform=uniform,
-            seed=seed,
         )
     if as_json:
         show_json(result)

@@ -135,7 +135,7 @@ def scores(config: TrialConfig, split: Split, parents: Parents, out: Path, stage
     """Encode the queries, search the embedded corpus exactly, score."""
     from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
     from effir_ray.encoding.encoder import Encoder
-    from effir_ray.evaluation.evaluation import search_corpus
+    from effir_ray.evaluation.corpus_search import search_corpus
     from effir_ray.evaluation.metrics import score_run
 
     dataset = sampled(config, split)

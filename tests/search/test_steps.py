@@ -22,7 +22,7 @@ from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.trial import workers
 from effir_ray.stages import StageStore
-from effir_ray.training.supervision.held_out import held_out_by, training_pairs
+from effir_ray.training.supervision.training_data import held_out_by, training_pairs
 from tests.helpers.search_examples import small_space, write_corpus
 
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}

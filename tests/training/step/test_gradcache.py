@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from effir_ray.data.pairs import Pair
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batch, Batches
@@ -16,8 +17,6 @@ from effir_ray.training.step.gradcache import (
     common_chunks,
     kept_passes,
     mean_cosine,
-    pass_tokens,
-    plan_chunks,
     split_chunks,
 )
 from effir_ray.training.step.losses import build_objective
@@ -91,15 +90,31 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         assert torch.allclose(plain[name], checkpointed[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_chunks_hold_every_row_once_within_the_limit(padded: bool) -> None:
-    lengths = [5, 100, 7, 7, 30, 1, 64, 64, 64]
-    chunks = plan_chunks(lengths, 128, worthwhile=32, padded=padded)
-    assert sorted(row for rows in chunks for row in rows) == list(range(9))
-    costs = [pass_tokens([lengths[row] for row in rows], padded=padded) for rows in chunks]
-    for rows, cost in zip(chunks, costs, strict=True):
-        assert len(rows) == 1 or cost <= 128
-    assert sum(costs) <= (sum(lengths) / 0.75 + 32 if padded else sum(lengths))
+def test_copies_of_a_positive_under_other_ids_are_no_negatives() -> None:
+    """NFCorpus has 40 texts twice. Two copies as positives, one as a hard negative; spacing tells nothing."""
+    pairs = [
+        Pair("1", "one", ("The same.",), negatives=("other",), positive_ids=("a",), negative_ids=("x",)),
+        Pair("2", "two", ("the  same.",), negatives=("more",), positive_ids=("b",), negative_ids=("y",)),
+        Pair("3", "three", ("third",), negatives=("Third ",), positive_ids=("c",), negative_ids=("d",)),
+    ]
+    retriever = load_retriever("random:llama")
+    config = TrainConfig(dataset="d", hard_negatives=1, batch_size=3, lora=None, steps=1)
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+    (batch,) = Batches(pairs, config, lambda texts, kind: retriever.tokenize(texts, kind)).run()
+    targets = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False))._targets(batch)
+    queries, documents = batch.texts[:3], batch.texts[3:]
+    left = {
+        query: {documents[column] for column in row.nonzero().flatten().tolist()}
+        for query, row in zip(queries, targets.allowed, strict=True)
+    }
+    assert left["one"] == {"The same.", "other", "more", "third", "Third "}
+    assert left["two"] == {"the  same.", "other", "more", "third", "Third "}
+    assert left["three"] == {"The same.", "the  same.", "other", "more", "third"}
+
+
+def test_chunks_are_halved_until_ranks_have_equally_many() -> None:
+    chunks = [[1], [7, 8], [4, 0, 2, 3], [5, 6]]
+    assert split_chunks(chunks, 5) == [[1], [7, 8], [4, 0], [2, 3], [5, 6]]
     assert len(split_chunks(chunks, 9)) == 9
     assert sorted(row for rows in split_chunks(chunks, 8) for row in rows) == list(range(9))
 

@@ -9,9 +9,9 @@ from beir.retrieval.evaluation import EvaluateRetrieval
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
-from effir_ray.evaluation import evaluation
-from effir_ray.evaluation.evaluation import evaluate, search_corpus
-from effir_ray.evaluation.feedback import Feedback
+from effir_ray.evaluation import evaluate as module
+from effir_ray.evaluation.corpus_search import Feedback, search_corpus
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.trec import read_run
 from effir_ray.models.retriever import load_retriever
 from tests.helpers.real_data import real_data
@@ -37,7 +37,7 @@ def reference_run(dataset: Dataset, depth: int) -> dict[str, dict[str, float]]:
 def test_scores_equal_a_plain_computation_scored_by_beir(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_CHUNK", 7)  # several chunks and shards
+    monkeypatch.setattr(module, "_CHUNK", 7)  # several chunks and shards
     dataset = load_dataset(folder)
     result = evaluate(MODEL, dataset)
     expected = reference_run(dataset, 100)

@@ -13,7 +13,7 @@ from effir_ray.data import pair_stream as streaming
 from effir_ray.data.pair_stream import PairStream, Survey, take_survey
 from effir_ray.training.config import DevConfig, TrainConfig
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.supervision.held_out import held_out_by, survey_stream, training_pairs
+from effir_ray.training.supervision.training_data import held_out_by, survey_stream, training_pairs
 
 
 @pytest.fixture
@@ -94,4 +94,4 @@ def test_a_stream_through_ray_gives_whole_batches(
     assert len(batches) == 2 * (16 // 2)
     asked = {text for batch in batches for text in batch.texts[:2]}
     assert asked.isdisjoint(HELD_OUT)
-    assert all(batch.document_ids.shape == (2, 3) for batch in batches)
+    assert all(batch.document_ids.shape == (2, 3, 2) for batch in batches)
