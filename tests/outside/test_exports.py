@@ -253,10 +253,9 @@ def test_the_same_embeddings_outside(name: str, outside: dict[str, Path], export
         assert np.abs(found[kind] - ours).max() < 1e-5
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_scifact_scored_by_sentence_transformers_and_beir(environment: str, tmp_path: Path) -> None:
+def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> None:
     """A sample of SciFact and a MiniLM without two MLPs: beir's nDCG@10 is that of ``effir-ray evaluate``."""
-    dataset = load_dataset(real_data("scifact")).sample("test", queries=100, documents=400)
+    dataset = load_dataset(real_data("scifact")).sample("test", queries=40, documents=160)
     export = compressed("minilm-l6", tmp_path / "model", Schedule(drop_mlp=(1, 3)))
     queries, documents = dataset.queries("test"), list(dataset.corpus.iter_documents())
     task: dict[str, object] = {
@@ -266,7 +265,7 @@ def test_scifact_scored_by_sentence_transformers_and_beir(environment: str, tmp_
         "remote_code": True,
         "only": "sentences",
     }
-    embed_outside(environment, [task], tmp_path)
+    embed_outside("newest", [task], tmp_path)
     found = np.load(tmp_path / "scifact.npz")
     scores = found["query"] @ found["document"].T
     run = {
@@ -275,6 +274,7 @@ def test_scifact_scored_by_sentence_transformers_and_beir(environment: str, tmp_
     }
     ndcg, *_ = EvaluateRetrieval.evaluate(dataset.qrels("test"), run, [10])
     ours = evaluate(export.folder, dataset).scores.mean["ndcg@10"]
+    assert 0.3 < ours < 1.0  # neither broken nor trivial
     assert ndcg["NDCG@10"] == pytest.approx(ours, abs=1e-4)
 
 
