@@ -33,7 +33,7 @@ from effir_ray.encoding.embedding_shards import (
     differences,
 )
 from effir_ray.encoding.gemm_peak import gemm_peak
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.progress import progress
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _encode_missing(
     with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
         for row in done.iter_rows():
             if row["problem"]:
-                raise InputError(row["problem"])
+                raise (TrialFailure if row["failed"] else InputError)(row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -280,18 +280,20 @@ class _ShardEncoder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of ``_task`` in, one row of figures out.
 
-        What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
+        What is wrong (with the input, or ``failed``: with the run) travels as a value: Ray would drop the
+        exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
+        figures |= {"problem": "", "failed": False}
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
             figures["warning"] = self._encoder.int8_warning
-        except InputError as error:
-            figures["problem"] = str(error)
+        except (InputError, TrialFailure) as error:
+            figures |= {"problem": str(error), "failed": isinstance(error, TrialFailure)}
         return {name: [value] for name, value in figures.items()}
 
     def _encode(self, shard: int, documents: list[Document]) -> ShardRecord:

@@ -17,7 +17,7 @@ import torch
 from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.retriever import Retriever
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
@@ -101,8 +101,8 @@ class Encoder:
     ) -> npt.NDArray[np.float32]:
         """Embeddings (n, d), row i for text i. ``progress`` is what a progress display calls the work.
 
-        Without dropout, also in the middle of a training. Raises InputError when one text alone does not fit
-        memory.
+        Without dropout, also in the middle of a training. Raises TrialFailure when one text alone does not
+        fit memory.
         """
         self._refresh()
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -191,7 +191,7 @@ class Encoder:
 
     def _halve_budget(self, longest: int, texts: int) -> None:
         if texts == 1:
-            raise InputError(
+            raise TrialFailure(
                 f"out of memory with a single text of {longest} tokens; lower max_length or free memory"
             )
         self.token_budget = max(1, min(self.token_budget, longest * texts) // 2)

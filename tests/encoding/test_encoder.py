@@ -12,7 +12,7 @@ from effir_ray.encoding import encoder as encoder_module
 from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedForward
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
@@ -259,7 +259,7 @@ def test_one_text_that_does_not_fit_is_an_input_error():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     encoder._forward = Full()
-    with pytest.raises(InputError, match="out of memory with a single text"):
+    with pytest.raises(TrialFailure, match="out of memory with a single text"):
         encoder.encode(["the study"], "query")
 
 

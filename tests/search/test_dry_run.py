@@ -9,8 +9,8 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.dry_run import dry_run, named_sources
-from effir_ray.search.recipe import recipe
 from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.trial_stages import trial_stages
 from tests.helpers.search_examples import small_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -20,7 +20,7 @@ TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 def stages(space: SearchSpace, split: str = "dev", **schedule: object) -> dict[str, str]:
     """Stage name -> key."""
     config = space.trial(Candidate(**schedule))
-    return {stage.name: stage.key for stage in recipe(config, named_sources(config), split).stages()}
+    return {stage.name: stage.key for stage in trial_stages(config, named_sources(config), split)}
 
 
 def test_the_papers_grid_has_the_papers_sizes() -> None:
