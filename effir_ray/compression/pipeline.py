@@ -29,13 +29,15 @@ from effir_ray.compression.schedule import CALIBRATION, Calibration, Schedule
 from effir_ray.compression.sparsity.patterns import parse_pattern
 from effir_ray.compression.sparsity.sparsity import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.compression.uniform import narrow_to, uniform_shape
 from effir_ray.compression.width.reduction import rank_neurons
 from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair
-from effir_ray.models.accounting import anatomy_of, count_parameters, flops, width
+from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
+from effir_ray.models.ordinary import Layout, partial_blocks
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
 
@@ -45,15 +47,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """What became of a backbone. ``checkpoint`` is None after a dry run.
+    """What became of a backbone. ``checkpoint`` and ``layout`` are None after a dry run, and so is ``plan``
+    when the dry run needed to know only how many layers go.
 
     parameters: without the LM head; flops_per_document: one forward pass over ``document_tokens`` tokens;
-    zeros: fraction of the block weights that sparsity set to zero (they are stored and computed like others).
+    zeros: fraction of the block weights that sparsity set to zero (they are stored and computed like others);
+    layout: whether the checkpoint is an ordinary one or brings its own modelling code, and why.
     """
 
     backbone: str
     schedule: str
-    plan: Plan
+    plan: Plan | None
     parameters: int
     full_parameters: int
     flops_per_document: int
@@ -61,6 +65,7 @@ class Compression:
     document_tokens: int
     zeros: float = 0.0
     checkpoint: Path | None = None
+    layout: Layout | None = None
 
 
 def compress(
@@ -72,6 +77,7 @@ def compress(
     calibration: Calibration = CALIBRATION,
     sparsity: str | None = None,
     sparsity_method: SparsityMethod = "wanda",
+    uniform: bool = False,
 ) -> Compression:
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
 
@@ -79,33 +85,49 @@ def compress(
     its width method, both on what ``calibration`` names. ``sparsity`` (``2:4`` or a fraction) then sets
     weights to zero by ``sparsity_method``, calibrated on the same documents.
 
+    A model from which only whole blocks went, and whose MLPs have one width, is saved as an ordinary
+    checkpoint of its architecture; any other brings its own modelling code. ``uniform`` rounds the plan to
+    the nearest such shape: whole blocks, then one width, each as near as possible to the number of parameters
+    of the plan, chosen by the same scores (see ``uniform``).
+
     With ``out`` None nothing is trained or written and the size is that of the schedule (a dry run; weights
-    are loaded only where counts need importance).
+    are loaded only where the size depends on which layers go).
 
     Raises InputError for a schedule that the backbone has no room for, before anything is measured.
     """
     config = load_config(backbone, first_blocks=first_blocks)
     pattern = parse_pattern(sparsity) if sparsity else None
     check_room(schedule, config)
-    tokens = calibration.max_length
-    if out is None and not needs_scores(schedule):
-        plan = depth_plan(schedule, present_plan(config), None)
-        return _result(backbone, config, schedule, _sized(config, schedule, plan), tokens, None)
+    present, tokens = present_plan(config), calibration.max_length
+    needed = needs_scores(schedule)
+    if not needed and uniform:
+        needed = bool(partial_blocks(depth_plan(schedule, present, None)))
+    if out is None and (not needed or (present == Plan.full(len(present.layers)) and alike(config, tokens))):
+        equal, size = _equal_scores(schedule, len(present.layers)), None
+        plan = depth_plan(schedule, present, equal)
+        if uniform:
+            plan, size = uniform_shape(config, schedule, plan, present, equal)
+        sized = _sized(config, schedule, plan, size)
+        result = _result(backbone, config, schedule, sized, tokens, None)
+        return replace(result, plan=None) if needed else result
     measured = load_to_measure(backbone, first_blocks=first_blocks)
-    scores = importance_scores(measured, schedule, calibration) if needs_scores(schedule) else None
-    plan = depth_plan(schedule, measured.plan, scores)
+    scores = importance_scores(measured, schedule, calibration) if needed else None
+    plan, size = depth_plan(schedule, measured.plan, scores), None
+    if uniform:
+        plan, size = uniform_shape(config, schedule, plan, measured.plan, scores)
     if out is None:
-        return _result(backbone, config, schedule, _sized(config, schedule, plan), tokens, None)
+        return _result(backbone, config, schedule, _sized(config, schedule, plan, size), tokens, None)
     if schedule.width_reduction:
-        plan = narrow_plan(plan, schedule, neuron_scores(measured, plan, schedule, calibration))
+        ranks = neuron_scores(measured, plan, schedule, calibration)
+        plan = narrow_plan(plan, schedule, ranks) if size is None else narrow_to(config, plan, size, ranks)
     del measured  # its memory, before the model is loaded again as it is stored
     kept = cut(backbone, plan, first_blocks=first_blocks)
     zeros = 0.0
     if pattern is not None:
         kept.model.to(hardware.detect().device)
         zeros = sparsify(kept, sparsity_method, pattern, _texts(calibration), max_length=tokens)
-    save_checkpoint(kept, out)
-    return replace(_result(backbone, config, schedule, plan, tokens, out), zeros=zeros)
+    layout = save_checkpoint(kept, out)
+    return replace(_result(backbone, config, schedule, plan, tokens, out), zeros=zeros, layout=layout)
 
 
 def load_to_measure(backbone: str | Path, *, first_blocks: int | None = None) -> Retriever:
@@ -160,8 +182,16 @@ def _texts(calibration: Calibration) -> list[str]:
     return drawing.draw_texts(load_dataset(calibration.dataset), calibration.texts, calibration.seed)
 
 
-def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
-    """``plan`` as wide as the schedule asks, with no say in which neurons stay."""
+def _equal_scores(schedule: Schedule, depth: int) -> ImportanceScores:
+    equal = (0.0,) * depth
+    return ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
+
+
+def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan, size: int | None) -> Plan:
+    """``plan`` as wide as the schedule asks (each MLP with ``size`` neurons, if given), with no say in which
+    neurons stay."""
+    if size is not None:
+        return narrow_to(config, plan, size, None)
     if not schedule.width_reduction:
         return plan
     return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
@@ -169,8 +199,7 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan) -> Plan:
 
 def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
     """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
-    equal = (0.0,) * config.num_hidden_layers
-    scores = ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
+    scores = _equal_scores(schedule, config.num_hidden_layers)
     plan = depth_plan(schedule, present_plan(config), scores)
     if schedule.width_reduction:
         sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]

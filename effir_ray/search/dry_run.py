@@ -16,7 +16,8 @@ from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources
-from effir_ray.search.trial_stages import training_data, training_models, trial_stages
+from effir_ray.search.trial_stages import trial_stages
+from effir_ray.training.identity import training_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -131,10 +132,11 @@ def _check_names(schedule: Schedule) -> None:
 
 def named_sources(config: TrialConfig) -> Sources:
     """Names in place of fingerprints: enough to see which stages are shared, without reading anything."""
-    datasets = {config.dataset, *(name for each in config.trainings for name in training_data(each))}
-    models = {name for each in config.trainings for name in training_models(each)}
     return Sources(
         backbone=config.backbone,
-        datasets={name: name for name in datasets},
-        models={name: name for name in models},
+        dataset=config.dataset,
+        trainings={
+            name: training_identity(training, data=str, model=str)
+            for name, training in config.trainings.items()
+        },
     )

@@ -24,13 +24,14 @@ class Sources:
     """What a trial reads and where it computes. A dry run puts names in place of fingerprints and leaves the
     machine open: enough to see which stages are shared.
 
-    backbone: fingerprint of the uncompressed model; datasets, models: name -> fingerprint of everything that
-    training reads besides. device, dtype: what this machine computes on and in; machine: its full name.
+    backbone, dataset: fingerprints of the uncompressed model and of the data that is searched
+    trainings: ``base_training`` and ``recovery`` -> the identity of each that there is
+    device, dtype: what this machine computes on and in; machine: its full name
     """
 
     backbone: str
-    datasets: Mapping[str, str]
-    models: Mapping[str, str] = field(default_factory=dict)
+    dataset: str
+    trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = ""
     dtype: str = ""
     machine: str = ""

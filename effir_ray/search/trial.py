@@ -24,8 +24,9 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
-from effir_ray.search.trial_stages import training_data, training_models, trial_stages
+from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
+from effir_ray.training.identity import training_identity
 
 Listener = Callable[[str], None]
 
@@ -112,12 +113,10 @@ def sources_of(config: StudySettings) -> Sources:
     """Fingerprints of everything from outside that a trial or a whole study reads. Raises InputError for
     what is not there."""
     here = hardware.detect()
-    datasets = {config.dataset, *(name for each in config.trainings for name in training_data(each))}
-    models = {name for each in config.trainings for name in training_models(each)}
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
-        datasets={name: source_fingerprint(name) for name in sorted(datasets)},
-        models={name: backbone_fingerprint(name) for name in sorted(models)},
+        dataset=source_fingerprint(config.dataset),
+        trainings={name: training_identity(training) for name, training in config.trainings.items()},
         device=here.device,
         dtype=here.dtype,
         machine=here.name,

@@ -224,31 +224,10 @@ def _sampled(config: TrialConfig, split: Split) -> Dataset:
 # -- what determines them, and what they cost ---------------------------------------------------------
 
 
-def _training_inputs(training: TrainConfig | None, config: TrialConfig, sources: Sources) -> dict[str, Any]:
-    assert training is not None
-    return {
-        "training": training.model_dump(mode="json"),
-        "data": {name: sources.datasets[name] for name in training_data(training)},
-        "held_out": sources.datasets[config.dataset],
-        "models": {name: sources.models[name] for name in training_models(training)},
-    }
-
-
-def training_data(training: TrainConfig) -> list[str]:
-    """Names of the data sets that a training reads."""
-    return [training.dataset, *([training.dev.dataset] if training.dev and training.dev.dataset else [])]
-
-
-def training_models(training: TrainConfig) -> list[str]:
-    """Names of the models that a training reads besides the one it trains: its miner and its teacher."""
-    miner = None if training.negatives in ("given", "bm25") else training.negatives
-    return [name for name in (miner, training.distillation.teacher) if name is not None]
-
-
 def _importance_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     criterion = config.schedule.importance
     return {
-        "data": sources.datasets[config.dataset],
+        "data": sources.dataset,
         "texts": config.calibration_texts,
         "max_length": config.document_max_length,
         "criterion": criterion,
@@ -262,7 +241,7 @@ def _neuron_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
         "depth": config.schedule.model_dump(mode="json", include=_DEPTH),
         "method": config.schedule.width_method,
         "gates": config.gates.model_dump(),
-        "data": sources.datasets[config.dataset],
+        "data": sources.dataset,
         "max_length": config.document_max_length,
         "seed": config.seed,
     }
@@ -276,7 +255,7 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
 
 def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     return {
-        "data": sources.datasets[config.dataset],
+        "data": sources.dataset,
         "split": split,
         "sample": getattr(config, split).model_dump(),
         "seed": config.seed,
@@ -316,7 +295,7 @@ STAGES: tuple[Stage, ...] = (
         name="base",
         title="fine-tuning the full model",
         build=_train(lambda config: config.base_training),
-        inputs=lambda config, sources, split: _training_inputs(config.base_training, config, sources),
+        inputs=lambda config, sources, split: sources.trainings["base_training"],
         parents={"model": ("backbone",)},
         needed=lambda config: config.base_training is not None,
         computed_on="device",
@@ -368,7 +347,7 @@ STAGES: tuple[Stage, ...] = (
         name="recovered",
         title="fine-tuning the pruned model",
         build=_train(lambda config: config.recovery),
-        inputs=lambda config, sources, split: _training_inputs(config.recovery, config, sources),
+        inputs=lambda config, sources, split: sources.trainings["recovery"],
         parents={"model": ("pruned", *_FULL)},
         needed=lambda config: config.recovery is not None,
         computed_on="device",

@@ -32,12 +32,8 @@ def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
-    with exclusive(tmp_path):
-        with pytest.raises(InputError, match="another search is running"), exclusive(tmp_path):
-            pass
-        pytest.raises(InputError, match="another search is running"),
-        exclusive(tmp_path),
-    ):
+    refused = pytest.raises(InputError, match="another search is running")
+    with exclusive(tmp_path), refused, exclusive(tmp_path):
         pass
     with exclusive(tmp_path):
         pass

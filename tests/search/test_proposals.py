@@ -122,3 +122,42 @@ def test_resume_runs_every_trial_exactly_once(tmp_path: Path, kill_at: int, row_
     assert second.complete
     states = [trial.state.name for trial in second.study.get_trials()]
     assert "RUNNING" not in states
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+def test_a_continuous_axis_is_sampled_to_the_end(tmp_path: Path, sampler: str) -> None:
+    """Though most of what a sampler proposes here cannot be built: one MLP is left, which needs a neuron."""
+    axes = {"drop_mlp": {"low": 3, "high": 4}, "width_reduction": {"low": 0.9, "high": 0.999}}
+    study = proposals(small_space(parameters=axes, trials=6, sampler=sampler), tmp_path)
+    dev = [request for request in finish(study) if request.split == "dev"]
+    assert len(dev) == 7
+    assert study.shortfall == ""
+
+
+def test_known_proposals_in_a_row_do_not_end_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sampler that has settled on one end of a range."""
+    axes = {"width_reduction": {"low": 0.0, "high": 0.5}}
+    study = proposals(small_space(parameters=axes, trials=5), tmp_path)
+    ask = study.study.ask
+
+    def settled(distributions: Any) -> Any:
+        if not any(trial.state.name == "WAITING" for trial in study.study.get_trials()):
+            study.study.enqueue_trial({"width_reduction": 0.5})
+        return ask(distributions)
+
+    monkeypatch.setattr(study.study, "ask", settled)
+    assert sum(request.split == "dev" for request in finish(study)) == 6
+
+
+def test_a_study_that_finds_no_new_trial_says_so(tmp_path: Path) -> None:
+    for name in ("one", "few"):
+        (tmp_path / name).mkdir()
+    one = {"width_reduction": {"low": 0.5, "high": 0.5}}
+    study = proposals(small_space(parameters=one, trials=3), tmp_path / "one")
+    finish(study)
+    assert "1 of 3 trials were sampled: 500 random combinations" in study.shortfall
+    few = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path / "few")
+    finish(few)
+    assert few.shortfall == (
+        "2 of 9 trials were sampled: every combination of 'parameters' that can be built has been tried"
+    )

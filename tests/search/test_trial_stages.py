@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -15,6 +16,7 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.errors import TrialFailure
+from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
@@ -22,6 +24,7 @@ from effir_ray.search import trial_stages
 from effir_ray.search.dry_run import expected_plan
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.stage_graph import StageTask
+from effir_ray.search.trial import StageRunner, sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, read_plan
 from effir_ray.stages import StageStore
 from effir_ray.training.supervision.held_out import held_out_by, training_pairs
@@ -138,3 +141,45 @@ def test_training_and_encoding_go_on_in_the_folder_an_interrupted_run_left(
         place = stages.run(name, {}, step(name, killed=False), resumable=True)
         assert not any(".tmp" in path.name for path in place.rglob("*"))
     assert list((tmp_path / "stages" / "negatives").glob("*/stage.json"))
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize(
+    "schedule",
+    [{"drop_mlp": 1, "drop_attention": 1, "width_reduction": 0.25}, {"drop_block": 1}],
+    ids=["parts", "blocks"],
+)
+def test_a_trial_prunes_as_compress_does(
+    tmp_path: Path, schedule: dict[str, Any], from_folder: bool, stored: str
+) -> None:
+    """The same schedule, data and seed: the same plan and the same bits, in the type they are stored in."""
+    backbone = "random:llama"
+    if from_folder:
+        backbone = str(tmp_path / "backbone")
+        save_checkpoint(load_retriever("random:llama", dtype=stored), tmp_path / "backbone")
+    elif stored != "float32":
+        pytest.skip("random models are float32")
+    data = write_corpus(tmp_path / "data")
+    config = small_space(backbone=backbone, dataset=str(data)).trial(Candidate(**schedule))
+    keyed = {stage.name: stage for stage in trial_stages.trial_stages(config, sources_of(config), "dev")}
+    runner = StageRunner(config, "dev", StageStore(tmp_path / "stages"), lambda stage: None)
+    pruned = runner.make(keyed["pruned"])
+    made = compress(backbone, config.schedule, tmp_path / "small", calibration=config.calibration)
+    assert read_plan(pruned) == made.plan
+    weights = [
+        (place / "model.safetensors").read_bytes() for place in (pruned / CHECKPOINT, tmp_path / "small")
+    ]
+    assert weights[0] == weights[1]
+    kept = load_retriever(pruned / CHECKPOINT, dtype="auto").model
+    assert str(kept.dtype) == f"torch.{stored}"
+
+
+def test_the_backbone_is_linked_without_reading_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = compress("random:llama", Schedule(drop_mlp=(1,)), tmp_path / "small")
+    monkeypatch.setattr(trial_stages, "load_retriever", None)
+    STAGES["backbone"].build(task(small_space(backbone=str(tmp_path / "small")), tmp_path / "out", {}))
+    assert (tmp_path / "out" / CHECKPOINT).resolve() == tmp_path / "small"
+    assert read_plan(tmp_path / "out") == done.plan
