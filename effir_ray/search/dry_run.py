@@ -9,6 +9,7 @@ import numpy as np
 from effir_ray.compression.planning import ImportanceScores, make_plan, narrow_plan, within
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
+from effir_ray.data.download import check_name
 from effir_ray.errors import InputError
 from effir_ray.models import accounting
 from effir_ray.models.folder import present_plan
@@ -17,7 +18,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources
 from effir_ray.search.trial_stages import trial_stages
-from effir_ray.training.identity import training_identity
+from effir_ray.training.identity import check_names, training_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,6 +59,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 
     Raises InputError for a schedule that cannot be built, naming it.
     """
+    _check_sources(space)
     backbone = load_config(space.backbone, first_blocks=space.first_blocks)
     full = Plan.full(backbone.num_hidden_layers)
     tokens = space.document_max_length
@@ -94,6 +96,16 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         sampled=space.trials,
         stages={name: names.count(name) for name in dict.fromkeys(names)},
     )
+
+
+def _check_sources(space: SearchSpace) -> None:
+    """Raise InputError for a name in the space that leads nowhere; what is only a path is not looked for."""
+    check_name(space.dataset)
+    for field, training in space.trainings.items():
+        try:
+            check_names(training)
+        except InputError as error:
+            raise InputError(f"{field}.{error}") from None
 
 
 def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:

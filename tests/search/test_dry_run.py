@@ -117,3 +117,25 @@ def test_the_number_of_pairs_belongs_to_the_importance_that_is_measured_on_pairs
 def test_counted_blocks_beside_named_layers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"drop_block is a count \(2\) beside layers named in {name}"):
         dry_run(small_space(schedules=[{"drop_block": 2, name: [0]}]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone": "base"}, r"^base: no such folder or .gguf file; known without files: smollm2-135m"),
+        ({"dataset": "scifcat"}, "^data set 'scifcat': .* did you mean 'scifact'"),
+        (
+            {"recovery": TRAINING | {"distillation": {"teacher": "base", "similarity": 1.0}}},
+            r"^recovery.distillation.teacher: base: no such folder",
+        ),
+        ({"base_training": TRAINING | {"negatives": "bm52"}}, "^base_training.negatives: bm52: no such"),
+        ({"base_training": TRAINING | {"dataset": "msmacro"}}, "^base_training.dataset: .*'msmarco'"),
+    ],
+)
+def test_names_that_lead_nowhere_are_told_before_anything_runs(
+    settings: dict[str, object], message: str
+) -> None:
+    """Not taken for hub ids, which would be found out after hours of training."""
+    with pytest.raises(InputError, match=message) as refused:
+        dry_run(small_space(**settings))
+    assert "\n" not in str(refused.value)
