@@ -108,9 +108,12 @@ def check(base: str) -> None:
     """
     if not is_uri(base):
         return
-    probe = join(base, f".effir-ray-{uuid.uuid4().hex}")
-    write_json(probe, {})
-    remove(probe)
+    system, path = locate(base)
+    probe = f"{path}/.effir-ray-{uuid.uuid4().hex}"
+    with reached(base):
+        system.create_dir(path, recursive=True)
+        system.open_output_stream(probe).close()
+        system.delete_file(probe)
 
 
 def upload(target: str, write: Callable[[Path], object]) -> None:
@@ -166,7 +169,8 @@ def read_json(source: str) -> Any:
 
 
 def exists(source: str) -> bool:
-    return _type(source).name != "NotFound"
+    found: bool = _type(source).name != "NotFound"
+    return found
 
 
 def remove(source: str) -> None:

@@ -103,23 +103,22 @@ def compress(
     if not needed and uniform:
         needed = bool(partial_blocks(depth_plan(schedule, present, None)))
     if out is None and (not needed or (present == Plan.full(len(present.layers)) and alike(config, tokens))):
-        equal, size = _equal_scores(schedule, len(present.layers)), None
-        plan = depth_plan(schedule, present, equal)
-        if uniform:
-            plan, size = uniform_shape(config, schedule, plan, present, equal)
-        sized = _sized(config, schedule, plan, size)
-        result = _result(backbone, config, schedule, sized, tokens, None)
+        equal = equal_scores(schedule, len(present.layers))
+        shape = _shape(config, schedule, present, equal, uniform=uniform)
+        result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
     measured = load_to_measure(backbone, first_blocks=first_blocks)
     scores = importance_scores(measured, schedule, calibration) if needed else None
-    plan, size = depth_plan(schedule, measured.plan, scores), None
-    if uniform:
-        plan, size = uniform_shape(config, schedule, plan, measured.plan, scores)
+    shape = _shape(config, schedule, measured.plan, scores, uniform=uniform)
     if out is None:
-        return _result(backbone, config, schedule, _sized(config, schedule, plan, size), tokens, None)
+        return _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
+    plan = shape.plan
     if schedule.width_reduction:
         ranks = neuron_scores(measured, plan, schedule, calibration)
-        plan = narrow_plan(plan, schedule, ranks) if size is None else narrow_to(config, plan, size, ranks)
+        if shape.width is None:
+            plan = narrow_plan(plan, schedule, ranks)
+        else:
+            plan = narrow_to(config, plan, shape.width, ranks)
     del measured  # its memory, before the model is loaded again as it is stored
     kept = cut(backbone, plan, first_blocks=first_blocks)
     zeros = 0.0
@@ -182,16 +181,39 @@ def _texts(calibration: Calibration) -> list[str]:
     return drawing.draw_texts(load_dataset(calibration.dataset), calibration.texts, calibration.seed)
 
 
-def _equal_scores(schedule: Schedule, depth: int) -> ImportanceScores:
-    equal = (0.0,) * depth
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Depth, and the one width of all MLPs where it is to be uniform."""
+
+    plan: Plan
+    width: int | None
+
+
+def _shape(
+    config: PreTrainedConfig,
+    schedule: Schedule,
+    present: Plan,
+    scores: ImportanceScores | None,
+    *,
+    uniform: bool,
+) -> _Shape:
+    plan, width = depth_plan(schedule, present, scores), None
+    if uniform:
+        plan, width = uniform_shape(config, schedule, plan, present, scores)
+    return _Shape(plan=plan, width=width)
+
+
+def equal_scores(schedule: Schedule, n_layers: int) -> ImportanceScores:
+    """Scores that prefer no layer: enough to know how much a schedule leaves, not what."""
+    equal = (0.0,) * n_layers
     return ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
 
 
-def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan, size: int | None) -> Plan:
-    """``plan`` as wide as the schedule asks (each MLP with ``size`` neurons, if given), with no say in which
-    neurons stay."""
-    if size is not None:
-        return narrow_to(config, plan, size, None)
+def _sized(config: PreTrainedConfig, schedule: Schedule, shape: _Shape) -> Plan:
+    """As wide as the schedule asks, with no say in which neurons stay."""
+    plan = shape.plan
+    if shape.width is not None:
+        return narrow_to(config, plan, shape.width, None)
     if not schedule.width_reduction:
         return plan
     return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
@@ -199,8 +221,7 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan, size: int |
 
 def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
     """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
-    scores = _equal_scores(schedule, config.num_hidden_layers)
-    plan = depth_plan(schedule, present_plan(config), scores)
+    plan = depth_plan(schedule, present_plan(config), equal_scores(schedule, config.num_hidden_layers))
     if schedule.width_reduction:
         sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
         narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})

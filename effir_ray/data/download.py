@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from effir_ray.caches import data_folder
 from effir_ray.data.datasets import official_name
+from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
 from effir_ray.progress import Progress, progress
 
@@ -123,8 +124,6 @@ def get(name: str, *, base_url: str | None = None) -> Path:
     space.
     """
     if name == "stdlib":
-        from effir_ray.data.stdlib_corpus import build_stdlib
-
         return build_stdlib()
     whole, _, part = official_name(name).partition("/")
     known = BEIR_SETS.get(whole)

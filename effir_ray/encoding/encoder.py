@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,10 @@ from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
-
-if TYPE_CHECKING:
-    from effir_ray.models.retriever import Retriever
-
-
-Kind = Literal["query", "document"]
 
 WINDOW = 512  # texts that are tokenised ahead and ordered by length together
 _CHECKED, _INT8_CLOSE = 8, 0.98
@@ -94,7 +89,7 @@ class Encoder:
     def encode(
         self,
         texts: Sequence[str],
-        kind: Kind,
+        kind: TextKind,
         *,
         max_length: int | None = None,
         progress: str | None = None,
@@ -142,7 +137,7 @@ class Encoder:
             warnings.warn(self.int8_warning, RuntimeWarning, stacklevel=3)
 
     def _tokenised(
-        self, texts: Sequence[str], kind: Kind, max_length: int | None
+        self, texts: Sequence[str], kind: TextKind, max_length: int | None
     ) -> Iterator[tuple[int, list[list[int]]]]:
         """(first index, token lists) of each window; the next one is tokenised while this one is encoded."""
         starts = range(0, len(texts), WINDOW)

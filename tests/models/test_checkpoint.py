@@ -253,7 +253,7 @@ def peak(dtype, field):
             seen.append(memory(field))
             time.sleep(0.005)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     retriever = load_retriever(sys.argv[1], dtype=dtype)
     total = sum(float(parameter.sum()) for parameter in retriever.model.parameters())  # touches every page

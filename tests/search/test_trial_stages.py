@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from effir_ray.search.stage_graph import StageTask
 from effir_ray.search.trial import StageRunner, sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, read_plan
 from effir_ray.stages import StageStore
-from effir_ray.training.supervision.held_out import held_out_by, training_pairs
+from effir_ray.training.supervision.training_data import held_out_by, training_pairs
 from tests.helpers.search_examples import small_space, write_corpus
 
 STAGES = {stage.name: stage for stage in trial_stages.STAGES}
@@ -123,7 +124,7 @@ def test_training_and_encoding_go_on_in_the_folder_an_interrupted_run_left(
 
     def step(name: str, *, killed: bool) -> Callable[[Path], None]:
         def build(out: Path) -> None:
-            STAGES[name].build(task(space, out, {"model": model}))
+            STAGES[name].build(replace(task(space, out, {"model": model}), store=stages))
             if killed:
                 raise KeyboardInterrupt
 

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from effir_ray.training.step.batches import Batch
-from effir_ray.training.step.distributed import gather_rows, largest, rank, world_size
-from effir_ray.training.step.engine import Passes
+from effir_ray.training.step.engine import Passes, gather_rows, largest, rank, world_size
 from effir_ray.training.step.losses import Objective, Targets
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -31,7 +30,7 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
 WORTHWHILE_TOKENS = {"cpu": 256, "cuda": 8192}
 """A pass with so many tokens is efficient by itself: a much shorter text is better in the next one."""
 
-TeacherEmbeddings = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
+Teacher = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class ContrastiveStep:
         objective: Objective,
         *,
         token_budget: int | None = None,
-        teacher: TeacherEmbeddings | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self._engine, self._objective = engine, objective
         self._teacher = teacher

@@ -13,9 +13,10 @@ import torch
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
+from effir_ray.hardware import detect
 from effir_ray.models.weights import quiet_transformers
 from effir_ray.stages import StageStore, fingerprint
-from effir_ray.training.supervision.chunks import Process, in_chunks
+from effir_ray.training.supervision.resumable import Process, in_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,8 +56,6 @@ class CrossEncoder:
     """A sequence classifier read as a relevance score."""
 
     def __init__(self, name: str, *, max_length: int, token_budget: int) -> None:
-        from effir_ray.hardware import detect
-
         self._model, self._tokenizer = _load(name)
         self._device = detect().device
         self._model.to(self._device)

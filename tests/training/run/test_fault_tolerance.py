@@ -1,4 +1,4 @@
-"""What a run keeps and reads back; the runs that are really killed are in ``test_launcher``."""
+"""What a run keeps and reads back; the runs that are really killed are in ``test_loop``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ import torch
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from effir_ray import storage
 from effir_ray.cluster.connection import connect
-from effir_ray.encoding.embedding_shards import ShardFolder
-from effir_ray.errors import InputError
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.run import survival
-from effir_ray.training.run.history import read_history
-from effir_ray.training.run.launcher import train
-from effir_ray.training.run.survival import (
+from effir_ray.training.run import fault_tolerance
+from effir_ray.training.run.fault_tolerance import (
     OutOfMemory,
-    Reporter,
+    StepReports,
     halved_budget,
     halving,
     note_reservation,
@@ -69,11 +64,11 @@ def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
             assert torch.load(Path(checkpoint.path) / "state.pt")["weights"]
             written.append(metrics["step"])
 
-    monkeypatch.setattr(survival, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(ray.train, "report", report)  # there is no Ray Train around this process
     config = TrainConfig(dataset="unused", checkpoint_every=every)
     engine = PlainEngine(TextEncoder(load_retriever("random:llama")), config, torch.device("cpu"), False)
-    reporter = Reporter(engine, config)
+    reporter = StepReports(engine, config)
     for step in range(1, 41):
         now[0] += seconds
         reporter({"step": step, "steps": 40})
@@ -84,27 +79,6 @@ def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shape"), halving(str(tmp_path), 3000):
         raise RuntimeError("shape mismatch")
     assert halved_budget(str(tmp_path)) is None
-
-
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_storage_is_the_same_on_a_path_and_on_a_uri(tmp_path: Path, scheme: str) -> None:
-    base = f"{scheme}{tmp_path}/store"
-    assert storage.read_json(f"{base}/a.json") is None
-    storage.write_json(f"{base}/a.json", {"b": 1})
-    assert storage.read_json(f"{base}/a.json") == {"b": 1}
-
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
-        (folder / "weights").write_text("w")
-
-    storage.upload(f"{base}/model", write)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "old").touch()
-    storage.fetch(f"{base}/model", tmp_path / "model")
-    assert [file.name for file in (tmp_path / "model").iterdir()] == ["weights"]
-    storage.remove(base)
-    assert not storage.exists(base)
-    storage.remove(base)
 
 
 @pytest.mark.integration
@@ -118,39 +92,3 @@ def test_what_a_failed_start_reserved_is_given_back(tmp_path: Path) -> None:
     assert placement_group_table(group)["state"] == "CREATED"
     release(str(tmp_path))
     assert placement_group_table(group)["state"] == "REMOVED"
-
-
-def test_steps_done_again_after_a_restart_replace_the_first(tmp_path: Path) -> None:
-    file = tmp_path / "history.jsonl"
-    file.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 2, "loss": 2.5}\n{"step": 3')
-    assert read_history(file) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
-    with pytest.raises(InputError, match="another model or other settings"):
-        train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
-
-
-def test_options_of_a_uri_stay_at_its_end() -> None:
-    assert storage.join("/runs/", "a") == "/runs/a"
-    assert storage.join("s3://bucket/runs", "a") == "s3://bucket/runs/a"
-    assert storage.join("s3://b/runs/?scheme=http", "a") == "s3://b/runs/a?scheme=http"
-
-
-def test_a_place_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
-    storage.check(tmp_path.as_uri())
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"^s4://bucket cannot be used: Unrecognized"):
-        storage.check("s4://bucket")
-
-
-@pytest.mark.integration
-def test_an_object_store_that_does_not_answer_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
-        monkeypatch.setenv(name, "true")
-    nobody = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=x"
-    with pytest.raises(InputError, match=r"cannot be used: .*connect"):
-        storage.check(nobody)
-    with pytest.raises(InputError, match=r"cannot be used: .*connect"):
-        ShardFolder(nobody).header()

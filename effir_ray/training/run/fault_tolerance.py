@@ -14,8 +14,7 @@ import torch
 
 from effir_ray import storage
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.step.distributed import largest, rank
-from effir_ray.training.step.engine import Engine
+from effir_ray.training.step.engine import Engine, largest, rank
 
 REPORT_SECONDS = 1.0
 """Rows are sent in groups: a report waits until Ray Train's controller has taken the one before."""
@@ -30,7 +29,7 @@ SMALLEST_BUDGET = 256
 _PROGRESS, _BUDGET, _RESERVED = "progress.json", "token_budget.json", "placement_group.json"
 
 
-class Reporter:
+class StepReports:
     """Sends rows to the driver about once a second; with them a checkpoint where one is due.
 
     A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev

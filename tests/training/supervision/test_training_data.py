@@ -13,7 +13,7 @@ from effir_ray.data import pair_stream as streaming
 from effir_ray.data.pair_stream import PairStream, Survey, take_survey
 from effir_ray.training.config import DevConfig, TrainConfig
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.supervision.held_out import held_out_by, survey_stream, training_pairs
+from effir_ray.training.supervision.training_data import held_out_by, survey_stream, training_pairs
 
 
 @pytest.fixture
