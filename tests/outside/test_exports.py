@@ -24,7 +24,7 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding.encoder import Encoder
-from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import LayerPlan, Plan
