@@ -11,7 +11,7 @@ from typing import Any
 from effir_ray.compression.schedule import Schedule
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation_result import Evaluation
+from effir_ray.evaluation.evaluate import Evaluation
 from effir_ray.evaluation.rows import make_row, score_columns, size_columns
 from effir_ray.models.accounting import model_bytes
 from effir_ray.models.loading import load_config

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from effir_ray.encoding.encoder import Encoder
     from effir_ray.errors import InputError, TrialFailure
     from effir_ray.evaluation.efficiency import measure
-    from effir_ray.evaluation.evaluation import evaluate
+    from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.query import query
@@ -59,7 +59,7 @@ _PUBLIC = {
     "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
-    "evaluate": "evaluation.evaluation:evaluate",
+    "evaluate": "evaluation.evaluate:evaluate",
     "follow_job": "cluster.jobs:follow_job",
     "get_dataset": "data.download:get",
     "job_logs": "cluster.jobs:job_logs",

@@ -18,8 +18,10 @@ from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import detect
+from effir_ray.models.accounting import flops
 from effir_ray.models.folder import TextKind
-from effir_ray.models.retriever import Retriever
+from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
 
@@ -81,8 +83,6 @@ class Encoder:
     @property
     def flops_seen(self) -> int:
         """FLOPs of the model over all calls, as ``models.accounting`` counts them."""
-        from effir_ray.models.accounting import flops
-
         config, plan = self.retriever.model.config, self.retriever.plan
         return sum(texts * flops(config, plan, length) for length, texts in self._lengths_seen.items())
 
@@ -158,8 +158,8 @@ class Encoder:
 
     def _encode_window(self, tokens: list[list[int]], out: npt.NDArray[np.float32], bar: Progress) -> None:
         lengths = [len(ids) for ids in tokens]
-        pending = deque(self._batches(np.arange(len(tokens)), lengths))
-        results: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
+        pending = deque(self._batches(list(range(len(tokens))), lengths))
+        results: list[tuple[list[int], torch.Tensor]] = []
         while pending:
             batch = pending.popleft()
             try:
@@ -179,10 +179,10 @@ class Encoder:
         for batch, vectors in results:
             out[batch] = vectors.numpy()
 
-    def _batches(self, indices: npt.NDArray[np.int64], lengths: list[int]) -> list[npt.NDArray[np.int64]]:
+    def _batches(self, indices: list[int], lengths: list[int]) -> list[list[int]]:
         chosen = [lengths[i] for i in indices]
         batches = token_budget_batches(chosen, self.token_budget, padded=self._forward.padded)
-        return [indices[batch] for batch in batches]
+        return [[indices[place] for place in batch] for batch in batches]
 
     def _halve_budget(self, longest: int, texts: int) -> None:
         if texts == 1:
@@ -224,10 +224,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def as_encoder(model: str | Path | Retriever | Encoder) -> Encoder:
     """An encoder on this machine's device for whatever form a model is given in."""
-    from effir_ray.encoding.encoder import Encoder
-    from effir_ray.hardware import detect
-    from effir_ray.models.retriever import Retriever, load_retriever
-
     if isinstance(model, Encoder):
         return model
     if isinstance(model, Retriever):

@@ -10,20 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from effir_ray.config import Config
 from effir_ray.data.datasets import Dataset, load_dataset
-from effir_ray.encoding.gemm_peak import _seconds, gemm_peak
+from effir_ray.encoding.encoder import Encoder, as_encoder
+from effir_ray.encoding.gemm_peak import gemm_peak, seconds_of
 from effir_ray.errors import InputError
 from effir_ray.evaluation.index import exact_search
+from effir_ray.models.accounting import flops
 from effir_ray.progress import progress
-
-if TYPE_CHECKING:
-    from effir_ray.encoding.encoder import Encoder
 
 _SEARCH_DEPTH = 100
 
@@ -67,8 +65,6 @@ def measure(
     All models are in memory together. Raises InputError for a model that is given twice, and for what
     ``load_dataset``, ``load_retriever`` and ``measure_efficiency`` refuse.
     """
-    from effir_ray.encoding.encoder import as_encoder
-
     names = [str(model) for model in models]
     if len(set(names)) < len(names):
         raise InputError(f"models are {', '.join(names)}; give every model once")
@@ -102,7 +98,7 @@ def measure_efficiency(
     if not queries or not documents or rounds < 1:
         raise InputError("measuring needs at least one query, one document and one round")
     cut = {"query": query_max_length, "document": document_max_length}
-    runs = {name: _Run(encoder, queries, documents, cut) for name, encoder in models.items()}
+    runs = {name: _Meter(encoder, queries, documents, cut) for name, encoder in models.items()}
     names = list(runs)
     with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
         for number in range(rounds):
@@ -117,7 +113,7 @@ def measure_efficiency(
     return {name: run.figures(runs[reference], peaks[run.place]) for name, run in runs.items()}
 
 
-class _Run:
+class _Meter:
     """One model's measurements, a row a round."""
 
     def __init__(
@@ -127,8 +123,6 @@ class _Run:
         documents: Sequence[str],
         cut: Mapping[str, int | None],
     ) -> None:
-        from effir_ray.models.accounting import flops
-
         self._queries, self._documents = queries, documents
         self._encode_query = partial(encoder.encode, kind="query", max_length=cut["query"])
         self._encode_document = partial(encoder.encode, kind="document", max_length=cut["document"])
@@ -152,16 +146,16 @@ class _Run:
 
     def round(self) -> None:
         self.peak = max(self.peak, gemm_peak(*self.place))
-        alone = [_seconds(partial(self._encode_query, [query])) for query in self._queries]
+        alone = [seconds_of(partial(self._encode_query, [query])) for query in self._queries]
         self._query_seconds.append(alone)
-        seconds = _seconds(partial(self._encode_document, self._documents))
+        seconds = seconds_of(partial(self._encode_document, self._documents))
         self._document_seconds.append(seconds)
-        self._search_seconds.append(_seconds(self._search))
+        self._search_seconds.append(seconds_of(self._search))
 
     def _search(self) -> object:
         return exact_search(self._embeddings[:1], self._embeddings, k=_SEARCH_DEPTH)
 
-    def figures(self, reference: _Run, peak: float) -> Efficiency:
+    def figures(self, reference: _Meter, peak: float) -> Efficiency:
         latencies = np.median(self._query_seconds, axis=0)  # (queries,): the median over rounds of each
         seconds = float(np.median(self._document_seconds))
         query_ratios = np.sum(reference._query_seconds, axis=1) / np.sum(self._query_seconds, axis=1)

@@ -31,8 +31,8 @@ from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.evaluation.corpus_search import search_corpus
 from effir_ray.evaluation.efficiency import measure_efficiency
-from effir_ray.evaluation.evaluation import search_corpus
 from effir_ray.evaluation.metrics import score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder

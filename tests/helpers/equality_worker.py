@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from effir_ray.compression.sparsity.patterns import parse_pattern
-from effir_ray.compression.sparsity.sparsity import sparsify
+from effir_ray.compression.sparsity.methods import parse_pattern
+from effir_ray.compression.sparsity.sparsify import sparsify
 from effir_ray.data.pairs import Pair
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.training.config import LoraConfig, TrainConfig

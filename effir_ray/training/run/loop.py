@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from effir_ray.compression.sparsity.sparsity import mask_gradients
+from effir_ray.compression.sparsity.sparsify import mask_gradients
 from effir_ray.config import parse
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError, TrialFailure

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from effir_ray.compression.sparsity.patterns import parse_pattern
-from effir_ray.compression.sparsity.sparsity import sparsify
+from effir_ray.compression.sparsity.methods import parse_pattern
+from effir_ray.compression.sparsity.sparsify import sparsify
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import LoraConfig, TrainConfig
 from effir_ray.training.run.loop import prepare

@@ -1,7 +1,7 @@
 """Unstructured and n:m sparsity of a whole retriever: what the paper compares EffiR with.
 
 Both orders work: prune a fine-tuned model, or prune first and fine-tune with
-``TrainConfig(keep_zeros=True)`` (a loop of one's own: inside ``zeros_kept``).
+``TrainConfig(keep_zeros=True)`` (``mask_gradients`` in a loop of one's own).
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from effir_ray.compression.calibration import Batch, make_batches, run
-from effir_ray.compression.depth.masking import Unit, masked, resumed
-from effir_ray.compression.sparsity.patterns import Pattern, SemiStructured, group_mask, matrix_mask
-from effir_ray.compression.sparsity.sparsegpt import Hessian, sparsegpt
-from effir_ray.compression.sparsity.wanda import InputNorms, wanda
+from effir_ray.compression.calibration import make_batches
+from effir_ray.compression.depth.masking import masked, resumed
+from effir_ray.compression.schedule import Unit
+from effir_ray.compression.sparsity.methods import (
+    Hessian,
+    InputNorms,
+    Pattern,
+    magnitude,
+    sparsegpt,
+    wanda,
+)
+from effir_ray.encoding.padded import PaddedTexts, hidden_states
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import Retriever
 from effir_ray.progress import progress
@@ -46,7 +53,7 @@ def sparsify(
     linears = [module for _, module in retriever.family.linears(retriever.model)]
     if method == "magnitude":
         for linear in linears:
-            linear.weight.copy_(_magnitude(linear.weight, pattern))
+            linear.weight.copy_(magnitude(linear.weight, pattern))
     else:
         batches = list(make_batches(retriever, texts, token_budget=token_budget, max_length=max_length))
         if not batches:
@@ -61,15 +68,6 @@ def zero_fraction(retriever: Retriever) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / max(
         1, sum(weight.numel() for weight in weights)
     )
-
-
-@contextmanager
-def zeros_kept(retriever: Retriever) -> Iterator[None]:
-    """``mask_gradients`` for the duration of the context."""
-    with ExitStack() as stack:
-        for handle in mask_gradients(retriever):
-            stack.callback(handle.remove)
-        yield
 
 
 def mask_gradients(retriever: Retriever) -> list[Any]:
@@ -89,15 +87,8 @@ def mask_gradients(retriever: Retriever) -> list[Any]:
     ]
 
 
-def _magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
-    scores = weight.float().abs()
-    if isinstance(pattern, SemiStructured):
-        return weight.masked_fill(group_mask(scores, pattern), 0.0)
-    return weight.masked_fill(matrix_mask(scores, pattern.sparsity), 0.0)
-
-
 def _prune_blocks(
-    retriever: Retriever, method: SparsityMethod, pattern: Pattern, batches: list[Batch]
+    retriever: Retriever, method: SparsityMethod, pattern: Pattern, batches: list[PaddedTexts]
 ) -> None:
     layers = retriever.family.layers(retriever.model)
     hidden: list[Tensor | None] = [None] * len(batches)  # what enters the block, (batch, tokens, hidden)
@@ -143,7 +134,7 @@ def _collected(
         yield
 
 
-def _run_block(retriever: Retriever, index: int, batch: Batch, inputs: Tensor | None) -> Tensor:
+def _run_block(retriever: Retriever, index: int, batch: PaddedTexts, inputs: Tensor | None) -> Tensor:
     """Output of one block, (batch, tokens, hidden); ``inputs`` None starts from the embeddings (block 0)."""
     last = len(retriever.family.layers(retriever.model))
     outputs: list[Tensor] = []
@@ -157,5 +148,5 @@ def _run_block(retriever: Retriever, index: int, batch: Batch, inputs: Tensor | 
             stack.enter_context(resumed(retriever, index, inputs))
         stack.enter_context(masked(retriever, [("block", later) for later in range(index + 1, last)]))
         stack.enter_context(retriever.family.watch(retriever.model, keep))
-        run(retriever, batch)
+        hidden_states(retriever, batch)
     return outputs[0]

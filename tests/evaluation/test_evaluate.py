@@ -1,5 +1,4 @@
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from beir.retrieval.evaluation import EvaluateRetrieval
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
-from effir_ray.evaluation import evaluation
-from effir_ray.evaluation.evaluation import evaluate, search_corpus
-from effir_ray.evaluation.feedback import Feedback
+from effir_ray.evaluation import evaluate as module
+from effir_ray.evaluation.corpus_search import Feedback, search_corpus
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.trec import read_run
 from effir_ray.models.retriever import load_retriever
+from tests.helpers.real_data import real_data
 
 WriteFolder = Callable[..., Path]
 MODEL = "random:bert"
@@ -37,7 +37,7 @@ def reference_run(dataset: Dataset, depth: int) -> dict[str, dict[str, float]]:
 def test_scores_equal_a_plain_computation_scored_by_beir(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "_CHUNK", 7)  # several chunks and shards
+    monkeypatch.setattr(module, "_CHUNK", 7)  # several chunks and shards
     dataset = load_dataset(folder)
     result = evaluate(MODEL, dataset)
     expected = reference_run(dataset, 100)
@@ -126,14 +126,6 @@ def test_stored_and_distributed_embeddings_give_the_same_run(
     alone = evaluate(MODEL, folder, out=tmp_path / "out", workers=1)
     assert alone.run == stored.run
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
-
-
-def real_data(name: str) -> Path:
-    """A real BEIR folder, or a skip that says how to provide one."""
-    root = os.environ.get("EFFIR_DATASETS") or Path(__file__).parents[3] / "shared/datasets"
-    if not (Path(root) / name / "corpus.jsonl").is_file():
-        pytest.skip(f"no {name} in {root}; set EFFIR_DATASETS to a folder of BEIR data sets")
-    return Path(root) / name
 
 
 @pytest.mark.integration

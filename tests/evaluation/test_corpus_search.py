@@ -1,6 +1,6 @@
 import numpy as np
 
-from effir_ray.evaluation.feedback import Feedback, gather, rocchio
+from effir_ray.evaluation.corpus_search import Feedback, gather, rocchio
 
 
 def test_a_query_moves_to_the_mean_of_what_counts() -> None:

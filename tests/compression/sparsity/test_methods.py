@@ -3,9 +3,16 @@
 import pytest
 import torch
 
-from effir_ray.compression.sparsity.patterns import SemiStructured, Unstructured, parse_pattern
-from effir_ray.compression.sparsity.sparsegpt import DAMPING, Hessian, sparsegpt
-from effir_ray.compression.sparsity.wanda import InputNorms, wanda
+from effir_ray.compression.sparsity.methods import (
+    DAMPING,
+    Hessian,
+    InputNorms,
+    SemiStructured,
+    Unstructured,
+    parse_pattern,
+    sparsegpt,
+    wanda,
+)
 from effir_ray.errors import InputError
 
 PATTERNS = [

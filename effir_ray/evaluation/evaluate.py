@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
-from effir_ray.encoding.encoder import as_encoder
+from effir_ray.encoding.corpus_encoding import encode_corpus
+from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation_result import Evaluation, write_evaluation
-from effir_ray.evaluation.feedback import Feedback, gather, rocchio
-from effir_ray.evaluation.index import Backend, exact_search
-from effir_ray.evaluation.metrics import Run, check_cutoffs, score_run
+from effir_ray.evaluation.corpus_search import DEPTH, EmbeddedCorpus, Feedback, search_corpus
+from effir_ray.evaluation.index import Backend, Floats
+from effir_ray.evaluation.metrics import Run, Scores, check_cutoffs, score_run
+from effir_ray.evaluation.trec import write_run
+from effir_ray.files import write_whole
+from effir_ray.models.retriever import Retriever
 
-if TYPE_CHECKING:
-    from effir_ray.encoding.encoder import Encoder
-    from effir_ray.models.retriever import Retriever
-
-Floats = npt.NDArray[np.float32]
-
-Search = Callable[[Floats, int], tuple[Floats, npt.NDArray[np.int64]]]
-
-DEPTH = 100  # documents a query in a run: as deep as Recall@100 and MAP@100 look
 _CHUNK = 16_384  # documents whose texts and embeddings are in memory at once
 
 
-class EmbeddedCorpus(Protocol):
-    """Document embeddings in the order of ``ids``, streamed as shards (n_i, d); every call starts again."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``evaluate`` measured. ``search_ms``: finding the documents of all queries at once,
+    with reading the stored embeddings, milliseconds a query.
+    """
 
-    @property
-    def ids(self) -> Sequence[str]: ...
+    model: str
+    dataset: str
+    split: str
+    fingerprint: str  # of the data set
+    scores: Scores
+    run: Run
+    n_queries: int
+    n_documents: int
+    seconds: float
+    search_ms: float
+    feedback: Feedback | None
+    warnings: tuple[str, ...]
 
-    def shards(self) -> Iterable[npt.NDArray[np.generic]]: ...
+    def summary(self) -> dict[str, Any]:
+        """Everything but the run and the scores of single queries."""
+        return {
+            "model": self.model,
+            "dataset": self.dataset,
+            "split": self.split,
+            "scores": self.scores.mean,
+            "n_queries": self.n_queries,
+            "n_documents": self.n_documents,
+            "seconds": self.seconds,
+            "search_ms": self.search_ms,
+            "feedback": self.feedback.model_dump() if self.feedback else None,
+            "warnings": list(self.warnings),
+        }
+
+    def mteb_result(self) -> dict[str, Any]:
+        """The same in the JSON form of an MTEB task result."""
+        names = {metric: metric.replace("@", "_at_") for metric in self.scores.mean}
+        scores = {names[metric]: value for metric, value in self.scores.mean.items()}
+        return {
+            "dataset_revision": self.fingerprint,
+            "task_name": self.dataset,
+            "mteb_version": None,
+            "scores": {
+                self.split: [
+                    {
+                        **scores,
+                        "main_score": scores["ndcg_at_10"],
+                        "hf_subset": "default",
+                        "languages": ["eng-Latn"],
+                    }
+                ]
+            },
+            "evaluation_time": self.seconds,
+            "kg_co2_emissions": None,
+        }
 
 
 def evaluate(
@@ -80,8 +123,6 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="effir-ray-") as scratch:
         corpus: EmbeddedCorpus
         if out is not None and isinstance(model, str | Path):
-            from effir_ray.encoding.corpus_encoding import encode_corpus
-
             corpus = encode_corpus(
                 model,
                 dataset,
@@ -128,61 +169,6 @@ def evaluate(
     return evaluation
 
 
-def search_corpus(
-    query_ids: Sequence[str],
-    queries: Floats,
-    corpus: EmbeddedCorpus,
-    *,
-    depth: int = DEPTH,
-    backend: Backend = "auto",
-    feedback: Feedback | None = None,
-    workers: int = 1,
-    address: str | None = None,
-) -> Run:
-    """The best ``depth`` documents of every query vector (q, d), best first, itself left out (as BEIR does).
-
-    With ``feedback`` the queries move towards what they find first, and the corpus is searched again. More
-    than one worker search stored embeddings as Ray tasks on the cluster at ``address``.
-    """
-    ids = corpus.ids
-    search = _searcher(corpus, backend, workers, address)
-    if feedback is not None:
-        _, indices = search(queries, feedback.documents + 1)
-        found = _not_self(query_ids, indices, ids)
-        found &= np.cumsum(found, axis=1) <= feedback.documents
-        documents = gather(corpus.shards(), indices, queries.shape[1])
-        queries = rocchio(queries, documents, found, feedback)
-    scores, indices = search(queries, depth + 1)
-    found = _not_self(query_ids, indices, ids)
-    run: Run = {}
-    for row, query_id in enumerate(query_ids):
-        places = np.flatnonzero(found[row])[:depth]
-        run[query_id] = {ids[indices[row, place]]: float(scores[row, place]) for place in places}
-    return run
-
-
-def _searcher(corpus: EmbeddedCorpus, backend: Backend, workers: int, address: str | None) -> Search:
-    from effir_ray.encoding.embedding_shards import CorpusEmbeddings
-
-    if workers > 1 and isinstance(corpus, CorpusEmbeddings):
-        from effir_ray.evaluation.distributed_search import search_on_ray
-
-        return lambda queries, k: search_on_ray(
-            queries, corpus, k=k, backend=backend, workers=workers, address=address
-        )
-    return lambda queries, k: exact_search(queries, corpus.shards(), k=k, backend=backend)
-
-
-def _not_self(
-    query_ids: Sequence[str], indices: npt.NDArray[np.int64], ids: Sequence[str]
-) -> npt.NDArray[np.bool_]:
-    """(q, k): which places hold a document other than the query itself."""
-    return np.array(
-        [[i >= 0 and ids[i] != own for i in row] for own, row in zip(query_ids, indices, strict=True)],
-        dtype=np.bool_,
-    ).reshape(indices.shape)
-
-
 @dataclass(frozen=True)
 class _TemporaryEmbeddings:
     """Embeddings in a memory-mapped file (n, d)."""
@@ -214,3 +200,15 @@ def _check_out(out: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be used as the output folder: {error.strerror}") from None
+
+
+def write_evaluation(evaluation: Evaluation, out: Path) -> None:
+    """Write ``run.trec``, ``mteb.json``, ``per_query.json`` and ``evaluation.json`` into ``out``."""
+    write_run(evaluation.run, out / "run.trec", tag=evaluation.model)
+    files = {
+        "mteb.json": evaluation.mteb_result(),
+        "per_query.json": evaluation.scores.per_query,
+        "evaluation.json": evaluation.summary(),
+    }
+    for name, content in files.items():
+        write_whole(out / name, json.dumps(content, indent=2))
