@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 
 from effir_ray.compression.pipeline import compress
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding.encoder import Encoder
@@ -73,9 +74,10 @@ def family(kind: str, plan: Plan, place: Path, *, ordinary: bool) -> Export:
     return Export(folder=place / "export", ordinary=ordinary)
 
 
-def compressed(backbone: str, place: Path, schedule: Schedule, **options: object) -> Export:
+def compressed(backbone: str, place: Path, schedule: Schedule, **options: Any) -> Export:
     data = write_folder(place / "data")
-    made = compress(backbone, schedule, place / "export", dataset=str(data), **options)  # type: ignore[arg-type]
+    calibration = Calibration(dataset=str(data))
+    made = compress(backbone, schedule, place / "export", calibration=calibration, **options)
     assert made.layout is not None
     return Export(folder=place / "export", ordinary=made.layout.ordinary)
 
