@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import os
@@ -98,6 +99,20 @@ def list_datasets() -> list[Listing]:
             folder = here / part if (here / part).is_dir() else None
             listings.append(Listing(f"{known.name}/{part}", None, None, known.in_paper, folder))
     return listings
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a bare name of a data set that there is none of, neither here nor to be had. Paths
+    are not looked at: they may be those of another machine."""
+    places = (Path(name).expanduser(), data_folder() / name)
+    known = {"stdlib", *BEIR_SETS}
+    if "/" in name or official_name(name) in known or any(place.exists() for place in places):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    raise InputError(
+        f"data set '{name}': no such folder or file, nothing of that name in {data_folder()}, none to get; "
+        "see: effir-ray data list" + (f"; did you mean '{near[0]}'?" if near else "")
+    )
 
 
 def get(name: str, *, base_url: str | None = None) -> Path:

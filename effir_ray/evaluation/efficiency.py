@@ -85,16 +85,20 @@ def measure_efficiency(
     *,
     rounds: int = 5,
     reference: str,
+    query_max_length: int | None = None,
+    document_max_length: int | None = None,
 ) -> dict[str, Efficiency]:
     """Figures of every model, by name; ``reference`` names the one that speed-ups are relative to.
 
+    Texts are cut to ``*_max_length`` tokens, by default to what each model's own settings say.
     Raises InputError for a reference that is not among the models and for empty inputs.
     """
     if reference not in models:
         raise InputError(f"reference '{reference}' is not measured; measured: {', '.join(models)}")
     if not queries or not documents or rounds < 1:
         raise InputError("measuring needs at least one query, one document and one round")
-    runs = {name: _Meter(encoder, queries, documents) for name, encoder in models.items()}
+    cut = {"query": query_max_length, "document": document_max_length}
+    runs = {name: _Meter(encoder, queries, documents, cut) for name, encoder in models.items()}
     names = list(runs)
     with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
         for number in range(rounds):
@@ -112,16 +116,26 @@ def measure_efficiency(
 class _Meter:
     """One model's measurements, a row a round."""
 
-    def __init__(self, encoder: Encoder, queries: Sequence[str], documents: Sequence[str]) -> None:
-        self._encoder, self._queries, self._documents = encoder, queries, documents
+    def __init__(
+        self,
+        encoder: Encoder,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        cut: Mapping[str, int | None],
+    ) -> None:
+        self._queries, self._documents = queries, documents
+        self._encode_query = partial(encoder.encode, kind="query", max_length=cut["query"])
+        self._encode_document = partial(encoder.encode, kind="document", max_length=cut["document"])
         retriever = encoder.retriever
-        lengths = [len(ids) for ids in retriever.tokenize(documents, "document")]
+        lengths = [len(ids) for ids in retriever.tokenize(documents, "document", cut["document"])]
         self._tokens = sum(lengths)
         by_length = {n: flops(retriever.model.config, retriever.plan, n) for n in set(lengths)}
         self._flops = sum(by_length[n] for n in lengths)
-        self._embeddings, self._memory = peak_memory(encoder, documents)  # also warms up
+        self._embeddings, self._memory = peak_memory(
+            encoder, documents, max_length=cut["document"]
+        )  # warms up
         for query in queries:  # a GPU records a pass for every class of lengths at its first text
-            encoder.encode([query], "query")
+            self._encode_query([query])
         self._search()  # the first one loads a library
         self._query_seconds: list[list[float]] = []
         self._search_seconds: list[float] = []
@@ -132,9 +146,9 @@ class _Meter:
 
     def round(self) -> None:
         self.peak = max(self.peak, gemm_peak(*self.place))
-        alone = [seconds_of(partial(self._encoder.encode, [query], "query")) for query in self._queries]
+        alone = [seconds_of(partial(self._encode_query, [query])) for query in self._queries]
         self._query_seconds.append(alone)
-        seconds = seconds_of(lambda: self._encoder.encode(self._documents, "document"))
+        seconds = seconds_of(partial(self._encode_document, self._documents))
         self._document_seconds.append(seconds)
         self._search_seconds.append(seconds_of(self._search))
 
@@ -173,7 +187,9 @@ def isotropy(embeddings: npt.NDArray[np.float32]) -> float:
     return float((np.square(units.sum(axis=0)).sum() - n) / (n * (n - 1)))
 
 
-def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
+def peak_memory(
+    encoder: Encoder, documents: Sequence[str], *, max_length: int | None = None
+) -> tuple[npt.NDArray[np.float32], int]:
     """Encode ``documents``: (their embeddings, the most bytes in use, see ``Efficiency``)."""
     import torch
 
@@ -182,10 +198,10 @@ def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-        embeddings = encoder.encode(documents, "document")
+        embeddings = encoder.encode(documents, "document", max_length=max_length)
         return embeddings, held + int(torch.cuda.max_memory_allocated(model.device)) - before
     before = _resident("VmRSS", reset=True)
-    embeddings = encoder.encode(documents, "document")
+    embeddings = encoder.encode(documents, "document", max_length=max_length)
     return embeddings, held + max(0, _resident("VmHWM") - before)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     import duckdb
 
 
-def query(folders: Iterable[Path | str], sql: str) -> pa.Table:
+def query(folders: store.Folders, sql: str) -> pa.Table:
     """The result of one SELECT over ``rows`` (those of ``folders``) and ``published`` (the paper's figures).
 
     The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL

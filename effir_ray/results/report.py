@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ _SHOWN = (
 )
 
 
-def report(folders: Iterable[Path | str], out: Path | str) -> Path:
+def report(folders: store.Folders, out: Path | str) -> Path:
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
     The page needs no network: plotly.js, data and styles are inside. Raises InputError for another suffix or

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ TEST_COLUMN = "test_ndcg_at_10"
 
 
 def pareto(
-    folders: Iterable[Path | str],
+    folders: store.Folders,
     *,
     where: str | None = None,
     pick: str | None = None,

@@ -37,13 +37,18 @@ def append(folder: Path | str, rows: Sequence[TrialRow]) -> Path:
     return target / name
 
 
-def read(folders: Iterable[Path | str]) -> pa.Table:
-    """All rows of the given study folders, ``rows`` folders or Parquet files, oldest first.
+Folders = Path | str | Iterable[Path | str]
+"""One study folder, ``rows`` folder or Parquet file, or several."""
+
+
+def read(folders: Folders) -> pa.Table:
+    """All rows of the given folders or files, oldest first.
 
     Files of older schema versions are accepted; their missing columns are null. Raises InputError when there
     is nothing to read, a file is no table of rows, or it was written by a newer effir-ray.
     """
-    files = [file for folder in folders for file in _files(Path(folder))]
+    places = [folders] if isinstance(folders, Path | str) else folders
+    files = [file for folder in places for file in _files(Path(folder))]
     table = pa.concat_tables([_read_file(file) for file in dict.fromkeys(files)])
     begun = pa.scalar(datetime.fromtimestamp(0, UTC), ARROW_SCHEMA.field("created_at").type)
     return table.take(pc.sort_indices(table["created_at"].fill_null(begun)))

@@ -24,7 +24,7 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.search.space import SearchSpace
 
 STUDY_FILE = "study.json"
-STAGES = "stages"
+STAGES_FOLDER = "stages"
 
 
 class StudyRecord(Config):
@@ -71,7 +71,7 @@ def claim(out: Path, space: SearchSpace, *, resume: bool) -> SearchSpace:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     """Only one search works in a folder. The system frees the lock of a killed one."""
     lock = FileLock(out / ".lock")
     try:

@@ -7,6 +7,8 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.results.query import query
+from effir_ray.results.report import report
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import TEST_COLUMN, pareto
 
@@ -133,3 +135,11 @@ def test_another_seed_draws_another_sample_but_only_of_samples(tmp_path: Path) -
     assert names(tmp_path / "None") == ["0", "1"]
     with pytest.raises(InputError, match="seed = 0"):
         pareto([tmp_path / "8"])
+
+
+def test_one_folder_need_not_be_a_list(study: Path, tmp_path: Path) -> None:
+    """A string is a path, not a list of letters."""
+    for place in (study, str(study)):
+        assert pareto(place).equals(pareto([study]))
+        assert query(place, "SELECT count(*) AS n FROM rows")["n"].to_pylist() == [7]
+        assert report(place, tmp_path / "report.html").is_file()

@@ -6,7 +6,7 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
-from effir_ray.search.folder import alone, claim, finished_rows
+from effir_ray.search.folder import claim, exclusive, finished_rows
 from effir_ray.search.space import Candidate
 from effir_ray.search.study import search
 from tests.helpers.search_examples import row, small_space, write_corpus
@@ -32,9 +32,10 @@ def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(InputError, match="another search is running"), alone(tmp_path):
+    refused = pytest.raises(InputError, match="another search is running")
+    with exclusive(tmp_path), refused, exclusive(tmp_path):
         pass
-    with alone(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
