@@ -55,10 +55,17 @@ def read(folders: Folders) -> pa.Table:
 
 
 def latest(table: pa.Table) -> pa.Table:
-    """The last row of every (study, trial, data set, split): a trial run again replaces its earlier row."""
-    keys = zip(*(table[name].to_pylist() for name in ("study", "trial_id", "dataset", "split")), strict=True)
-    last = {key: index for index, key in enumerate(keys)}
-    return table.take(pa.array(sorted(last.values()), pa.int64()))
+    """One row of every (study, trial, data set, split): a success before any failure, then the last attempt.
+
+    Clocks of machines differ: only between equal attempts does the later row win.
+    """
+    names = ("study", "trial_id", "dataset", "split", "status", "attempt")
+    best: dict[tuple[str, ...], tuple[tuple[bool, int], int]] = {}
+    for index, (*key, status, attempt) in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
+        rank = (status == "ok", attempt or 1)  # no attempt is written in rows of schema 2
+        if tuple(key) not in best or rank >= best[tuple(key)][0]:
+            best[tuple(key)] = (rank, index)
+    return table.take(pa.array(sorted(index for _, index in best.values()), pa.int64()))
 
 
 def _files(place: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 import pyarrow as pa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sqlalchemy import URL
 
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import on_front
@@ -301,7 +302,8 @@ def _open_study(space: SearchSpace, out: Path) -> optuna.Study:
     # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     study = optuna.create_study(
-        storage=f"sqlite:///{out.resolve() / _STORAGE}",
+        # Not pasted together: what follows a "?" in a path would be read as options.
+        storage=URL.create("sqlite", database=str(out.resolve() / _STORAGE)).render_as_string(),
         study_name=space.name,
         directions=["maximize" if direction == "max" else "minimize" for direction in OBJECTIVES.values()],
         load_if_exists=True,

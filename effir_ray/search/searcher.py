@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
-from effir_ray.search.folder import finished_rows
+from effir_ray.search.folder import attempts, finished_rows
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.trial import failed_row
 
@@ -37,14 +37,20 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         self.proposals, self.out, self.changed = proposals, out, changed
         self.running: dict[str, TrialRequest] = {}  # by Tune's trial id
         self.fatal: Exception | None = None
+        self.attempts = attempts(out)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         request = None if self.fatal else self.proposals.next()
         if request is None:
             return str(Searcher.FINISHED) if self.fatal or self.proposals.exhausted else None
         self.running[trial_id] = request
+        self.attempts[request.key] += 1
         self.changed(request, None)
-        return {"trial": request.config.model_dump_json(), "split": request.split}
+        return {
+            "trial": request.config.model_dump_json(),
+            "split": request.split,
+            "attempt": self.attempts[request.key],
+        }
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -71,7 +77,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         if written:  # the process died between writing its row and reporting it
             return written[0]
         reason = "the trial's process ended without a result (killed, or out of memory)"
-        row = failed_row(request.config, request.split, self.proposals.space.name, reason)
+        study, attempt = self.proposals.space.name, self.attempts[request.key]
+        row = failed_row(request.config, request.split, study, reason, attempt=attempt)
         store.append(self.out, [row])
         return row
 

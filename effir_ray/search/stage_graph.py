@@ -36,6 +36,16 @@ class Sources:
     dtype: str = ""
     machine: str = ""
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """What is read, by role: ``recovery.distillation.teacher`` -> its fingerprint."""
+        trained = {
+            f"{name}.{role}": str(content)
+            for name, identity in self.trainings.items()
+            for role, content in identity["contents"].items()
+        }
+        return {"backbone": self.backbone, "dataset": self.dataset, **trained}
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageTask:

@@ -14,14 +14,16 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError
 from effir_ray.models.loading import load_config
+from effir_ray.progress import progress_stream
+from effir_ray.provenance import __version__
 from effir_ray.results import store
 from effir_ray.search.activity import remove_leftovers, reporting
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
-from effir_ray.search.folder import STAGES_FOLDER, claim, exclusive, find, finished_rows
+from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import SearchSpace, TrialConfig
-from effir_ray.search.stage_graph import Split
+from effir_ray.search.stage_graph import Sources, Split
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, run_trial, sources_of
 from effir_ray.stages import StageStore
@@ -59,16 +61,18 @@ def search(
     folder = Path(out).resolve()
     _check_address(address)
     dry_run(space)
-    _check_splits(space)
-    if find(folder, space, resume=resume) is None:
+    sources = _checked_sources(space)
+    if find(folder, space, sources.contents, resume=resume) is None:
         connect(address)  # before anything is written: a mistyped address leaves no claimed folder
-    space = claim(folder, space, resume=resume)
+    record = claim(folder, space, sources.contents, resume=resume)
+    _say_other_version(record)
+    space = space.model_copy(update={"threads": record.threads})
     with exclusive(folder):
         remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
         if not proposals.complete:
-            estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources_of(space))
+            estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
             connect(address)
             _run(proposals, folder, StudyDisplay(proposals, estimate, folder))
         return _result(proposals, folder)
@@ -135,13 +139,18 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
     with reporting(folder, trial.name, split) as listener:
         try:
             row = run_trial(
-                trial, StageStore(folder / STAGES_FOLDER), split=split, study=study, listener=listener
+                trial,
+                StageStore(folder / STAGES_FOLDER),
+                split=split,
+                study=study,
+                attempt=config["attempt"],
+                listener=listener,
             )
         except InputError as error:  # wrong for every trial: schedules were checked before
             tune.report({ABORT: str(error)})
             return
         except Exception as error:
-            row = failed_row(trial, split, study, error)
+            row = failed_row(trial, split, study, error, attempt=config["attempt"])
     store.append(folder, [row])
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
     tune.report({**numbers, ROW: row.model_dump_json()})
@@ -169,11 +178,23 @@ def _check_address(address: str | None) -> None:
         )
 
 
-def _check_splits(space: SearchSpace) -> None:
-    sources_of(space)
+def _say_other_version(record: StudyRecord) -> None:
+    stream = progress_stream()
+    if stream is not None and record.effir_ray != __version__:
+        print(
+            f"This study was started with effir-ray {record.effir_ray}, and goes on with {__version__}: "
+            "stages that changed since are built again.",
+            file=stream,
+        )
+
+
+def _checked_sources(space: SearchSpace) -> Sources:
+    """What the study reads. Raises InputError for what is not there, dev and test splits included."""
+    sources = sources_of(space)
     dataset = load_dataset(space.dataset)
     dataset.qrels("dev")
     dataset.qrels("test")
+    return sources
 
 
 def _result(proposals: Proposals, out: Path) -> StudyResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ def run_trial(
     *,
     split: Split = "dev",
     study: str = "",
+    attempt: int = 1,
     listener: Listener = lambda stage: None,
 ) -> TrialRow:
     """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run.
@@ -47,15 +49,17 @@ def run_trial(
     torch.set_num_threads(config.threads or hardware.detect().threads)
     torch.manual_seed(config.seed)
     started = time.monotonic()
+    sources = sources_of(config)
     runner = StageRunner(config, split, stages, listener)
     measured: dict[str, Any] = {}
-    for stage in trial_stages(config, sources_of(config), split):
+    for stage in trial_stages(config, sources, split):
         if stage.stage.columns is not None:  # an end; it pulls in the rest
             runner.make(stage)
             measured |= stage.stage.columns(runner.task(stage, stage.path(stages)))
     return make_row(
-        **_known_columns(config, split, study),
+        **_known_columns(config, split, study, attempt),
         **measured,
+        contents=json.dumps(sources.contents),
         wall_seconds=time.monotonic() - started,
         device_seconds=runner.device_seconds,
     )
@@ -103,10 +107,12 @@ class StageRunner:
             yield
 
 
-def failed_row(config: TrialConfig, split: Split, study: str, error: BaseException | str) -> TrialRow:
+def failed_row(
+    config: TrialConfig, split: Split, study: str, error: BaseException | str, *, attempt: int = 1
+) -> TrialRow:
     """The row of a trial that could not be measured."""
     reason = error if isinstance(error, str) else _reason(error)
-    return make_row(**_known_columns(config, split, study), status="failed", reason=reason)
+    return make_row(**_known_columns(config, split, study, attempt), status="failed", reason=reason)
 
 
 def sources_of(config: StudySettings) -> Sources:
@@ -123,7 +129,7 @@ def sources_of(config: StudySettings) -> Sources:
     )
 
 
-def _known_columns(config: TrialConfig, split: Split, study: str) -> Mapping[str, Any]:
+def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) -> Mapping[str, Any]:
     """The columns that are known before anything ran."""
     return {
         "study": study,
@@ -134,6 +140,7 @@ def _known_columns(config: TrialConfig, split: Split, study: str) -> Mapping[str
         "dataset": config.dataset,
         "split": split,
         "seed": config.seed,
+        "attempt": attempt,
         "recovered": config.recovery is not None,
     }
 

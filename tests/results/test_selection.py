@@ -125,6 +125,15 @@ def test_samples_of_a_data_set_are_not_mixed(tmp_path: Path, changes: dict[str, 
     assert names(tmp_path, where="trial LIKE '%: 50%'") == ["b"]
 
 
+def test_versions_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
+    for study, version in (("a", "1"), ("b", "1"), ("c", "2")):
+        contents = json.dumps({"backbone": study, "dataset": version})
+        store.append(tmp_path / study, [row("full", 0.6, 100, study=study, contents=contents)])
+    assert len(pareto([tmp_path / "a", tmp_path / "b"])) == 2
+    with pytest.raises(InputError, match="2 versions of stdlib, which changed in between"):
+        pareto([tmp_path / "a", tmp_path / "c"])
+
+
 def test_another_seed_draws_another_sample_but_only_of_samples(tmp_path: Path) -> None:
     def trial(seed: int, queries: int | None) -> str:
         return json.dumps({"dev": {"queries": queries, "documents": queries}, "seed": seed})
