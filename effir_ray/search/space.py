@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
 from effir_ray.config import Config
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
-from effir_ray.training.config import TrainConfig
+from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 
@@ -117,6 +117,10 @@ class StudySettings(Config):
                 raise ValueError(f"{name} trains the study's own models: leave 'model' out")
             if training.held_out != self.dataset:
                 raise ValueError(f"{name} holds out the study's data set: leave 'held_out' out")
+        if self.base_training is not None and self.base_training.distillation.teacher == STUDY_TEACHER:
+            raise ValueError(
+                f"base_training makes the study's full model, which is '{STUDY_TEACHER}': name another"
+            )
         return self
 
     @property

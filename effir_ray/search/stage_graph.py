@@ -81,6 +81,7 @@ class Stage:
     needed: whether a trial has this stage
     inputs: what of the configuration and the sources determines the content, besides the parents
     parents: role -> names of stages, of which the first that the trial needs takes the role
+    asked: whether a trial has the parent of a role
     computed_on: what else the bits depend on: the kind of ``device`` and its dtype, or the ``machine``
     columns: what a finished folder adds to the row; a stage that has some is an end of its own
     workers: how many workers it keeps busy
@@ -94,6 +95,7 @@ class Stage:
     build: Callable[[StageTask], None]
     inputs: Callable[[TrialConfig, Sources, Split], Mapping[str, Any]]
     parents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    asked: Callable[[TrialConfig, str], bool] = lambda config, role: True
     needed: Callable[[TrialConfig], bool] = lambda config: True
     version: int = 1
     computed_on: Literal["", "device", "machine"] = ""
@@ -149,13 +151,15 @@ def key_stages(
     for stage in stages:
         if stage.needed(config):
             own = dict(stage.inputs(config, sources, split)) | _computed_on(stage, sources)
-            keyed[stage.name] = KeyedStage(stage=stage, own=own, parents=_parents(stage, keyed))
+            parents = _parents(stage, config, keyed)
+            keyed[stage.name] = KeyedStage(stage=stage, own=own, parents=parents)
     ends = [last for last in keyed.values() if last.stage.columns is not None]
     return list({stage.key: stage for end in ends for stage in end.lineage()}.values())
 
 
-def _parents(stage: Stage, keyed: Mapping[str, KeyedStage]) -> dict[str, KeyedStage]:
-    found = {role: next((n for n in names if n in keyed), None) for role, names in stage.parents.items()}
+def _parents(stage: Stage, config: TrialConfig, keyed: Mapping[str, KeyedStage]) -> dict[str, KeyedStage]:
+    asked = {role: names for role, names in stage.parents.items() if stage.asked(config, role)}
+    found = {role: next((n for n in names if n in keyed), None) for role, names in asked.items()}
     return {role: keyed[name] for role, name in found.items() if name is not None}
 
 

@@ -43,7 +43,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
-from effir_ray.training.config import TrainConfig
+from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 CHECKPOINT = "checkpoint"
 PLAN = "plan.json"
@@ -75,17 +75,25 @@ def _backbone(task: StageTask) -> None:
 
 
 def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[StageTask], None]:
-    """Fine-tuning of the parent with the settings that ``choose`` takes from a trial."""
+    """Fine-tuning of the parent with the settings that ``choose`` takes from a trial; the study's full model,
+    where it is the teacher, is another parent."""
 
     def build(task: StageTask) -> None:
         from effir_ray.training.run.launcher import train
 
         training = choose(task.config)
         assert training is not None
+        if "teacher" in task.parents:
+            training = _taught_by(training, task.parents["teacher"] / CHECKPOINT)
         train(task.parents["model"] / CHECKPOINT, training, task.out, stages=task.store)
         _write_plan(task.out, read_plan(task.parents["model"]))
 
     return build
+
+
+def _taught_by(training: TrainConfig, teacher: Path) -> TrainConfig:
+    distillation = training.distillation.model_copy(update={"teacher": str(teacher)})
+    return training.model_copy(update={"distillation": distillation})
 
 
 def _importance(task: StageTask) -> None:
@@ -268,6 +276,10 @@ def _timing_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
     return dev | {"lengths": lengths, "timing": config.timing.model_dump()}
 
 
+def _learns_from_base(config: TrialConfig) -> bool:
+    return config.recovery is not None and config.recovery.distillation.teacher == STUDY_TEACHER
+
+
 def _training_tokens(training: TrainConfig | None) -> float:
     if training is None:
         return 0.0
@@ -348,7 +360,8 @@ STAGES: tuple[Stage, ...] = (
         title="fine-tuning the pruned model",
         build=_train(lambda config: config.recovery),
         inputs=lambda config, sources, split: sources.trainings["recovery"],
-        parents={"model": ("pruned", *_FULL)},
+        parents={"model": ("pruned", *_FULL), "teacher": _FULL},
+        asked=lambda config, role: role != "teacher" or _learns_from_base(config),
         needed=lambda config: config.recovery is not None,
         computed_on="device",
         workers=lambda config: config.recovery.workers if config.recovery else 1,

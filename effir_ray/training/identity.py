@@ -14,7 +14,7 @@ from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError
 from effir_ray.models import names
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.training.config import TrainConfig
+from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 # None of these reaches the weights: where checkpoints lie, how many, how often a run starts again.
 _WITHOUT_EFFECT = {"storage_path", "checkpoint_every", "keep_checkpoints", "max_failures"}
@@ -35,7 +35,8 @@ def training_identity(
     stages) count: results are repeated bit by bit.
 
     ``data`` and ``model``: what a name's content is; ``str`` leaves the names, where nothing may be read.
-    Raises InputError for what is not there.
+    A study's own full model (``STUDY_TEACHER``) stays a name here: the stage that learns from it has it among
+    its parents. Raises InputError for what is not there.
     """
     read = {role: (data, name) for role, name in _data_read(config).items()}
     read |= {role: (model, name) for role, name in _models_read(config).items()}
@@ -75,7 +76,7 @@ def _models_read(config: TrainConfig) -> dict[str, str]:
     read = {}
     if config.negatives not in _UNTRAINED_MINERS and config.hard_negatives:
         read["negatives"] = config.negatives
-    if config.distillation.teacher is not None:
+    if config.distillation.teacher not in (None, STUDY_TEACHER):
         read["distillation.teacher"] = config.distillation.teacher
     return read
 

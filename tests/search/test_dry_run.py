@@ -125,8 +125,8 @@ def test_counted_blocks_beside_named_layers_are_refused(name: str) -> None:
         ({"backbone": "base"}, r"^base: no such folder or .gguf file; known without files: smollm2-135m"),
         ({"dataset": "scifcat"}, "^data set 'scifcat': .* did you mean 'scifact'"),
         (
-            {"recovery": TRAINING | {"distillation": {"teacher": "base", "similarity": 1.0}}},
-            r"^recovery.distillation.teacher: base: no such folder",
+            {"recovery": TRAINING | {"distillation": {"teacher": "bsae", "similarity": 1.0}}},
+            r"^recovery.distillation.teacher: bsae: no such folder",
         ),
         ({"base_training": TRAINING | {"negatives": "bm52"}}, "^base_training.negatives: bm52: no such"),
         ({"base_training": TRAINING | {"dataset": "msmacro"}}, "^base_training.dataset: .*'msmarco'"),

@@ -50,6 +50,10 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("base_training: {split: dev}\n", "base_training: split is 'dev': dev and test queries are held out"),
         ("recovery: {split: test}\n", "recovery: split is 'test': dev and test queries are held out"),
         ("recovery: {held_out: other}\n", "recovery holds out the study's data set: leave 'held_out' out"),
+        (
+            "base_training: {distillation: {teacher: base, embedding: 1}}\n",
+            "base_training makes the study's full model, which is 'base': name another",
+        ),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
     ],
 )

@@ -22,12 +22,13 @@ from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search import trial_stages
-from effir_ray.search.dry_run import expected_plan
+from effir_ray.search.dry_run import expected_plan, named_sources
 from effir_ray.search.space import Candidate, SearchSpace
-from effir_ray.search.stage_graph import StageTask
+from effir_ray.search.stage_graph import KeyedStage, StageTask
 from effir_ray.search.trial import StageRunner, sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, read_plan
 from effir_ray.stages import StageStore
+from effir_ray.training.config import TrainConfig
 from effir_ray.training.supervision.training_data import held_out_by, training_pairs
 from tests.helpers.search_examples import small_space, write_corpus
 
@@ -87,6 +88,40 @@ def test_trials_share_mined_negatives_and_teacher_embeddings(
     space = small_space(base_training=TRAINING)
     STAGES["base"].build(task(space, out, {"model": model}))
     assert given["stages"].root == stages.root
+
+
+def test_the_studys_full_model_teaches_and_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another base model is another teacher, though the trial's own settings are the same."""
+    recovery = TRAINING | {"info_nce": 0, "distillation": {"teacher": "base", "embedding": 1.0}}
+
+    def stages(**changes: Any) -> dict[str, KeyedStage]:
+        config = small_space(recovery=recovery, **changes).trial(Candidate(drop_mlp=(1,), recover=True))
+        return {
+            stage.name: stage for stage in trial_stages.trial_stages(config, named_sources(config), "dev")
+        }
+
+    own, tuned = stages(), stages(base_training=TRAINING)
+    assert own["recovered"].parents["teacher"] is own["backbone"]
+    assert tuned["recovered"].parents["teacher"] is tuned["base"]
+    again = stages(base_training=TRAINING | {"steps": 3})
+    assert tuned["recovered"].inputs["teacher"] != again["recovered"].inputs["teacher"]
+    without = small_space(recovery=TRAINING).trial(Candidate(drop_mlp=(1,), recover=True))
+    keyed = trial_stages.trial_stages(without, named_sources(without), "dev")
+    assert list(next(stage for stage in keyed if stage.name == "recovered").parents) == ["model"]
+
+    given: list[TrainConfig] = []
+    monkeypatch.setattr(
+        "effir_ray.training.run.launcher.train", lambda model, config, out, **options: given.append(config)
+    )
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "plan.json").write_text(Plan.full(4).model_dump_json())
+    space = small_space(recovery=recovery)
+    parents = {"model": model, "teacher": tmp_path / "full"}
+    STAGES["recovered"].build(task(space, tmp_path / "out", parents, drop_mlp=(1,), recover=True))
+    assert given[0].distillation.teacher == str(tmp_path / "full" / "checkpoint")
 
 
 def test_what_a_study_scores_is_never_trained_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from effir_ray import train
 from effir_ray.cli._options import local_path
-from effir_ray.config import load_yaml
+from effir_ray.config import load_yaml, parse
 from effir_ray.errors import InputError
 from effir_ray.training.config import LoraConfig, TrainConfig
 
@@ -43,3 +43,17 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert config.lora == LoraConfig(r=32, alpha=64)
     assert (config.learning_rate, config.query_max_length, config.document_max_length) == (1e-4, 512, 512)
     assert config.workers == 8
+
+
+def test_info_nce_at_0_needs_something_in_its_place() -> None:
+    with pytest.raises(InputError, match="info_nce is 0 and nothing takes its place"):
+        parse({"dataset": "d", "info_nce": 0, "distillation": {"scores": 0}}, TrainConfig, source="settings")
+
+
+def test_a_studys_teacher_is_known_in_a_study_alone(tmp_path: Path) -> None:
+    config = TrainConfig.model_validate(
+        {"dataset": "stdlib", "distillation": {"teacher": "base", "embedding": 1}}
+    )
+    with pytest.raises(InputError, match=r"distillation.teacher: 'base' is a study's own full model"):
+        train("random:llama", config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -97,6 +97,14 @@ def test_only_what_reaches_the_weights_counts(
     assert (identity(inputs, **changes) == identity(inputs)) is same
 
 
+def test_a_studys_own_teacher_is_its_stage_to_tell() -> None:
+    distillation = {"teacher": "base", "embedding": 1}
+    config = TrainConfig.model_validate({"dataset": "msmarco", "distillation": distillation})
+    found = training_identity(config, data=str, model=str)
+    assert found["contents"] == {"dataset": "msmarco"}
+    assert found["settings"]["distillation"]["teacher"] == "base"
+
+
 def test_names_stand_for_contents_where_nothing_may_be_read() -> None:
     config = TrainConfig.model_validate(
         {"dataset": "msmarco", "distillation": {"teacher": "absent", "similarity": 1}}

@@ -19,7 +19,7 @@ from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
 from effir_ray.stages import StageStore
-from effir_ray.training.config import TrainConfig
+from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 from effir_ray.training.identity import training_identity
 from effir_ray.training.run.fault_tolerance import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
@@ -66,6 +66,11 @@ def train(
     TrialFailure when the weights can no longer be trusted.
     """
     check_installed(track)
+    if config.distillation.teacher == STUDY_TEACHER:
+        raise InputError(
+            f"distillation.teacher: '{STUDY_TEACHER}' is a study's own full model, known in a study alone; "
+            "name a model or a checkpoint folder"
+        )
     if storage.is_uri(out):
         raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
     out = Path(out).absolute()

@@ -30,6 +30,7 @@ from effir_ray.training.step.engine import Engine, build_engine, learning_rate, 
 from effir_ray.training.step.gradcache import ContrastiveStep, StepOutcome
 from effir_ray.training.step.lora import add_lora, plain_weights
 from effir_ray.training.step.losses import build_objective
+from effir_ray.training.step.text_encoder import without_dropout
 from effir_ray.training.supervision.distillation import TeacherEmbeddings, embeddings_for
 from effir_ray.training.supervision.training_data import dev_dataset, training_pairs
 
@@ -183,6 +184,8 @@ def prepare(retriever: Retriever, config: TrainConfig, device: torch.device, *, 
     """Adapters and engine around a loaded model, which from here on is in training mode."""
     model = retriever.model
     model.train()
+    if not config.info_nce:
+        without_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(config.seed)  # every rank draws the same adapters

@@ -133,7 +133,8 @@ class CollapseDetector:
         self._in_a_row = 0
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        """``row`` has ``step``, ``loss``, ``loss_info_nce``, ``grad_norm`` and ``mean_cosine``."""
+        """``row`` has ``step``, ``loss``, ``grad_norm`` and ``mean_cosine``; without ``loss_info_nce`` only
+        figures that are not finite end the run: a teacher's embeddings hold the student's apart."""
         broken = [
             f"{name} {row[name]}"
             for name in ("loss", "grad_norm", "mean_cosine")
@@ -143,6 +144,8 @@ class CollapseDetector:
             raise TrialFailure(
                 f"step {row['step']}: {', '.join(broken)}; try a lower learning_rate or precision float32"
             )
+        if "loss_info_nce" not in row:
+            return
         info_nce, cosine = row["loss_info_nce"], row["mean_cosine"]
         guessing = abs(info_nce - self._chance) <= self._tolerance * self._chance
         collapsed = row["step"] > self._grace and guessing and cosine > self._cosine

@@ -2,9 +2,10 @@
 
 Every step trains the largest network, the smallest one and a few rungs between (the sandwich rule, Yu and
 Huang 2019, arXiv 1903.05134). The smaller ones learn from the labels and from the largest one's ranking of
-the batch (in-place distillation, there; KL to the full model in Starbucks, arXiv 2410.13230). Their gradients
-are averaged. A rung is the full model with sublayers skipped and neurons beyond its width silenced, which is
-what physical surgery computes; ``extract`` performs that surgery.
+the batch (in-place distillation, there; KL to the full model in Starbucks, arXiv 2410.13230), or, where the
+settings name a teacher, all of them from that one. Their gradients are averaged. A rung is the full model with
+sublayers skipped and neurons beyond its width silenced, which is what physical surgery computes; ``extract``
+performs that surgery.
 """
 
 from __future__ import annotations
@@ -97,25 +98,25 @@ class ElasticStep:
         token_budget: int | None = None,
         teacher: Teacher | None = None,
     ) -> None:
-        """``teacher``: for terms of ``objective`` that need one; they apply to the largest network."""
+        """``teacher``: for terms of ``objective`` that need one. With one every network has the same terms;
+        the smaller ones otherwise take the largest one for theirs, beside the labels."""
         self._retriever, self._ladder, self._seed = retriever, config.elastic, config.seed
         self.token_budget = token_budget
         self._passes = _Passes(engine)
         self._largest = ContrastiveStep(self._passes, objective, token_budget=token_budget, teacher=teacher)
-        labels = {name: term for name, term in objective.terms.items() if name in ("info_nce", "scores")}
-        distilled = Objective({**labels, "largest": (1.0, SimilarityDistillation(config.temperature))})
-        self._smaller = ContrastiveStep(
-            self._passes,
-            distilled,
-            token_budget=token_budget,
-            teacher=lambda batch: self._said,
-        )
+        self._in_place = teacher is None
+        if teacher is None:
+            largest = SimilarityDistillation(config.distillation.similarity_temperature)
+            objective = Objective({**objective.terms, "largest": (1.0, largest)})
+            teacher = self._largest_says
+        self._smaller = ContrastiveStep(self._passes, objective, token_budget=token_budget, teacher=teacher)
 
     def __call__(self, batch: Batch) -> StepOutcome:
         """The outcome of the largest network; ``terms`` also has the loss of every rung that was trained."""
         rungs = choose(self._ladder, self._seed, batch.number)
-        said = self._largest.embed(batch)
-        self._said = (said[: batch.n_queries], said[batch.n_queries :])
+        if self._in_place:
+            said = self._largest.embed(batch)
+            self._said = (said[: batch.n_queries], said[batch.n_queries :])
         losses = {}
         self._passes.begin(1 + len(rungs))
         computed = 0
@@ -128,6 +129,9 @@ class ElasticStep:
         # The largest comes last: engines finish a step's gradients in its last pass, which has to reach all.
         outcome = self._largest(batch)
         return replace(outcome, terms={**outcome.terms, **losses}, computed=outcome.computed + computed)
+
+    def _largest_says(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self._said
 
 
 def choose(ladder: Ladder, seed: int, step: int) -> list[Rung]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -83,10 +84,14 @@ class ScoreDistillation:
 
 @dataclass(frozen=True)
 class EmbeddingDistillation:
-    """1/(b+n) sum_x (1 - cos(e_x, u_x)): every text's embedding points where the teacher's u does.
+    """1/b sum_x |e_x - u_x|^2 over all b + n texts, unit vectors: 2 - 2 cos(e_x, u_x); ``l2``: |e_x - u_x|.
 
-    Reimers and Gurevych 2020 (arXiv 2004.09813), eq. 1, with the cosine in place of the squared distance.
+    Every text's embedding goes where the teacher's u is: Reimers and Gurevych 2020 (arXiv 2004.09813), eq. 1;
+    the plain norm is LEAF's (arXiv 2509.12539). A sum over a query's own texts, as InfoNCE is: a mean would
+    weigh the less the more hard negatives there are.
     """
+
+    distance: Literal["cosine", "l2"] = "cosine"
 
     def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
         teacher_queries, teacher_documents = _teacher(targets)
@@ -98,7 +103,10 @@ class EmbeddingDistillation:
                 f"student's {student.shape[1]}; use a teacher with at least as many, or similarity instead"
             )
         # A shorter student is a Matryoshka prefix: it meets the same prefix of the teacher.
-        return (1 - functional.cosine_similarity(student, teacher[:, : student.shape[1]])).mean()
+        apart = 2 - 2 * functional.cosine_similarity(student, teacher[:, : student.shape[1]])
+        # The root's gradient is infinite at 0, where rounding may also leave a negative number.
+        distances = apart if self.distance == "cosine" else apart.clamp(min=1e-9).sqrt()
+        return distances.sum() / len(queries)
 
 
 @dataclass(frozen=True)
@@ -153,16 +161,27 @@ class Objective:
 
 
 def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objective:
-    """The terms of ``config``; score distillation only where the training pairs carry a reranker's scores."""
+    """The terms of ``config``; score distillation only where the training pairs carry a reranker's scores.
+
+    Raises InputError when that leaves nothing to learn from.
+    """
     distillation = config.distillation
-    terms: dict[str, tuple[float, Term]] = {"info_nce": (1.0, InfoNCE(config.temperature))}
+    terms: dict[str, tuple[float, Term]] = {}
+    if config.info_nce:
+        terms["info_nce"] = (config.info_nce, InfoNCE(config.temperature))
     if distillation.scores and has_teacher_scores:
-        term = ScoreDistillation(config.temperature, distillation.temperature)
-        terms["scores"] = (distillation.scores, term)
+        scored = ScoreDistillation(config.temperature, distillation.temperature)
+        terms["scores"] = (distillation.scores, scored)
     if distillation.embedding:
-        terms["embedding"] = (distillation.embedding, EmbeddingDistillation())
+        terms["embedding"] = (distillation.embedding, EmbeddingDistillation(distillation.distance))
     if distillation.similarity:
-        terms["similarity"] = (distillation.similarity, SimilarityDistillation(config.temperature))
+        term = SimilarityDistillation(distillation.similarity_temperature)
+        terms["similarity"] = (distillation.similarity, term)
+    if not terms:
+        raise InputError(
+            f"{config.dataset}: info_nce is 0 and no pair has a reranker's scores: nothing to learn from; "
+            "give distillation a teacher and an embedding weight"
+        )
     if config.matryoshka:
         nested = config.matryoshka
         terms = {name: (weight, Matryoshka(term, nested)) for name, (weight, term) in terms.items()}

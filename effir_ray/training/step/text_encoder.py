@@ -90,6 +90,23 @@ def _slow_when_packed(retriever: Retriever) -> bool:
     return bool(dropout) or not has_flash(model.device, channels)
 
 
+def without_dropout(model: nn.Module) -> None:
+    """Every dropout at probability 0: modules, and what attention reads from its layer or the configuration.
+
+    Evaluation mode would do the same, but is also where gradient checkpointing is off.
+    """
+    module: Any
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    config: Any = model.config
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+
+
 @contextmanager
 def _without_mask() -> Iterator[None]:
     token = _packed.set(True)

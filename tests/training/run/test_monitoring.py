@@ -114,3 +114,11 @@ def test_no_pass_is_larger_than_the_budget(budget: int | None, tmp_path: Path) -
     assert 0 <= score() <= 1
     assert max(sizes) <= (budget or 2048)
     assert (len(sizes) > 4) == (budget is not None)
+
+
+def test_without_info_nce_only_broken_figures_end_a_run() -> None:
+    detector = CollapseDetector(candidates=8, grace=0, patience=1)
+    row = {"step": 5, "loss": 0.1, "grad_norm": 1.0, "mean_cosine": 0.999}
+    detector.on_row(row)
+    with pytest.raises(TrialFailure, match="step 5: loss nan"):
+        detector.on_row(row | {"loss": float("nan")})

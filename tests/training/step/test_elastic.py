@@ -113,7 +113,7 @@ def test_gradients_are_the_mean_over_networks(token_budget: int | None, tmp_path
     networks = [Rung(), *choose(LADDER, config.seed, 0)]
     for rung in networks[1:]:
         with selected(other, rung):
-            reference(other, batch, teacher, config.temperature).backward()
+            reference(other, batch, teacher, config).backward()
     losses = largest(batch)
     for name, parameter in other.model.named_parameters():
         assert parameter.grad is not None
@@ -122,7 +122,7 @@ def test_gradients_are_the_mean_over_networks(token_budget: int | None, tmp_path
     assert set(outcome.terms) == {"info_nce", *(rung.name for rung in networks[1:])}
 
 
-def reference(retriever: Retriever, batch: Batch, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def reference(retriever: Retriever, batch: Batch, teacher: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     """InfoNCE plus KL to the largest network's ranking of the batch, written out."""
     tokens, b = batch.tokens, batch.n_queries
     ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.long)
@@ -130,12 +130,28 @@ def reference(retriever: Retriever, batch: Batch, teacher: torch.Tensor, tempera
     for row, text in enumerate(tokens):
         ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
     embeddings = retriever.pool(retriever.model(ids, attention_mask=mask).last_hidden_state, mask)
-    scores = embeddings[:b] @ embeddings[b:].T / temperature
-    wanted = teacher[:b] @ teacher[b:].T / temperature
+    cosines, wanted = (each[:b] @ each[b:].T for each in (embeddings, teacher))
+    temperature = config.distillation.similarity_temperature
+    scores, wanted = cosines / temperature, wanted / temperature
     positives = torch.arange(b) * batch.document_ids.shape[1]
-    contrast = torch.nn.functional.cross_entropy(scores, positives)
+    contrast = torch.nn.functional.cross_entropy(cosines / config.temperature, positives)
     soft = wanted.softmax(dim=1)
     return contrast + (soft * (wanted.log_softmax(dim=1) - scores.log_softmax(dim=1))).sum(dim=1).mean()
+
+
+def test_every_rung_learns_from_the_teacher_that_the_settings_name(tmp_path: Path) -> None:
+    teaching = {"info_nce": 0, "distillation": {"teacher": "t", "embedding": 1.0}}
+    retriever, engine, config, batch = run_of(sorted_model("random:llama", tmp_path), **teaching)
+    rows = torch.randn(len(batch.texts), 64, generator=torch.Generator().manual_seed(0))
+    said = rows[: batch.n_queries], rows[batch.n_queries :]
+    objective = build_objective(config, has_teacher_scores=False)
+    step = ElasticStep(engine, retriever, objective, config, teacher=lambda batch: said)
+    first = step(batch).terms
+    for _ in range(15):
+        engine.step(1e-3)
+        last = step(batch).terms
+    assert "embedding" in first
+    assert last[LADDER[-1].name] < 0.7 * first[LADDER[-1].name]
 
 
 def test_the_smallest_rung_learns(tmp_path: Path) -> None:

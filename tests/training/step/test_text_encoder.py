@@ -8,7 +8,7 @@ import torch
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import Retriever, load_retriever
-from effir_ray.training.step.text_encoder import TextEncoder
+from effir_ray.training.step.text_encoder import TextEncoder, without_dropout
 
 LENGTHS = [9, 4, 4, 4, 1, 12]
 PACKED = ("llama", "mistral", "qwen2", "qwen3", "bert")
@@ -99,3 +99,23 @@ def test_gradients_on_cuda_are_near_those_of_the_padded_pass(family: str) -> Non
             continue  # zero but for rounding, as the bias of BERT's keys is
         flat = torch.stack([gradient.float().cpu().flatten(), wanted[name].flatten()])
         assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "llama", "gemma3"])
+def test_every_dropout_can_be_left_out_in_training_mode(kind: str) -> None:
+    def passes(*, dropout: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        retriever = load_retriever(f"random:{kind}")
+        for module in retriever.model.modules():  # random models are made without
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.3
+        retriever.model.train()
+        if not dropout:
+            without_dropout(retriever.model)
+        encoder = TextEncoder(retriever)
+        ids, lengths = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([5])
+        return encoder(ids, lengths), encoder(ids, lengths)
+
+    assert not torch.equal(*passes(dropout=True))
+    assert torch.equal(*passes(dropout=False))
