@@ -5,11 +5,12 @@
                     "negative_passages": [...]}
     sentence-      {"anchor": s, "positive": s, "negative" or "negative_1" ... "negative_n": s, "scores": [x]}
     transformers   {"anchor": s, "documents": [s], "labels": [1, 0, ...], "scores": [x]}  (labeled list)
+    a text alone   {"_id": s, "title": s, "text": s}: BEIR's corpus.jsonl; only ``text`` must be there
 
 sentence-transformers reads columns by position; the names here are the ones its documentation and its
 ``mine_hard_negatives`` use. A document is a string or a mapping with ``text`` and, optionally, ``title`` and
 ``docid`` (or ``_id``); title and text are joined by a space. Scores list the positives first, then the
-negatives.
+negatives. A text alone comes with a query-like text of its own: its title, or its first sentence.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _POSITIVE = ("positive", "positives", "positive_passages")
 _NEGATIVE = ("negative", "negatives", "negative_passages")
 _LISTED = ("documents", "docs", "passages")
 _SCORES = ("teacher_scores", "scores")
+_QUERY_LIKE = "query_like"  # of a text alone, between our own processes: its title is joined already
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 _NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
 
 
@@ -38,7 +41,8 @@ class Pair:
 
     ``positive_ids`` and ``negative_ids`` run parallel to the texts (a hash of the text where the source
     names none): in-batch negatives that are positives of a query are masked by them, and by their texts.
-    ``teacher_scores`` holds one score a document, positives first.
+    ``teacher_scores`` holds one score a document, positives first. ``labelled``: False for a text alone, the
+    only "positive" of a query-like part of itself: nobody said that it answers it.
     """
 
     query_id: str
@@ -48,6 +52,7 @@ class Pair:
     teacher_scores: tuple[float, ...] | None = None
     positive_ids: tuple[str, ...] = ()
     negative_ids: tuple[str, ...] = ()
+    labelled: bool = True
 
     def with_negatives(self, most: int | None) -> Pair:
         """The same pair with the first ``most`` negatives (None keeps all) and their scores."""
@@ -80,6 +85,8 @@ def parse_pair(record: Any) -> Pair:
     if not isinstance(record, Mapping):
         raise ValueError(f"expected an object with a query and positives, found {type(record).__name__}")
     query = _first(record, _QUERY)
+    if query is None and "text" in record:
+        return _text_alone(record)
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"expected a non-empty text under one of {_names(_QUERY)}; keys: {_keys(record)}")
     positives, negatives = _documents(record)
@@ -95,6 +102,22 @@ def parse_pair(record: Any) -> Pair:
         positive_ids=tuple(name for name, _ in positives),
         negative_ids=tuple(name for name, _ in negatives),
     )
+
+
+def query_like(title: str | None, text: str) -> str:
+    """What stands in for a query about a text: its title, or its first sentence (a question is itself)."""
+    return (title or "").strip() or _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
+
+
+def _text_alone(record: Mapping[str, Any]) -> Pair:
+    """An empty text is one too, as in several corpora: a search engine has to encode it."""
+    text, title, like = record["text"], record.get("title"), record.get(_QUERY_LIKE)
+    if not isinstance(text, str) or not isinstance(title, str | None) or not isinstance(like, str | None):
+        raise ValueError("expected a 'text' (and 'title') that is a string")
+    document = join_title(title, text)
+    name = str(record["_id"]) if record.get("_id") is not None else text_id(document)
+    like = query_like(title, text) if like is None else like
+    return Pair(name, like, (document,), positive_ids=(name,), labelled=False)
 
 
 _Named = tuple[str, str]  # id and text of a document
@@ -191,6 +214,9 @@ def parse_line(line: str, where: str) -> Pair:
 
 def to_json(pair: Pair) -> str:
     """The line of ``write_pairs`` for one pair; titles are already joined to their texts."""
+    if not pair.labelled:
+        alone = {"_id": pair.query_id, "text": pair.positives[0], _QUERY_LIKE: pair.query}
+        return json.dumps(alone, ensure_ascii=False)
     record: dict[str, object] = {
         "query_id": pair.query_id,
         "query": pair.query,

@@ -46,30 +46,34 @@ class Chunk:
 @dataclass(frozen=True, kw_only=True)
 class Survey:
     """What all pairs say together. ``left_out``: how many ask a held-out question; the others have up to
-    ``negatives`` hard negatives, and reranker scores somewhere if ``scored``."""
+    ``negatives`` hard negatives, and reranker scores somewhere if ``scored``; if ``texts``, some are texts
+    without queries."""
 
     left_out: int = 0
     negatives: int = 0
     scored: bool = False
+    texts: bool = False
 
     def __add__(self, other: Survey) -> Survey:
         return Survey(
             left_out=self.left_out + other.left_out,
             negatives=max(self.negatives, other.negatives),
             scored=self.scored or other.scored,
+            texts=self.texts or other.texts,
         )
 
 
 def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -> Survey:
     """``held_out``: questions as ``normalised`` writes them."""
-    left_out, negatives, scored = 0, 0, False
+    left_out, negatives, scored, texts = 0, 0, False, False
     for pair in pairs:
         if held_out and normalised(pair.query) in held_out:
             left_out += 1
             continue
         negatives = max(negatives, len(pair.negatives))
         scored = scored or pair.teacher_scores is not None
-    return Survey(left_out=left_out, negatives=negatives, scored=scored)
+        texts = texts or not pair.labelled
+    return Survey(left_out=left_out, negatives=negatives, scored=scored, texts=texts)
 
 
 def is_stream(source: str) -> bool:

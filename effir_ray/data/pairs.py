@@ -21,6 +21,7 @@ def load_pairs(
     *,
     split: str = "train",
     hard_negatives: int | None = None,
+    texts: bool = False,
 ) -> list[Pair]:
     """Every training pair of ``source``, in the source's order.
 
@@ -28,7 +29,8 @@ def load_pairs(
     write), whatever ``streaming`` reads (all of it is then in memory), a BEIR folder or ``stdlib``. Data sets
     give the pairs of ``split`` without negatives; ``train`` asks nothing that a dev or test query asks, and
     mining starts from the same pairs, so a model is never trained on a query that chooses or reports it.
-    ``hard_negatives`` keeps at most so many negatives a query.
+    ``hard_negatives`` keeps at most so many negatives a query. ``texts``: whether texts without queries (a
+    corpus) will do, each beside a query-like part of itself.
 
     Raises InputError naming file, line and field.
     """
@@ -42,6 +44,8 @@ def load_pairs(
         pairs = _from_dataset(str(source), split)
     if not pairs:
         raise InputError(f"{source}: no training pairs in split '{split}'")
+    if not texts and not all(pair.labelled for pair in pairs):
+        raise InputError(f"{source}: texts without queries; expected pairs of a query and its positives here")
     return [pair.with_negatives(hard_negatives) for pair in pairs]
 
 

@@ -71,7 +71,8 @@ class TrainConfig(Config):
     """``batch_size`` counts the queries of one optimizer step over all workers; every query meets the
     documents of all the others as negatives, however the batch is cut into micro-batches.
 
-    dataset: ``stdlib``, a BEIR folder or name, or a JSONL file of pairs.
+    dataset: ``stdlib``, a BEIR folder or name, files of pairs, or, with ``info_nce: 0``, a corpus: files of
+    texts without queries.
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,25 @@ def test_positives_of_rows_that_ask_the_same_are_shared() -> None:
         Pair("1", "one question", ("c", "d"), positive_ids=("C", "D")),
     ]
     assert shared_positives(rows) == {"one question": {"A": "a", "C": "c", "D": "d"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "query", "document"),
+    [
+        ({"_id": 7, "title": "Wings", "text": "They lift. Well."}, "Wings", "Wings They lift. Well."),
+        ({"title": "", "text": "They lift? Well. Yes"}, "They lift?", "They lift? Well. Yes"),
+        ({"text": "What lifts a wing?"}, "What lifts a wing?", "What lifts a wing?"),
+        ({"text": ""}, "", ""),
+    ],
+)
+def test_a_text_alone_brings_a_query_like_part_of_itself(
+    record: dict[str, object], query: str, document: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    (pair,) = load_pairs(file, texts=True)
+    assert (pair.query, pair.positives, pair.labelled) == (query, (document,), False)
+    write_pairs([pair], tmp_path / "again.jsonl")
+    assert load_pairs(tmp_path / "again.jsonl", texts=True) == [pair]
+    with pytest.raises(InputError, match=r"corpus.jsonl: texts without queries; expected pairs"):
+        load_pairs(file)

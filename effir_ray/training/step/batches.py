@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effir_ray.data.pair_layouts import normalised
-from effir_ray.data.pair_stream import PairStream, take_survey
+from effir_ray.data.pair_stream import PairStream, Survey, take_survey
 from effir_ray.data.pairs import Pair, shared_positives, shuffled
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
@@ -77,7 +77,7 @@ class Batches:
             )
         self._pairs, self._config, self._tokenize = pairs, config, tokenize
         self._rank, self._world = rank, world
-        survey = pairs.survey if isinstance(pairs, PairStream) else take_survey(pairs)
+        survey = check_labels(config, pairs)
         self.negatives = min(config.hard_negatives, survey.negatives)
         self.epoch_steps = len(pairs) // config.batch_size
         self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
@@ -87,7 +87,7 @@ class Batches:
     @property
     def note(self) -> str:
         """What the settings ask of the data and it has not got; empty where it has."""
-        if self.negatives or not self._config.hard_negatives:
+        if self.negatives or not self._config.hard_negatives or not self._config.info_nce:
             return ""
         by = self._config.negatives
         advice = "negatives: bm25 finds some" if by == "given" else f"negatives: {by} found none"
@@ -145,6 +145,17 @@ class Batches:
             teacher_scores=torch.tensor([example.scores for example in examples]),
             number=number,
         )
+
+
+def check_labels(config: TrainConfig, pairs: Sequence[Pair] | PairStream) -> Survey:
+    """The survey of ``pairs``. Raises InputError for texts without queries where InfoNCE is to learn them."""
+    survey = pairs.survey if isinstance(pairs, PairStream) else take_survey(pairs)
+    if survey.texts and config.info_nce:
+        raise InputError(
+            f"{config.dataset}: texts without queries teach no contrast: set info_nce: 0, and distillation "
+            "with a teacher and an embedding weight"
+        )
+    return survey
 
 
 @dataclass

@@ -3,9 +3,9 @@
 Every step trains the largest network, the smallest one and a few rungs between (the sandwich rule, Yu and
 Huang 2019, arXiv 1903.05134). The smaller ones learn from the labels and from the largest one's ranking of
 the batch (in-place distillation, there; KL to the full model in Starbucks, arXiv 2410.13230), or, where the
-settings name a teacher, all of them from that one. Their gradients are averaged. A rung is the full model with
-sublayers skipped and neurons beyond its width silenced, which is what physical surgery computes; ``extract``
-performs that surgery.
+settings name a teacher, all of them from that one. Their gradients are averaged. A rung is the full model
+with sublayers skipped and neurons beyond its width silenced, which is what physical surgery computes;
+``extract`` performs that surgery.
 """
 
 from __future__ import annotations

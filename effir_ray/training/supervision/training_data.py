@@ -14,6 +14,7 @@ from effir_ray.data.pair_stream import PairStream, Survey, is_stream
 from effir_ray.data.pairs import Pair, check_split, held_out_questions, load_pairs
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.step.batches import check_labels
 from effir_ray.training.supervision import resumable
 from effir_ray.training.supervision.distillation import embeddings_for
 from effir_ray.training.supervision.negatives import mine
@@ -32,6 +33,7 @@ def prepare(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
         pairs, split = str(mined), "train"  # all of it, whatever split it was made from
     if config.distillation.teacher is not None:
         found, _ = training_pairs(pairs, split, held_out)
+        check_labels(config, found)
         embeddings_for(config, found, stages, dtype)
     return {
         "pairs": pairs,
@@ -66,7 +68,7 @@ def training_pairs(
         check_split(source, split)
         stream = PairStream(source, held_out=held_out, survey=survey)
         return stream, stream.survey.left_out
-    pairs = load_pairs(source, split=split)
+    pairs = load_pairs(source, split=split, texts=True)
     kept = [pair for pair in pairs if normalised(pair.query) not in held_out]
     return kept, len(pairs) - len(kept)
 

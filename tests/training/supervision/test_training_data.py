@@ -11,9 +11,18 @@ import pytest
 
 from effir_ray.data import pair_stream as streaming
 from effir_ray.data.pair_stream import PairStream, Survey, take_survey
+from effir_ray.errors import InputError
+from effir_ray.stages import StageStore
 from effir_ray.training.config import DevConfig, TrainConfig
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.supervision.training_data import held_out_by, survey_stream, training_pairs
+from effir_ray.training.supervision.distillation import embeddings_for
+from effir_ray.training.supervision.resumable import encoder_dtype
+from effir_ray.training.supervision.training_data import (
+    held_out_by,
+    prepare,
+    survey_stream,
+    training_pairs,
+)
 
 
 @pytest.fixture
@@ -95,3 +104,52 @@ def test_a_stream_through_ray_gives_whole_batches(
     asked = {text for batch in batches for text in batch.texts[:2]}
     assert asked.isdisjoint(HELD_OUT)
     assert all(batch.document_ids.shape == (2, 3, 2) for batch in batches)
+
+
+def texts(folder: Path) -> Path:
+    """A corpus of 12 texts, one of which is a dev query of another data set."""
+    folder.mkdir()
+    rows = [{"_id": f"d{i}", "title": f"Title {i}", "text": f"Text {i}. More."} for i in range(11)]
+    write(folder / "corpus.jsonl", [*rows, {"_id": "q", "text": "A held-out question?"}])
+    return folder / "corpus.jsonl"
+
+
+def test_texts_without_queries_are_learnt_from_by_their_embeddings_alone(tmp_path: Path) -> None:
+    corpus = texts(tmp_path / "corpus")
+    found, left_out = training_pairs(str(corpus), "train", frozenset({"a held-out question?"}))
+    assert (len(found), left_out) == (11, 1)
+    taught = {"teacher": "random:llama", "embedding": 1.0}
+    config = TrainConfig.model_validate(
+        {"dataset": str(corpus), "batch_size": 4, "steps": 2, "distillation": taught, "info_nce": 0}
+    )
+    batches = Batches(found, config, lambda texts, kind: [[1] for _ in texts])
+    assert (batches.negatives, batches.note) == (0, "")
+    for batch in batches.run():
+        for query, document in zip(batch.texts[:4], batch.texts[4:], strict=True):
+            assert document == f"{query} {query.replace('Title', 'Text')}. More."
+    prepare(config, StageStore(tmp_path / "stages"))
+    said = embeddings_for(config, found, StageStore(tmp_path / "stages"), encoder_dtype())
+    assert said is not None
+    assert [part.shape[0] for part in said(batch)] == [4, 4]
+    contrast = config.model_copy(update={"info_nce": 1.0})
+    with pytest.raises(
+        InputError, match=r"corpus.jsonl: texts without queries teach no contrast: set info_nce: 0"
+    ):
+        prepare(contrast, StageStore(tmp_path / "stages"))
+    with pytest.raises(InputError, match="teach no contrast"):
+        Batches(found, contrast, lambda texts, kind: [[1] for _ in texts])
+
+
+@pytest.mark.integration
+def test_a_folder_of_texts_is_a_stream_of_the_same_examples(tmp_path: Path) -> None:
+    corpus = texts(tmp_path / "corpus")
+    stream, left_out = training_pairs(
+        str(corpus.parent), "train", frozenset({"a held-out question?"}), survey=None
+    )
+    assert isinstance(stream, PairStream)
+    assert (len(stream), left_out, stream.survey) == (11, 1, Survey(left_out=1, texts=True))
+    found, _ = training_pairs(str(corpus), "train", frozenset({"a held-out question?"}))
+    assert isinstance(found, list)
+    assert sorted(stream.epoch(seed=0, epoch=0), key=lambda pair: pair.query_id) == sorted(
+        found, key=lambda pair: pair.query_id
+    )
