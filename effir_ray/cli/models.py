@@ -29,7 +29,7 @@ def analyze(
     backbone: Backbone,
     out: Annotated[Path, out_option("Folder for the table, JSON and HTML page.")],
     criteria: Annotated[
-        str, typer.Option(help="Comma-separated: cosine, pooled, greedy, dev-loss, random.")
+        str, typer.Option(help="Comma-separated: cosine, pooled, dev-loss, random.")
     ] = "cosine",
     dataset: Dataset = "stdlib",
     texts: Texts = 256,
@@ -41,7 +41,7 @@ def analyze(
     \b
     [bold]Examples[/bold]
     effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
-    effir-ray analyze --backbone smollm2-135m --criteria cosine,greedy --out runs/a
+    effir-ray analyze --backbone smollm2-135m --criteria cosine,pooled --out runs/a
     """
     from effir_ray import analyze as run
     from effir_ray.progress import show_progress
@@ -81,7 +81,7 @@ def compress(
         float, typer.Option(min=0, help="Fraction of the remaining MLP neurons to remove, e.g. 0.3.")
     ] = 0.0,
     importance: Annotated[
-        str, typer.Option(help="cosine, pooled, greedy, dev-loss or random.", metavar="CRITERION")
+        str, typer.Option(help="cosine, pooled, dev-loss or random.", metavar="CRITERION")
     ] = "cosine",
     width_method: Annotated[
         str,
@@ -110,6 +110,12 @@ def compress(
     ] = False,
     dataset: Dataset = "stdlib",
     texts: Texts = 256,
+    texts_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Corpus or file (JSONL, Parquet) of these texts, instead of --dataset.", show_default=False
+        ),
+    ] = None,
     gate_steps: Annotated[int, typer.Option(min=1, help="Training steps of self-slimming.")] = 500,
     first_blocks: FirstBlocks = None,
     seed: int = 0,
@@ -162,7 +168,11 @@ def compress(
             None if dry_run else out,
             first_blocks=first_blocks,
             calibration=Calibration(
-                dataset=dataset, texts=texts, gates=GateTraining(steps=gate_steps), seed=seed
+                dataset=dataset,
+                texts=texts,
+                texts_from=texts_from,
+                gates=GateTraining(steps=gate_steps),
+                seed=seed,
             ),
             sparsity=sparsity,
             sparsity_method=sparsity_method.value,

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from effir_ray.contrastive import TEMPERATURE, info_nce
-from effir_ray.data.datasets import Dataset
+from effir_ray.data.datasets import Dataset, load_dataset
+from effir_ray.data.pair_layouts import query_like
+from effir_ray.data.pair_stream import is_stream
 from effir_ray.data.pairs import Pair, load_pairs, shuffled
 from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.padded import PaddedTexts, pad
@@ -104,6 +106,31 @@ def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
     ids = dataset.corpus.ids
     drawn = sorted(ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     return dataset.corpus.texts(drawn[:count])
+
+
+def draw_examples(source: str, count: int, seed: int) -> list[Pair]:
+    """Texts of a data set's corpus or of files, drawn by hash of their id, each beside a query about it: of
+    files of pairs the query, else its title or first sentence. No labels, no query of a split.
+    """
+
+    def drawn(name: str) -> bytes:
+        return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+    if source.endswith(".jsonl") or is_stream(source):
+        found = {pair.query_id: pair for pair in load_pairs(source, texts=True)}
+        return [found[name] for name in sorted(found, key=drawn)[:count]]
+    corpus = load_dataset(source).corpus
+    chosen = sorted(range(len(corpus)), key=lambda index: drawn(corpus.ids[index]))[:count]
+    return [
+        Pair(
+            document.id,
+            query_like(document.title, document.text),
+            (document.document_text,),
+            positive_ids=(document.id,),
+            labelled=False,
+        )
+        for document in corpus.subset(chosen).iter_documents()
+    ]
 
 
 def draw_pairs(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:

@@ -31,7 +31,6 @@ from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.uniform import narrow_to, uniform_shape
 from effir_ray.compression.width.reduction import rank_neurons
-from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
 from effir_ray.models.checkpoint import save_checkpoint
@@ -141,10 +140,12 @@ def importance_scores(retriever: Retriever, schedule: Schedule, calibration: Cal
     if schedule.importance == "dev-loss":
         count = calibration.gates.pairs
         pairs = drawing.draw_pairs(calibration.dataset, count, calibration.seed, split="dev")
+    examples = _examples(calibration)
     return measure_importance(
         retriever,
-        _texts(calibration),
+        [example.positives[0] for example in examples],
         criterion=schedule.importance,
+        queries=[example.query for example in examples],
         pairs=pairs,
         max_length=calibration.max_length,
         seed=calibration.seed,
@@ -177,8 +178,13 @@ def cut(backbone: str | Path, plan: Plan, *, first_blocks: int | None = None) ->
     return apply_plan(load_retriever(backbone, dtype="auto", first_blocks=first_blocks), plan)
 
 
+def _examples(calibration: Calibration) -> list[Pair]:
+    source = calibration.texts_from or calibration.dataset
+    return drawing.draw_examples(source, calibration.texts, calibration.seed)
+
+
 def _texts(calibration: Calibration) -> list[str]:
-    return drawing.draw_texts(load_dataset(calibration.dataset), calibration.texts, calibration.seed)
+    return [example.positives[0] for example in _examples(calibration)]
 
 
 @dataclass(frozen=True, kw_only=True)

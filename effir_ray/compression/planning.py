@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.schedule import Schedule, Unit
 from effir_ray.config import Config
 from effir_ray.errors import InputError
 from effir_ray.models.accounting import anatomy_of, check_plan, width
@@ -46,9 +46,10 @@ def needs_scores(schedule: Schedule) -> bool:
 def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None) -> Plan:
     """Depth only. Order: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
 
-    ``scores`` (one a layer of the same backbone) decide counts; explicit indices need none. Of equal scores
-    the later layer goes, which is the more redundant one in the paper. Raises InputError when more is
-    dropped than there is.
+    ``scores`` (one a layer of the same backbone) decide counts; explicit indices need none. The best set of
+    that size goes where scores have one and all of it is still there, else the layers that score least. Of
+    equal scores the later layer goes, which is the more redundant one in the paper. Raises InputError when
+    more is dropped than there is.
     """
     if scores is not None and len(scores.block) != n_layers:
         raise InputError(f"importance scores are for {len(scores.block)} layers; the backbone has {n_layers}")
@@ -57,12 +58,10 @@ def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None
             f"drop_last_blocks is {schedule.drop_last_blocks}; the backbone has {n_layers} blocks"
         )
     remaining = list(range(n_layers - schedule.drop_last_blocks))
-    blocks = _dropped("drop_block", schedule.drop_block, remaining, n_layers, _of(scores, "block"))
+    blocks = _dropped("block", schedule.drop_block, remaining, n_layers, scores)
     remaining = [layer for layer in remaining if layer not in blocks]
-    attention = _dropped(
-        "drop_attention", schedule.drop_attention, remaining, n_layers, _of(scores, "attention")
-    )
-    mlp = _dropped("drop_mlp", schedule.drop_mlp, remaining, n_layers, _of(scores, "mlp"))
+    attention = _dropped("attention", schedule.drop_attention, remaining, n_layers, scores)
+    mlp = _dropped("mlp", schedule.drop_mlp, remaining, n_layers, scores)
     return Plan(
         layers=tuple(
             LayerPlan(
@@ -74,18 +73,14 @@ def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None
     )
 
 
-def _of(scores: ImportanceScores | None, group: str) -> tuple[float, ...] | None:
-    values: tuple[float, ...] | None = None if scores is None else getattr(scores, group)
-    return values
-
-
 def _dropped(
-    name: str,
+    unit: Unit,
     drop: int | tuple[int, ...],
     available: list[int],
     n_layers: int,
-    scores: tuple[float, ...] | None,
+    scores: ImportanceScores | None,
 ) -> set[int]:
+    name = f"drop_{unit}"
     if isinstance(drop, tuple):
         for layer in drop:
             if layer >= n_layers:
@@ -105,7 +100,11 @@ def _dropped(
         raise InputError(
             f"{name} is a count ({drop}), which needs importance scores; name the layers instead"
         )
-    least_first = sorted(available, key=lambda layer: (scores[layer], -layer))
+    for together in scores.best.get(unit, ()):
+        if len(together) == drop and set(together) <= set(available):
+            return set(together)
+    values: tuple[float, ...] = getattr(scores, unit)
+    least_first = sorted(available, key=lambda layer: (values[layer], -layer))
     return set(least_first[:drop])
 
 
@@ -197,12 +196,17 @@ def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) 
 
 
 class ImportanceScores(Config):
-    """One number a layer in each of three separate groups; higher means keep (paper, section 3.1)."""
+    """One number a layer in each of three separate groups; higher means keep (paper, section 3.1).
+
+    best: group -> the best layers to drop together, of each size, where a criterion knows. Sets of different
+    sizes need not be nested, so numbers of single layers cannot say it.
+    """
 
     criterion: str
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
     block: tuple[float, ...]
+    best: dict[Unit, tuple[tuple[int, ...], ...]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_a_layer(self) -> ImportanceScores:

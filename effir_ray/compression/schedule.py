@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.config import Config
 
-Criterion = Literal["cosine", "pooled", "greedy", "dev-loss", "random"]
+Criterion = Literal["cosine", "pooled", "dev-loss", "random"]
 Unit = Literal["attention", "mlp", "block"]
 """What can be dropped of a layer; a block is its attention and its MLP."""
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -93,13 +93,15 @@ class Calibration(Config):
     """What importance and neuron scores are measured on; one object, hence one set of defaults, for the
     command, for Python and for a study.
 
-    texts: documents of ``dataset`` for importance; gates: training pairs of it for neurons (and how many dev
-    pairs the dev loss takes); max_length: tokens of a text; seed: which texts and pairs are drawn, and
-    everything random in the methods.
+    texts: how many documents of ``dataset`` importance is measured on, or of ``texts_from``: a corpus, or
+    files of texts or of pairs, as ``TrainConfig.dataset`` takes them; gates: training pairs of ``dataset``
+    for neurons (and how many dev pairs the dev loss takes); max_length: tokens of a text; seed: which texts
+    and pairs are drawn, and everything random in the methods.
     """
 
     dataset: str = "stdlib"
     texts: int = Field(default=256, ge=1)
+    texts_from: str | None = None
     gates: GateTraining = GateTraining()
     max_length: int = Field(default=512, ge=2)
     seed: int = 0

@@ -101,6 +101,8 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 def _check_sources(space: SearchSpace) -> None:
     """Raise InputError for a name in the space that leads nowhere; what is only a path is not looked for."""
     check_name(space.dataset)
+    if space.calibration_from is not None:
+        check_name(space.calibration_from)
     for field, training in space.trainings.items():
         try:
             check_names(training)
@@ -147,6 +149,7 @@ def named_sources(config: TrialConfig) -> Sources:
     return Sources(
         backbone=config.backbone,
         dataset=config.dataset,
+        calibration=config.calibration_from or config.dataset,
         trainings={
             name: training_identity(training, data=str, model=str)
             for name, training in config.trainings.items()

@@ -85,6 +85,7 @@ class StudySettings(Config):
     document_max_length: int = Field(default=CALIBRATION.max_length, ge=2)
     encoding_workers: int = Field(default=1, ge=1)
     calibration_texts: int = Field(default=CALIBRATION.texts, ge=1)
+    calibration_from: str | None = None
     gates: GateTraining = CALIBRATION.gates
     base_training: TrainConfig | None = None
     recovery: TrainConfig | None = None
@@ -135,6 +136,7 @@ class StudySettings(Config):
         return Calibration(
             dataset=self.dataset,
             texts=self.calibration_texts,
+            texts_from=self.calibration_from,
             gates=self.gates,
             max_length=self.document_max_length,
             seed=self.seed,

@@ -25,12 +25,14 @@ class Sources:
     machine open: enough to see which stages are shared.
 
     backbone, dataset: fingerprints of the uncompressed model and of the data that is searched
+    calibration: of the texts that importance is measured on
     trainings: ``base_training`` and ``recovery`` -> the identity of each that there is
     device, dtype: what this machine computes on and in; machine: its full name
     """
 
     backbone: str
     dataset: str
+    calibration: str = ""
     trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = ""
     dtype: str = ""
@@ -44,7 +46,9 @@ class Sources:
             for name, identity in self.trainings.items()
             for role, content in identity["contents"].items()
         }
-        return {"backbone": self.backbone, "dataset": self.dataset, **trained}
+        own = {"backbone": self.backbone, "dataset": self.dataset}
+        apart = {"calibration": self.calibration} if self.calibration != self.dataset else {}
+        return {**own, **apart, **trained}
 
 
 @dataclass(frozen=True, kw_only=True)

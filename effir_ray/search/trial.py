@@ -122,6 +122,7 @@ def sources_of(config: StudySettings) -> Sources:
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
         dataset=source_fingerprint(config.dataset),
+        calibration=source_fingerprint(config.calibration_from or config.dataset),
         trainings={name: training_identity(training) for name, training in config.trainings.items()},
         device=here.device,
         dtype=here.dtype,

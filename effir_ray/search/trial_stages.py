@@ -235,12 +235,12 @@ def _sampled(config: TrialConfig, split: Split) -> Dataset:
 def _importance_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     criterion = config.schedule.importance
     return {
-        "data": sources.dataset,
+        "data": sources.calibration,
         "texts": config.calibration_texts,
         "max_length": config.document_max_length,
         "criterion": criterion,
         "seed": config.seed,
-        **({"pairs": config.gates.pairs} if criterion == "dev-loss" else {}),
+        **({"pairs": config.gates.pairs, "dev": sources.dataset} if criterion == "dev-loss" else {}),
     }
 
 
@@ -324,6 +324,7 @@ STAGES: tuple[Stage, ...] = (
         name="importance",
         title="measuring importance",
         build=_importance,
+        version=2,
         inputs=_importance_inputs,
         parents={"model": _FULL},
         needed=lambda config: needs_scores(config.schedule),

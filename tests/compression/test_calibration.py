@@ -1,13 +1,23 @@
 """Calibration batches: complete, within the budget; the loss of a batch of pairs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from effir_ray.compression.calibration import make_batches, pair_batch, pair_loss
+from effir_ray.compression.calibration import (
+    draw_examples,
+    draw_texts,
+    make_batches,
+    pair_batch,
+    pair_loss,
+)
+from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair
 from effir_ray.encoding.padded import embed
 from effir_ray.models.retriever import load_retriever
 from tests.helpers.compression_examples import TEXTS, vectors
+from tests.helpers.search_examples import write_corpus
 
 
 def test_batches_hold_every_text_once_within_the_budget() -> None:
@@ -37,3 +47,17 @@ def test_pairs_of_one_document_are_no_negatives_of_each_other() -> None:
     with torch.inference_mode():
         loss = pair_loss(embed(retriever, batch.queries), embed(retriever, batch.documents), batch.allowed)
     assert float(loss) == pytest.approx(expected, abs=1e-3)
+
+
+def test_texts_come_from_any_corpus_or_file_beside_a_query_about_each(tmp_path: Path) -> None:
+    folder = write_corpus(tmp_path / "data")
+    file = folder / "corpus.jsonl"
+    of_folder, of_file = (draw_examples(str(source), 5, 3) for source in (folder, file))
+    assert of_folder == of_file
+    assert [pair.positives[0] for pair in of_folder] == draw_texts(load_dataset(folder), 5, 3)
+    assert [pair.query for pair in of_folder] == [
+        pair.positives[0] for pair in of_folder
+    ]  # one sentence each
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": "q", "positive": "p"}\n')
+    assert [(pair.query, pair.positives) for pair in draw_examples(str(pairs), 5, 3)] == [("q", ("p",))]

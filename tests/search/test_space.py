@@ -81,8 +81,8 @@ def test_training_settings_given_as_objects_hold_the_studys_data_set_out_too() -
 def test_settings_that_change_nothing_do_not_make_another_trial() -> None:
     space = small_space()
     plain = space.trial(Candidate(drop_mlp=(1, 2)))
-    assert space.trial(Candidate(drop_mlp=(1, 2), width_method="random", importance="greedy")).id == plain.id
-    assert space.trial(Candidate(drop_mlp=2, importance="greedy")).id != space.trial(Candidate(drop_mlp=2)).id
+    assert space.trial(Candidate(drop_mlp=(1, 2), width_method="random", importance="pooled")).id == plain.id
+    assert space.trial(Candidate(drop_mlp=2, importance="pooled")).id != space.trial(Candidate(drop_mlp=2)).id
     twice = small_space(schedules=[{}, {"drop_mlp": 1}, {"drop_mlp": 1, "width_method": "random"}])
     assert [candidate.name for candidate in twice.listed()] == ["full", "1M"]
 

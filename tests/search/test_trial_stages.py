@@ -138,6 +138,21 @@ def test_what_a_study_scores_is_never_trained_on(tmp_path: Path) -> None:
     assert left_out == len(data.queries("dev")) + len(data.queries("test")) == 16
 
 
+def test_calibration_texts_of_ones_own_are_told_apart() -> None:
+    def stages(**changes: Any) -> dict[str, KeyedStage]:
+        config = small_space(**changes).trial(Candidate(drop_mlp=1))
+        return {
+            stage.name: stage for stage in trial_stages.trial_stages(config, named_sources(config), "dev")
+        }
+
+    given, own = stages(), stages(calibration_from="texts/corpus.jsonl")
+    assert given["importance"].key != own["importance"].key
+    assert stages(calibration_from="stdlib")["importance"].key == given["importance"].key
+    config = small_space(calibration_from="texts/corpus.jsonl").trial(Candidate(drop_mlp=1))
+    assert config.calibration.texts_from == "texts/corpus.jsonl"
+    assert named_sources(config).contents["calibration"] == "texts/corpus.jsonl"
+
+
 def test_seconds_count_once_a_worker() -> None:
     space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
     config = space.trial(Candidate(drop_mlp=1, recover=True))

@@ -1,15 +1,16 @@
 """How much every sublayer matters, by each criterion a schedule can name.
 
 Two kinds of evidence: the angle by which a sublayer turns the residual stream (one pass tells it of all
-sublayers), and what the whole model loses without it.
+sublayers), and what the whole model loses without it, alone or together with others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, combinations
 from typing import TypeVar, get_args
 
 import numpy as np
@@ -28,14 +29,15 @@ from effir_ray.models.retriever import Retriever
 from effir_ray.progress import progress
 
 B = TypeVar("B")
-View = Callable[[Tensor], Tensor]
-"""What of the stream is compared: (batch, tokens, hidden) -> (vectors, hidden)."""
+BUDGET = 512
+"""Sets of one unit that ``pooled`` tries: all of them up to 9 layers, else a beam search, which is
+greedy (one set a size) from 23 layers on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """What one batch adds. totals: (3, layers) float64, rows in the order of UNITS (``removal_distances``:
-    (candidates,)); weight: what the sum of all totals is divided by in the end.
+    """What one batch adds. totals: (3, layers) float64, rows in the order of UNITS (``set_distances``:
+    (sets,)); weight: what the sum of all totals is divided by in the end.
     """
 
     totals: np.ndarray
@@ -52,13 +54,15 @@ def measure_importance(
     token_budget: int = 4096,
     max_length: int | None = None,
     seed: int = 0,
+    budget: int = BUDGET,
 ) -> ImportanceScores:
     """A score for every attention, MLP and block; higher = keep.
 
     - ``cosine``: 1 - cos(x, x + F(x)) averaged over the tokens of ``texts`` (the paper's);
-    - ``pooled``: the same on text vectors, over ``texts`` and ``queries`` (each with its own prompt);
-    - ``greedy``: drop the sublayer whose removal moves the final vectors of ``texts`` and ``queries``
-      least, score again, and so on in each group; the score is the place in that order, (1 .. n) / n;
+    - ``pooled``: how far the final vectors of ``texts`` and ``queries`` (each with its own prompt) move when
+      a set of layers loses the unit. Of each size the set that moves them least is kept (``best``): all sets
+      are tried where these are at most ``budget``, else a beam search. The score is the share of the best
+      sets that keep the layer;
     - ``dev-loss``: InfoNCE on ``pairs`` without the sublayer minus that of the full model;
     - ``random``: uniform, from ``seed``.
 
@@ -87,21 +91,30 @@ def measure_importance(
         raise InputError(f"importance by '{criterion}' needs calibration texts; found none")
     if criterion == "cosine":
         return _result(criterion, _mean(partial(token_angles, retriever), documents(texts)))
-    if criterion == "pooled":
-        return _result(criterion, _mean(partial(pooled_angles, retriever), all_texts()))
-    return _result(criterion, np.stack([_greedy(retriever, all_texts, unit) for unit in UNITS]))
+    best = {unit: _best_sets(retriever, all_texts, unit, budget) for unit in UNITS}
+    scores = np.stack([_kept_share(retriever, unit, best[unit]) for unit in UNITS])
+    return _result(criterion, scores, best)
 
 
-def _greedy(retriever: Retriever, batches: Callable[[], Iterable[PaddedTexts]], unit: Unit) -> np.ndarray:
-    """(layers,) place of each layer in the greedy order, scaled to (0, 1]."""
+def _best_sets(
+    retriever: Retriever, batches: Callable[[], Iterable[PaddedTexts]], unit: Unit, budget: int
+) -> tuple[tuple[int, ...], ...]:
+    """Of each size the best layers to drop the unit from. Those that lack it already are in every set: the
+    count of a schedule is that of the whole backbone."""
 
-    def evaluate(dropped: list[int], candidates: list[int]) -> np.ndarray:
-        probe = partial(removal_distances, retriever, unit=unit, dropped=dropped, candidates=candidates)
-        return _mean(probe, batches())
+    def evaluate(sets: list[tuple[int, ...]]) -> np.ndarray:
+        return _mean(partial(set_distances, retriever, unit=unit, sets=sets), batches())
 
-    order = greedy_order(sublayers(retriever, unit), evaluate)
+    present = sublayers(retriever, unit)
+    gone = set(range(len(retriever.family.layers(retriever.model)))) - set(present)
+    return tuple(tuple(sorted({*gone, *chosen})) for chosen in best_sets(present, evaluate, budget=budget))
+
+
+def _kept_share(retriever: Retriever, unit: Unit, best: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """(layers,) share of the sets that keep each layer, in (0, 1]; of nested sets its place in the order."""
     scores = np.zeros(len(retriever.family.layers(retriever.model)))
-    scores[order] = np.arange(1, len(order) + 1) / len(order)
+    for layer in sublayers(retriever, unit):
+        scores[layer] = (1 + sum(layer not in dropped for dropped in best)) / (1 + len(best))
     return scores
 
 
@@ -125,39 +138,33 @@ def _mean(measure: Callable[[B], Sums], batches: Iterable[B]) -> np.ndarray:
     return totals / sum(part.weight for part in parts)
 
 
-def _result(criterion: Criterion, scores: np.ndarray) -> ImportanceScores:
+def _result(
+    criterion: Criterion,
+    scores: np.ndarray,
+    best: Mapping[Unit, tuple[tuple[int, ...], ...]] | None = None,
+) -> ImportanceScores:
     attention, mlp, block = (tuple(float(value) for value in row) for row in scores)
-    return ImportanceScores(criterion=criterion, attention=attention, mlp=mlp, block=block)
-
-
-def token_angles(retriever: Retriever, batch: PaddedTexts) -> Sums:
-    """Sums over real tokens, never over padding, of S = 1 - cos(x, x + F(x)) (the paper's importance)."""
-    real = batch.attention_mask.bool().to(retriever.model.device)  # (batch, tokens)
-    return _angles(retriever, batch, lambda stream: stream[real])
-
-
-def pooled_angles(retriever: Retriever, batch: PaddedTexts) -> Sums:
-    """The same on text vectors: 1 - cos(pool(x), pool(x + F(x))), with the retriever's own pooling."""
-    mask = batch.attention_mask.to(retriever.model.device)
-    return _angles(retriever, batch, lambda stream: retriever.pool(stream, mask))
+    return ImportanceScores(
+        criterion=criterion, attention=attention, mlp=mlp, block=block, best=dict(best or {})
+    )
 
 
 @torch.inference_mode()
-def _angles(retriever: Retriever, batch: PaddedTexts, view: View) -> Sums:
-    """One forward; only one block's stream is held at a time."""
-    layers = len(retriever.family.layers(retriever.model))
-    totals = np.zeros((len(UNITS), layers))
-    weight = 0
+def token_angles(retriever: Retriever, batch: PaddedTexts) -> Sums:
+    """Sums over real tokens, never over padding, of S = 1 - cos(x, x + F(x)) (the paper's importance).
+
+    One forward; only one block's stream is held at a time.
+    """
+    real = batch.attention_mask.bool().to(retriever.model.device)  # (batch, tokens)
+    totals = np.zeros((len(UNITS), len(retriever.family.layers(retriever.model))))
 
     def add(index: int, unit: Unit, before: Tensor, after: Tensor) -> None:
-        nonlocal weight
-        turned = 1.0 - cosine_similarity(view(before).float(), view(after).float(), dim=-1)  # (vectors,)
+        turned = 1.0 - cosine_similarity(before[real].float(), after[real].float(), dim=-1)  # (tokens,)
         totals[UNITS.index(unit), index] += turned.sum(dtype=torch.float64).item()
-        weight = len(turned)
 
     with retriever.family.watch(retriever.model, add):
         hidden_states(retriever, batch)
-    return Sums(totals=totals, weight=weight)
+    return Sums(totals=totals, weight=int(real.sum()))
 
 
 @torch.inference_mode()
@@ -186,38 +193,58 @@ def without_each(
 
 
 @torch.inference_mode()
-def removal_distances(
-    retriever: Retriever,
-    batch: PaddedTexts,
-    *,
-    unit: Unit,
-    dropped: Sequence[int],
-    candidates: Sequence[int],
+def set_distances(
+    retriever: Retriever, batch: PaddedTexts, *, unit: Unit, sets: Sequence[tuple[int, ...]]
 ) -> Sums:
-    """Sums over texts of 1 - cos(vector of the full model, vector without the unit in the layers ``dropped``
-    and in the candidate); totals (candidates,).
+    """Sums over texts of 1 - cos(vector of the full model, vector without the unit in the layers of a set);
+    totals (sets,). A set's forward starts at its first layer: those before are the full model's.
     """
-    full = embed(retriever, batch).float()
-    gone = [(unit, layer) for layer in dropped]
-    _, vectors = without_each(retriever, batch, [(unit, layer) for layer in candidates], gone)
-    distances = [
-        (1.0 - cosine_similarity(full, vector.float(), dim=-1)).double().sum().item() for vector in vectors
-    ]
+    inputs: dict[int, Tensor] = {}
+
+    def keep(index: int, unit: Unit, before: Tensor, after: Tensor) -> None:
+        if unit == "block":
+            inputs[index] = before
+
+    with retriever.family.watch(retriever.model, keep):
+        full = embed(retriever, batch).float()
+    distances = []
+    for layers in sets:
+        start = min(layers)
+        dropped = [(unit, layer) for layer in layers]
+        with masked(retriever, dropped), resumed(retriever, start, inputs[start]):
+            vectors = embed(retriever, batch).float()
+        distances.append((1.0 - cosine_similarity(full, vectors, dim=-1)).double().sum().item())
     return Sums(totals=np.array(distances), weight=len(batch))
 
 
-def greedy_order(layers: list[int], evaluate: Callable[[list[int], list[int]], np.ndarray]) -> list[int]:
-    """Drop the candidate whose loss hurts least, score what remains again, until one is left.
+def best_sets(
+    layers: Sequence[int], evaluate: Callable[[list[tuple[int, ...]]], np.ndarray], *, budget: int = BUDGET
+) -> list[tuple[int, ...]]:
+    """The best set to drop of each size from 1 to n - 1, of those that at most ``budget`` evaluations reach.
 
-    evaluate: (dropped already, candidates) -> damage of dropping each candidate as well, (candidates,).
-    Returns the layers in the order in which they go; the last one is the most important.
+    evaluate: sets of one size -> the damage of each, (sets,). All sets of a size where there are few (all
+    sizes, if all sets are within the budget); else the best ones of the size before with one layer more. One
+    set a size is always carried on, which is the greedy order, whatever the budget.
     """
-    order: list[int] = []
-    remaining = list(layers)
-    while len(remaining) > 1:
-        damage = evaluate(order, remaining)
-        order.append(remaining.pop(int(np.argmin(damage))))
-    return order + remaining
+    share = budget if 2 ** len(layers) <= budget else budget // len(layers)
+    found: list[tuple[int, ...]] = []
+    beam: list[tuple[int, ...]] = [()]
+    for size in range(1, len(layers)):
+        if math.comb(len(layers), size) <= share:
+            candidates = list(combinations(layers, size))
+        else:
+            width = max(1, share // (len(layers) - size + 1))
+            longer = (
+                tuple(sorted((*taken, layer)))
+                for taken in beam[:width]
+                for layer in layers
+                if layer not in taken
+            )
+            candidates = list(dict.fromkeys(longer))
+        order = np.argsort(evaluate(candidates), kind="stable").tolist()
+        beam = [candidates[place] for place in order]
+        found.append(beam[0])
+    return found
 
 
 @torch.inference_mode()

@@ -1,16 +1,24 @@
 """Every criterion against a direct, slow computation on every family."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from effir_ray.compression.depth.importance import measure_importance
+from effir_ray.compression.depth.importance import best_sets, measure_importance
+from effir_ray.compression.pipeline import depth_plan, importance_scores
 from effir_ray.compression.planning import ImportanceScores
+from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import Retriever, load_retriever
 from tests.helpers.compression_examples import PAIRS, QUERIES, TEXTS, vectors
+from tests.helpers.real_data import real_data
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "bert", "modernbert"]
 
@@ -88,43 +96,73 @@ def test_cosine_is_the_mean_over_real_tokens(kind: str) -> None:
         np.testing.assert_allclose(groups(scores), expected / count, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "modernbert"])
-def test_pooled_compares_text_vectors_of_queries_and_documents(kind: str) -> None:
-    retriever = load_retriever(f"random:{kind}")
-    expected = np.zeros((3, 4))
-    texts = retriever.tokenize(TEXTS, "document") + retriever.tokenize(QUERIES, "query")
-    for tokens, changes in zip(texts, streams(retriever.name, texts), strict=True):
-        mask = torch.ones(1, len(tokens), dtype=torch.long)
-        for unit, layer, before, after in changes:
-            old, new = retriever.pool(before[None], mask), retriever.pool(after[None], mask)
-            expected[["attention", "mlp", "block"].index(unit), layer] += (
-                1 - torch.cosine_similarity(old, new).item()
-            )
-    scores = measure_importance(retriever, TEXTS, queries=QUERIES, criterion="pooled", token_budget=50)
-    np.testing.assert_allclose(groups(scores), expected / len(texts), atol=2e-6)
+def damage(name: str, unit: str, layers: Sequence[int]) -> float:
+    """1 - cos to the full model's vectors of texts and queries, by physical removal."""
+    full, small = load_retriever(name), without(name, [(unit, layer) for layer in layers])
+    moved = [
+        1 - torch.cosine_similarity(vectors(full, texts, kind), vectors(small, texts, kind))
+        for texts, kind in ((TEXTS, "document"), (QUERIES, "query"))
+    ]
+    return torch.cat(moved).mean().item()
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "bert"])
-def test_greedy_is_the_order_found_by_physical_removal(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["gemma3", "bert", "modernbert"])
+def test_pooled_finds_the_sets_that_move_the_final_vectors_least(kind: str) -> None:
+    """Of 4 layers all sets are tried; what a set does is what physical removal does."""
     name = f"random:{kind}"
-    full = vectors(load_retriever(name), TEXTS)
-    scores = measure_importance(load_retriever(name), TEXTS, criterion="greedy", token_budget=50)
+    scores = measure_importance(
+        load_retriever(name), TEXTS, queries=QUERIES, criterion="pooled", token_budget=50
+    )
     for unit in ("attention", "mlp", "block"):
-        dropped: list[tuple[str, int]] = []
-        while len(dropped) < 3:
-            damage = {
-                layer: (
-                    1
-                    - torch.cosine_similarity(full, vectors(without(name, [*dropped, (unit, layer)]), TEXTS))
-                )
-                .mean()
-                .item()
-                for layer in range(4)
-                if (unit, layer) not in dropped
-            }
-            dropped.append((unit, min(damage, key=lambda layer: damage[layer])))
-        order = [layer for _, layer in dropped]
-        assert np.argsort(getattr(scores, unit))[:3].tolist() == order
+        best = scores.best[unit]  # type: ignore[index]  # its keys are these names
+        for size, found in enumerate(best, start=1):
+            expected = min(itertools.combinations(range(4), size), key=lambda s: damage(name, unit, s))
+            assert damage(name, unit, found) == pytest.approx(damage(name, unit, expected), abs=1e-6)
+        kept = [(1 + sum(layer not in dropped for dropped in best)) / 4 for layer in range(4)]
+        assert getattr(scores, unit) == pytest.approx(kept)
+
+
+def test_sets_are_all_tried_within_the_budget_and_else_a_beam() -> None:
+    """Layers 1 and 3 hurt together only; 2 alone is the cheapest."""
+    tried: list[tuple[int, ...]] = []
+
+    def evaluate(sets: list[tuple[int, ...]]) -> np.ndarray:
+        tried.extend(sets)
+        worth = {0: 5.0, 1: 1.5, 2: 1.0, 3: 1.5}
+        return np.array(
+            [sum(worth[layer] for layer in dropped) - 4 * ({1, 3} <= set(dropped)) for dropped in sets]
+        )
+
+    assert best_sets(range(4), evaluate) == [(2,), (1, 3), (1, 2, 3)]
+    assert len(tried) == 4 + 6 + 4
+    tried.clear()
+    assert best_sets(range(4), evaluate, budget=0) == [(2,), (1, 2), (1, 2, 3)]  # greedy
+    assert len(tried) == 4 + 3 + 2
+    tried.clear()
+    assert best_sets(range(4), evaluate, budget=15) == [(2,), (1, 2), (1, 2, 3)]
+    tried.clear()
+    assert best_sets([3], evaluate) == [] == tried
+
+
+@pytest.mark.integration
+def test_pooled_keeps_the_right_half_of_minilm() -> None:
+    """Blocks {0, 4, 5} alone keep a retriever; cosine importance drops the last. nDCG@10, SciFact dev."""
+    data = load_dataset(str(real_data("scifact")))
+    dev = data.sample("dev", queries=75, documents=500)
+    calibration = Calibration(dataset=str(real_data("scifact")), texts=64, max_length=128)
+    found = {}
+    for criterion in ("cosine", "pooled"):
+        schedule = Schedule(drop_block=3, importance=criterion)
+        full = load_retriever("minilm-l6")
+        plan = depth_plan(schedule, full.plan, importance_scores(full, schedule, calibration))
+        kept = tuple(index for index, layer in enumerate(plan.layers) if layer.attention)
+        scored = evaluate(
+            apply_plan(full, plan), dev, split="dev", query_max_length=64, document_max_length=128
+        )
+        found[criterion] = (kept, scored.scores.mean["ndcg@10"])
+    print(found)
+    assert found["pooled"][0] == (0, 4, 5)
+    assert found["pooled"][1] > found["cosine"][1] + 0.1
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "modernbert"])
@@ -147,7 +185,7 @@ def test_dev_loss_is_the_loss_increase_of_physical_removal(kind: str) -> None:
 
 def test_dropped_sublayers_score_nothing_and_are_no_candidates() -> None:
     retriever = without("random:llama", [("attention", 1), ("block", 3)])
-    for criterion in ("cosine", "pooled", "greedy"):
+    for criterion in ("cosine", "pooled"):
         scores = measure_importance(retriever, TEXTS, criterion=criterion)
         assert scores.attention[1] == scores.attention[3] == scores.mlp[3] == 0.0
         assert scores.block[3] == pytest.approx(0.0, abs=1e-6)
@@ -164,7 +202,7 @@ def test_random_scores_follow_the_seed() -> None:
 def test_measuring_leaves_the_model_as_it_was() -> None:
     retriever = load_retriever("random:modernbert")
     before = vectors(retriever, TEXTS)
-    for criterion in ("cosine", "greedy", "dev-loss"):
+    for criterion in ("cosine", "pooled", "dev-loss"):
         measure_importance(retriever, TEXTS, criterion=criterion, pairs=PAIRS)
     assert torch.equal(vectors(retriever, TEXTS), before)
     assert all("forward" not in module.__dict__ for module in retriever.model.modules())
