@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_yaml, quoted, read_text
 
-
 _LARGEST = 2**53
 """Above it floats, and so JSON of others, no longer tell whole numbers apart."""
 
@@ -63,8 +62,8 @@ def _check_numbers(value: Any, source: str, node: yaml.Node | None, location: tu
             _check_numbers(inner, source, node, (*location, key))
     elif isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:  # NaN too
         raise InputError(
-            f"{_place(source, node, location)}: {_field(location)} is {quoted(value)}; expected a number of at "
-            "most 9e15"
+            f"{_place(source, node, location)}: {_field(location)} is {quoted(value)}; expected a finite "
+            "number of at most 9e15"
         )
 
 

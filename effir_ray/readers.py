@@ -38,15 +38,16 @@ _DATE_TAG = "tag:yaml.org,2002:timestamp"
 
 
 def quoted(value: Any) -> str:
-    """``value`` for an error message: short, on one line, and only as a kind where it is not a plain value."""
+    """``value`` for an error message: short, on one line, only its kind where it is no plain value."""
     if isinstance(value, str):
         return repr(value if len(value) <= _LONGEST_QUOTE else f"{value[:_LONGEST_QUOTE]}...")
     if isinstance(value, bool | float | None):
         return repr(value)
     if isinstance(value, int):
         return repr(value) if abs(value) < 10**_LONGEST_NUMBER else "a number of too many digits"
-    kind = {dict: "an object", list: "a list", tuple: "a list"}.get(type(value), type(value).__name__)
-    return f"{kind} of {len(value)}" if isinstance(value, dict | list | tuple) else kind
+    if isinstance(value, dict):
+        return f"an object of {len(value)} keys"
+    return f"a list of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -129,9 +130,14 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
     def constant(name: str) -> NoReturn:
         raise InputError(f"{source}: {name} is no JSON number; expected a finite one")
 
-    hook = {"object_pairs_hook": pairs} if unique else {}
     try:
-        return json.loads(text, parse_int=number, parse_float=real, parse_constant=constant, **hook)
+        return json.loads(
+            text,
+            parse_int=number,
+            parse_float=real,
+            parse_constant=constant,
+            object_pairs_hook=pairs if unique else None,
+        )
     except RecursionError:
         raise InputError(f"{source}: not valid JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -189,8 +195,7 @@ class _Composer(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.depth > MAX_DEPTH:
-            line = self.peek_event().start_mark.line + 1
-            raise InputError(f"{self.source}:{line}: nested more than {MAX_DEPTH} levels deep")
+            raise InputError(f"{self.source}:{self.line + 1}: nested more than {MAX_DEPTH} levels deep")
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -242,9 +247,7 @@ class _Check:
 
     def scalar(self, node: yaml.ScalarNode) -> None:
         if node.tag == _DATE_TAG:
-            raise self.refused(
-                node, f"the date {quoted(node.value)}; settings hold none: text goes in quotes"
-            )
+            raise self.refused(node, f"the date {quoted(node.value)}; settings hold none: put text in quotes")
         if node.tag not in _PLAIN_TAGS:
             raise self.refused(node, f"the unknown tag {quoted(node.tag)}; expected plain YAML")
         if node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:

@@ -70,20 +70,21 @@ def safetensors_header(file: Path) -> dict[str, TensorHeader]:
 
 def _tensor(file: Path, name: str, entry: Any) -> tuple[TensorHeader, tuple[int, int]]:
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    dtype, shape, span = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     bits = _BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is None or not _sizes(shape) or not _sizes(span) or len(span) != 2:
+    if bits is None or shape is None or span is None or len(span) != 2:
         raise _damaged(file, f"tensor {quoted(name)} lacks a known dtype, a shape or its data_offsets")
     needed = math.prod(shape) * bits
     if span[1] - span[0] != -(-needed // 8):
         raise _damaged(file, f"tensor {quoted(name)} needs {-(-needed // 8)} bytes, its offsets give others")
-    return TensorHeader(dtype, tuple(shape)), (span[0], span[1])
+    return TensorHeader(str(dtype), shape), (span[0], span[1])
 
 
-def _sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
-    )
+def _sizes(values: Any) -> tuple[int, ...] | None:
+    """``values`` where they are a list of whole numbers that 8 bytes can hold."""
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        return None
+    return tuple(values) if all(0 <= value < 2**63 for value in values) else None
 
 
 def _check_spans(file: Path, spans: list[tuple[int, int]], size: int) -> None:

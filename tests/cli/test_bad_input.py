@@ -170,7 +170,7 @@ class _FromWorker(InputError):
 def test_errors_of_the_library_become_lines_and_codes(
     error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effir_ray.doctor.diagnose", _raising(error))
+    monkeypatch.setattr("effir_ray.diagnose", _raising(error))
     result = run("doctor")
     assert result.exit_code == code
     assert message in result.stderr
@@ -181,7 +181,7 @@ def test_errors_of_the_library_become_lines_and_codes(
     "error", [KeyError("bug"), OSError(errno.EACCES, "no file"), FileNotFoundError(2, "", "x")]
 )
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.doctor.diagnose", _raising(error))
+    monkeypatch.setattr("effir_ray.diagnose", _raising(error))
     with pytest.raises(type(error)):
         run("doctor")
 
@@ -207,7 +207,7 @@ def test_a_place_that_cannot_be_written_is_named(
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.doctor.diagnose", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     result = run("doctor")
     signal.signal(signal.SIGINT, before)

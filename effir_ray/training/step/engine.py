@@ -257,8 +257,8 @@ def load_weights(file: Path | str, device: Any, known: Sequence[type] = ()) -> A
 
 def _not_ours(file: Path | str, reason: str) -> InputError:
     return InputError(
-        f"{file}: not a training checkpoint of effir-ray, or damaged ({reason}); it was not loaded, because it "
-        "could run code of others. Remove its folder or start the run over"
+        f"{file}: not a training checkpoint of effir-ray, or damaged ({reason}); it was not loaded, "
+        "because it could run code of others. Remove its folder or start the run over"
     )
 
 
