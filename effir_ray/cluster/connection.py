@@ -13,8 +13,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,13 +67,28 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     }
     if target is None:
         os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 starves workers beside any other program
-        _start_local(num_cpus, options)
+        with _own_sigterm():
+            _start_local(num_cpus, options)
         return
     _check_reachable(target)
     try:
-        ray.init(address=target, **options)
+        with _own_sigterm():
+            ray.init(address=target, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(target, error) from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this program's handler of SIGTERM, if it has one: Ray's own prints native stacks and ends the
+    process on the spot.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
@@ -131,7 +148,9 @@ def _ask_for_token(folder: Path) -> TextIO:
     Ray's own way would be a file in the home folder that everyone can read. Returns the token's file; its
     lock says that the instance lives.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray import _raylet
+
+    raylet: Any = _raylet  # its stub leaves these two out
 
     aside = folder / f".{_TOKEN}"
     file = os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
@@ -142,8 +161,8 @@ def _ask_for_token(folder: Path) -> TextIO:
     os.environ["RAY_AUTH_MODE"] = "token"
     if "RAY_AUTH_TOKEN" not in os.environ:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / _TOKEN)
-    Config.initialize("")  # it looked at the environment when ray was imported
-    AuthenticationTokenLoader.instance().reset_cache()
+    raylet.Config.initialize("")  # it looked at the environment when ray was imported
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
     return file
 
 

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from effir_ray.cli import app
+from effir_ray.cli._app import stop
 from effir_ray.errors import InputError, TrialFailure
 
 Files = dict[str, str]
@@ -212,6 +213,16 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
+    assert result.stderr == "effir-ray: interrupted; what is finished is kept\n"
+
+
+def test_sigterm_ends_with_143_and_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("effir_ray.cli._app._stopped_by", [])
+    before = signal.signal(signal.SIGTERM, stop)
+    result = run("doctor")
+    signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 143
     assert result.stderr == "effir-ray: interrupted; what is finished is kept\n"
 
 

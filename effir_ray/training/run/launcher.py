@@ -270,9 +270,10 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
 def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     from effir_ray.training.run.loop import train_worker
+    from effir_ray.training.run.rendezvous import torch_config
 
     scaling, backend = _scaling(config)
     best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
@@ -280,7 +281,7 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     return TorchTrainer(
         train_worker,
         train_loop_config=job,
-        torch_config=TorchConfig(backend=backend),
+        torch_config=torch_config(backend),
         scaling_config=scaling,
         run_config=RunConfig(
             name=job["name"],
