@@ -1,4 +1,8 @@
-"""Folders on local disks and on S3-style stores, complete or not there at all."""
+"""The one way to files on local disks and in object stores: folders complete or not there at all.
+
+A place is a path or a URI that pyarrow knows (``s3://``, ``gs://``, ``hdfs://``); a URI's options stay at its
+end (``s3://bucket/runs?endpoint_override=...``).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,93 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effir_ray.errors import InputError
+from effir_ray.files import write_whole
+
+
+def is_uri(place: str | Path) -> bool:
+    """Whether ``place`` is a URI, not a path."""
+    return "://" in str(place)
+
+
+def locate(place: str | Path) -> tuple[Any, str]:
+    """pyarrow's file system of ``place``, and the path in it. Raises InputError for an unusable URI."""
+    from pyarrow import fs  # commands that only ask ``is_uri`` start without it
+
+    if not is_uri(place):
+        return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
+    try:
+        system, path = fs.FileSystem.from_uri(str(place))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{place} cannot be used: {_reason(error)}") from error
+    return system, path.rstrip("/")
+
+
+@contextmanager
+def reached(place: str | Path) -> Iterator[None]:
+    """An object store that does not answer, or has no such bucket, is an InputError of one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        if not is_uri(place):
+            raise
+        raise InputError(f"{place} cannot be used: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file as its file system lists it; ``changed`` in ns."""
+
+    place: str
+    size: int
+    changed: int
+
+
+def list_files(place: str | Path) -> list[StoredFile]:
+    """The file at ``place``, or the files directly in the folder there, by name.
+
+    Raises InputError where there is nothing, or nothing that can be reached.
+    """
+    from pyarrow import fs
+
+    system, path = locate(place)
+    try:
+        whole = system.get_file_info(path)
+        folder = whole.type != fs.FileType.File
+        found = system.get_file_info(fs.FileSelector(path)) if folder else [whole]
+    except OSError as error:
+        raise InputError(f"{place} cannot be read: {_reason(error)}") from None
+    return [
+        StoredFile(
+            place=join(str(place), info.base_name) if folder else str(place),
+            size=info.size,
+            changed=info.mtime_ns,
+        )
+        for info in sorted(found, key=lambda info: info.base_name)
+        if info.type == fs.FileType.File
+    ]
+
+
+def open_file(place: str | Path) -> Any:
+    """The file at ``place`` for reading at any position, a context manager."""
+    system, path = locate(place)
+    with reached(place):
+        return system.open_input_file(path)
 
 
 def join(base: str, name: str) -> str:
-    """``base/name``; a URI's options (``s3://bucket/runs?endpoint_override=...``) stay at its end."""
-    if "://" not in base:
+    """``base/name``, as a place."""
+    if not is_uri(base):
         return f"{base.rstrip('/')}/{name}"
     place, mark, options = base.partition("?")
     return f"{place.rstrip('/')}/{name}{mark}{options}"
@@ -25,30 +106,27 @@ def check(base: str) -> None:
     """Raise InputError where no files can be written to ``base``: workers would fail much later and at
     length.
     """
-    if "://" not in base:
+    if not is_uri(base):
         return
     probe = join(base, f".effir-ray-{uuid.uuid4().hex}")
-    try:
-        write_json(probe, {})
-        remove(probe)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{base} cannot be written to: {reason}") from error
+    write_json(probe, {})
+    remove(probe)
 
 
-def upload(target: str, write: Callable[[Path], None]) -> None:
-    """Let ``write`` make a folder at ``target``, a path or a URI (``s3://bucket/key``)."""
-    if "://" not in target:
+def upload(target: str, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a folder at ``target``."""
+    if not is_uri(target):
         write(Path(target))
         return
     from pyarrow import fs
 
-    filesystem, path = fs.FileSystem.from_uri(target)
+    system, path = locate(target)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "folder"
         write(folder)
-        filesystem.create_dir(path, recursive=True)
-        fs.copy_files(str(folder), path, destination_filesystem=filesystem)
+        with reached(target):
+            system.create_dir(path, recursive=True)
+            fs.copy_files(str(folder), path, destination_filesystem=system)
 
 
 def fetch(source: str, folder: Path) -> None:
@@ -56,7 +134,7 @@ def fetch(source: str, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         new = Path(scratch) / "new"
-        if "://" in source:
+        if is_uri(source):
             _copy(source, new)
         else:
             shutil.move(source, new)
@@ -66,58 +144,54 @@ def fetch(source: str, folder: Path) -> None:
 
 
 def write_json(target: str, value: Any) -> None:
-    """One small file at a path or URI; the folder above is made where it is missing."""
+    """One small file; the folder above is made where it is missing."""
     text = json.dumps(value)
-    if "://" not in target:
+    if not is_uri(target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        Path(target).write_text(text, encoding="utf-8")
+        write_whole(Path(target), text)
         return
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(target)
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(text.encode())
+    system, path = locate(target)
+    with reached(target):
+        system.create_dir(path.rpartition("/")[0], recursive=True)
+        with system.open_output_stream(path) as stream:
+            stream.write(text.encode())
 
 
 def read_json(source: str) -> Any:
     """What ``write_json`` wrote; None where there is no file."""
     if not exists(source):
         return None
-    if "://" not in source:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(source)
-    with filesystem.open_input_stream(path) as stream:
+    with open_file(source) as stream:
         return json.loads(stream.read())
 
 
 def exists(source: str) -> bool:
-    if "://" not in source:
-        return Path(source).exists()
-    from pyarrow import fs
-
-    filesystem, path = fs.FileSystem.from_uri(source)
-    kind: Any = filesystem.get_file_info(path).type
-    return bool(kind != fs.FileType.NotFound)
+    return _type(source).name != "NotFound"
 
 
 def remove(source: str) -> None:
     """Delete the folder (at a URI also the file) at ``source``; nothing happens when there is none."""
-    if "://" not in source:
+    if not is_uri(source):
         shutil.rmtree(source, ignore_errors=True)
-    elif exists(source):
-        from pyarrow import fs
+        return
+    system, path = locate(source)
+    kind = _type(source).name
+    if kind != "NotFound":
+        with reached(source):
+            (system.delete_file if kind == "File" else system.delete_dir)(path)
 
-        filesystem, path = fs.FileSystem.from_uri(source)
-        kind: Any = filesystem.get_file_info(path).type
-        (filesystem.delete_file if kind == fs.FileType.File else filesystem.delete_dir)(path)
+
+def _type(source: str) -> Any:
+    """pyarrow's ``FileType`` of what is there."""
+    system, path = locate(source)
+    with reached(source):
+        return system.get_file_info(path).type
 
 
 def _copy(source: str, folder: Path) -> None:
     from pyarrow import fs
 
-    filesystem, path = fs.FileSystem.from_uri(source)
+    system, path = locate(source)
     folder.mkdir()
-    fs.copy_files(path, str(folder), source_filesystem=filesystem)
+    with reached(source):
+        fs.copy_files(path, str(folder), source_filesystem=system)

@@ -9,6 +9,16 @@ import pytest
 from tests.helpers import beir_folders
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, after this
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning for a busy core takes seconds a product
+
+FAST = 120  # seconds; on two quiet cores the slowest takes a few
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A fast test that hangs ends with the stacks of all threads instead of holding up the run."""
+    for item in items:
+        if not item.get_closest_marker("integration") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(FAST))
 
 
 @pytest.fixture(scope="session")

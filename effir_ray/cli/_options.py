@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from effir_ray.errors import InputError
+from effir_ray.storage import is_uri
 
 
 def local_path(value: str) -> Path:
     """``value`` as a path. A Path of a URI would be a folder here that nobody looks for."""
-    if "://" in value:
+    if is_uri(value):
         raise InputError(
             f"--out {value}: expected a path, on a disk that all machines see; object stores hold what "
             f"'encode' writes, and checkpoints with 'storage_path: {value}' in the settings of a training"

@@ -99,6 +99,10 @@ def compress(
     sparsity_method: Annotated[
         SparsityMethod, typer.Option(help="How the weights that become zero are chosen.")
     ] = SparsityMethod.wanda,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Round to the nearest ordinary shape: whole blocks, one width."),
+    ] = False,
     dataset: Dataset = "stdlib",
     texts: Texts = 256,
     gate_steps: Annotated[int, typer.Option(min=1, help="Training steps of self-slimming.")] = 500,
@@ -115,11 +119,17 @@ def compress(
     ranked over all layers at once; sparsity, for comparison, zeroes single weights of what remains. Train the
     result with `effir-ray train` (`keep_zeros: true` keeps it sparse).
 
+    Where only whole blocks went and all MLPs are as wide, an ordinary checkpoint is written, which every tool
+    loads; any other shape brings its modelling code (`trust_remote_code=True`). `--uniform` asks for the
+    ordinary shape with nearly as many parameters: as many whole blocks go, the least important ones, as the
+    dropped sublayers weigh; then all MLPs keep the same number of neurons, the best of each.
+
     \b
     [bold]Examples[/bold]
     effir-ray compress --backbone smollm2-135m --drop-mlp 4 --out small
     effir-ray compress --backbone minilm-l6 --drop-attention 1,3 --width-reduction 0.3 --out smaller
     effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
+    effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     """
     from effir_ray import Schedule
@@ -151,17 +161,27 @@ def compress(
             gate_steps=gate_steps,
             sparsity=sparsity,
             sparsity_method=sparsity_method.value,
+            uniform=uniform,
             seed=seed,
         )
     if as_json:
         show_json(result)
         return
     _show_plan(result)
-    say(f"Checkpoint: {result.checkpoint}" if result.checkpoint else "Dry run: nothing was written.")
+    if result.layout is None:
+        say("Dry run: nothing was written.")
+        return
+    ordinary = "Ordinary checkpoint (no remote code)"
+    kind = ordinary if result.layout.ordinary else "Checkpoint with modelling code (trust_remote_code=True)"
+    say(f"{kind}, because {result.layout.reason}: {result.checkpoint}")
 
 
 def _show_plan(result: Any) -> None:
-    """A line a layer, then the totals."""
+    """A line a layer where it is known which layers go, then the totals."""
+    if result.plan is None:
+        say(f"{result.backbone}: {result.schedule}; which layers go is measured when it is written")
+        _show_totals(result)
+        return
     show_table(
         ["layer", "attention", "MLP"],
         [
@@ -178,6 +198,10 @@ def _show_plan(result: Any) -> None:
         ],
         title=f"{result.backbone}: {result.schedule}",
     )
+    _show_totals(result)
+
+
+def _show_totals(result: Any) -> None:
     share = result.parameters / result.full_parameters
     work = result.flops_per_document / result.full_flops_per_document
     say(

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from effir_ray.errors import InputError
-from effir_ray.models.architecture import compressed_classes
-from effir_ray.models.family import COMPRESSED_PREFIX, Family
+from effir_ray.models.architecture import compress_model, is_compressed
+from effir_ray.models.family import Family
 from effir_ray.models.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def apply_plan(retriever: Retriever, plan: Plan) -> Retriever:
             )
     if plan != retriever.plan:
         config: Any = model.config
-        if not config.model_type.startswith(COMPRESSED_PREFIX):
-            compressed_classes()[COMPRESSED_PREFIX + config.model_type].adopt(model)
+        if not is_compressed(config):
+            compress_model(model)
         for index, layer in enumerate(family.layers(model)):
             _cut_layer(layer, family, index, retriever.plan.layers[index], plan.layers[index])
         config.per_layer_config = plan.per_layer_config()

@@ -1,15 +1,19 @@
 """Retrieval data sets: BEIR folders, read as streams and checked completely when they are loaded.
 
 ``load_dataset`` makes one validating pass over a folder, so that everything wrong with it is said (file and
-line) before any model is loaded; texts are then streamed from disk and never held together in memory.
+line) before any model is loaded; texts are then streamed from disk and never held together in memory. A
+process makes that pass once: what it learnt is remembered while the files stay as they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
+import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +28,8 @@ from effir_ray.data.beir_files import (
     read_queries,
     scan_corpus,
 )
+from effir_ray.data.parquet_corpus import part_files
+from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -163,8 +169,6 @@ def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
     """
     path = Path(name_or_path).expanduser()
     if str(name_or_path) == "stdlib":
-        from effir_ray.data.stdlib_corpus import build_stdlib
-
         return read_beir_folder(build_stdlib(), name="stdlib", queries=queries)
     if path.is_dir():
         return read_beir_folder(path, queries=queries)
@@ -189,7 +193,10 @@ def official_name(name: str) -> str:
 
 
 def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = True) -> Dataset:
-    """Read and check a BEIR folder (without ``queries`` its corpus); ``name`` defaults to the folder's."""
+    """Read and check a BEIR folder (without ``queries`` its corpus); ``name`` defaults to the folder's.
+
+    What this process has read is remembered (see ``_once``) until a file of it changes.
+    """
     folder = folder.resolve()
     corpus = folder / "corpus.jsonl"
     if not corpus.exists() and (folder / "corpus.parquet").exists():
@@ -198,9 +205,73 @@ def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = T
     if parts and not corpus.exists():
         names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
         raise InputError(f"{folder}: holds several data sets; name one of its parts: {names}")
+    files = part_files(corpus) if corpus.suffix == ".parquet" else [corpus]
+    found = _once(folder, "corpus", files, lambda: _corpus_alone(folder, corpus))
+    if queries:
+        alone = found
+        files = [*files, folder / "queries.jsonl", *(folder / "qrels" / f"{split}.tsv" for split in _SPLITS)]
+        found = _once(folder, "whole", files, lambda: _with_queries(alone))
+    return dataclasses.replace(found, name=name or folder.name)
+
+
+_REMEMBERED = 8  # corpora, with queries or without
+_REMEMBERED_DOCUMENTS = 10_000_000
+_SETTLED_NS = 2 * 10**9  # file systems tell times of change apart by up to 2 s (FAT)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """``files``: size and time of change (ns) of each when it was read, None of one that was not there."""
+
+    files: tuple[tuple[int, int] | None, ...]
+    dataset: Dataset
+
+
+_readings: OrderedDict[tuple[Path, str], _Reading] = OrderedDict()
+_readings_lock = threading.Lock()
+
+
+def _once(folder: Path, part: str, files: Sequence[Path], read: Callable[[], Dataset]) -> Dataset:
+    """What ``read`` returns, remembered while the ``files`` that it reads keep their size and time of change.
+
+    The data sets used last are kept, up to ``_REMEMBERED`` readings and ``_REMEMBERED_DOCUMENTS`` documents
+    (a larger one alone). A document takes about 20 bytes beside its id, and 200 more once its corpus was
+    asked for ``ids`` and ``position``. Files that changed a moment ago are not remembered: the next change
+    could bear the same time.
+    """
+    now, states = time.time_ns(), tuple(_state(file) for file in files)
+    with _readings_lock:
+        known = _readings.get((folder, part))
+        if known is not None and known.files == states:
+            _readings.move_to_end((folder, part))
+            return known.dataset
+    dataset = read()
+    if all(state is None or now - state[1] > _SETTLED_NS for state in states):
+        with _readings_lock:
+            _readings[folder, part] = _Reading(states, dataset)
+            _readings.move_to_end((folder, part))
+            while len(_readings) > _REMEMBERED or (len(_readings) > 1 and _too_many_documents()):
+                _readings.popitem(last=False)
+    return dataset
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None  # whoever reads it says so
+    return status.st_size, status.st_mtime_ns
+
+
+def _too_many_documents() -> bool:
+    corpora = {id(reading.dataset.corpus): len(reading.dataset.corpus) for reading in _readings.values()}
+    return len(corpora) > 1 and sum(corpora.values()) > _REMEMBERED_DOCUMENTS
+
+
+def _corpus_alone(folder: Path, corpus: Path) -> Dataset:
     scan = scan_corpus(corpus)
-    alone = Dataset(
-        name=name or folder.name,
+    return Dataset(
+        name=folder.name,
         folder=folder,
         corpus=Corpus(corpus, scan.ids, scan.offsets, scan.sha256),
         fingerprint=_digest(scan.sha256),
@@ -208,7 +279,6 @@ def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = T
         all_queries={},
         judgements={},
     )
-    return _with_queries(alone) if queries else alone
 
 
 def _with_queries(corpus: Dataset) -> Dataset:
@@ -218,7 +288,7 @@ def _with_queries(corpus: Dataset) -> Dataset:
     files = {split: path for split, path in files.items() if path.is_file()}
     if not files:
         raise InputError(f"{folder / 'qrels'}: no train.tsv, dev.tsv or test.tsv; at least one is needed")
-    documents = set(corpus.corpus.ids)
+    documents = set(corpus.corpus.arrow_ids.to_pylist())  # not ``ids``: these need not stay
     judged = {split: read_qrels(path, queries, documents) for split, path in files.items()}
     warnings = [*corpus.warnings, *(w for part in judged.values() for w in part.warnings)]
     contents = [_file_digest(path) for path in (folder / "queries.jsonl", *files.values())]

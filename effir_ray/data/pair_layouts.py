@@ -20,12 +20,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from effir_ray.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 _QUERY = ("query", "anchor", "question", "query_text")
 _POSITIVE = ("positive", "positives", "positive_passages")
@@ -40,8 +37,8 @@ class Pair:
     """A query with its relevant documents and its hard negatives; texts are ready to be tokenised.
 
     ``positive_ids`` and ``negative_ids`` run parallel to the texts (a hash of the text where the source
-    names none): in-batch negatives that are positives of a query are masked by them. ``teacher_scores``
-    holds one score a document, positives first.
+    names none): in-batch negatives that are positives of a query are masked by them, and by their texts.
+    ``teacher_scores`` holds one score a document, positives first.
     """
 
     query_id: str
@@ -100,10 +97,10 @@ def parse_pair(record: Any) -> Pair:
     )
 
 
-Document = tuple[str, str]  # (id, text)
+_Named = tuple[str, str]  # id and text of a document
 
 
-def _documents(record: Mapping[str, Any]) -> tuple[list[Document], list[Document]]:
+def _documents(record: Mapping[str, Any]) -> tuple[list[_Named], list[_Named]]:
     listed = _first(record, _LISTED)
     if listed is not None:
         return _labelled(listed, record.get("labels"))
@@ -120,7 +117,7 @@ def _documents(record: Mapping[str, Any]) -> tuple[list[Document], list[Document
     return _listed(_first(record, _POSITIVE), "positives"), negatives
 
 
-def _labelled(documents: Any, labels: Any) -> tuple[list[Document], list[Document]]:
+def _labelled(documents: Any, labels: Any) -> tuple[list[_Named], list[_Named]]:
     found = _listed(documents, "documents")
     if not isinstance(labels, Sequence) or len(labels) != len(found):
         raise ValueError(f"expected {len(found)} 'labels' (1 relevant, 0 not) beside the documents")
@@ -145,7 +142,7 @@ def _scores(record: Mapping[str, Any], positives: int, negatives: int) -> tuple[
     return tuple(float(score) for score in scores)
 
 
-def _listed(value: Any, field: str) -> list[Document]:
+def _listed(value: Any, field: str) -> list[_Named]:
     if value is None:
         return []
     items = [value] if isinstance(value, str | Mapping) else value
@@ -154,7 +151,7 @@ def _listed(value: Any, field: str) -> list[Document]:
     return [_document(item, field) for item in items]
 
 
-def _document(value: Any, field: str) -> Document:
+def _document(value: Any, field: str) -> _Named:
     if isinstance(value, Mapping):
         text, title = value.get("text"), value.get("title")
         if not isinstance(text, str) or not isinstance(title, str | None):
@@ -205,9 +202,9 @@ def to_json(pair: Pair) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def asked(query: str) -> str:
-    """What rows of the same question have in common: its text but for case and spacing."""
-    return " ".join(query.split()).casefold()
+def normalised(text: str) -> str:
+    """What copies of a text have in common, of a question or of a document: all but case and spacing."""
+    return " ".join(text.split()).casefold()
 
 
 def _passages(ids: Sequence[str], texts: Sequence[str]) -> list[dict[str, str]]:

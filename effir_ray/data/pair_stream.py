@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs
 import pyarrow.parquet as pq
 
+from effir_ray import storage
 from effir_ray.caches import file_hash
-from effir_ray.data.pair_layouts import Pair, asked, parse_line, parse_pair, to_json
+from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pair_layouts import Pair, normalised, parse_line, parse_pair, to_json
 from effir_ray.errors import InputError
 
 CHUNK_BYTES = 4 << 20  # of JSONL: a few thousand pairs
@@ -60,10 +60,10 @@ class Survey:
 
 
 def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -> Survey:
-    """``held_out``: questions as ``asked`` writes them."""
+    """``held_out``: questions as ``normalised`` writes them."""
     left_out, negatives, scored = 0, 0, False
     for pair in pairs:
-        if held_out and asked(pair.query) in held_out:
+        if held_out and normalised(pair.query) in held_out:
             left_out += 1
             continue
         negatives = max(negatives, len(pair.negatives))
@@ -73,7 +73,7 @@ def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -
 
 def is_stream(source: str) -> bool:
     """Whether ``source`` is read as a stream: Parquet, an S3 URI, a folder of pair files, or a huge JSONL."""
-    if "://" in source or source.endswith(".parquet"):
+    if storage.is_uri(source) or source.endswith(".parquet"):
         return True
     path = Path(source)
     if path.suffix == ".jsonl":
@@ -84,12 +84,10 @@ def is_stream(source: str) -> bool:
 def source_fingerprint(source: str) -> str:
     """Changes whenever the data at ``source`` does. Of a stream: names, sizes and times of change."""
     if is_stream(source):
-        found = [(path, info.size, info.mtime_ns) for path, info in _infos(source)]
+        found = [(file.place, file.size, file.changed) for file in _files(source)]
         return hashlib.sha256(repr(found).encode()).hexdigest()
     path = Path(source)
     if path.suffix != ".jsonl":
-        from effir_ray.data.datasets import load_dataset
-
         return load_dataset(source).fingerprint
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -99,8 +97,8 @@ def source_fingerprint(source: str) -> str:
 class PairStream:
     """The pairs of a file or of the ``.jsonl`` and ``.parquet`` files in a folder (layouts: pair_layouts).
 
-    Pairs of the questions ``held_out`` (as ``asked`` writes them) are passed over. ``survey``: what another
-    process found with the same arguments, so that it is not read again.
+    Pairs of the questions ``held_out`` (as ``normalised`` writes them) are passed over. ``survey``: what
+    another process found with the same arguments, so that it is not read again.
     Raises InputError for nothing to read; while reading, for a bad row, naming file and line.
     """
 
@@ -110,7 +108,7 @@ class PairStream:
         self.source, self._held_out = source, held_out
         if survey is not None:
             self.survey = survey
-        self.chunks = [chunk for path in _files(source) for chunk in _chunks(path)]
+        self.chunks = [chunk for file in _files(source) for chunk in _chunks(file.place)]
         if not self.chunks:
             raise InputError(f"{source}: no training pairs; expected .jsonl or .parquet files with rows")
 
@@ -140,7 +138,7 @@ class PairStream:
     def read(self) -> Iterator[Pair]:
         """Every pair in the order of the files, in this process."""
         pairs = (pair for chunk in self.chunks for pair in _read(chunk))
-        return (pair for pair in pairs if asked(pair.query) not in self._held_out)
+        return (pair for pair in pairs if normalised(pair.query) not in self._held_out)
 
     def epoch(self, *, seed: int, epoch: int, skip: int = 0) -> Iterator[Pair]:
         """Every pair once, in the order of (seed, epoch), without the first ``skip``."""
@@ -164,7 +162,7 @@ class PairStream:
             if row["error"]:
                 raise InputError(row["error"])
             pair = parse_line(row["line"], self.source)
-            if not self._held_out or asked(pair.query) not in self._held_out:
+            if not self._held_out or normalised(pair.query) not in self._held_out:
                 yield pair
 
 
@@ -201,34 +199,20 @@ def _mixed(pairs: Iterator[Pair], random: np.random.Generator) -> Iterator[Pair]
         yield window[place]
 
 
-def _files(source: str) -> list[str]:
-    """URIs or absolute paths of the pair files, in order."""
-    return [path for path, _ in _infos(source)]
+def _files(source: str) -> list[storage.StoredFile]:
+    """The pair files, in order."""
+    place = source if storage.is_uri(source) else str(Path(source).resolve())
+    return [file for file in storage.list_files(place) if _suffix(file.place) in (".jsonl", ".parquet")]
 
 
-def _infos(source: str) -> list[tuple[str, Any]]:
-    """The pair files in order, each with what its file system says of it."""
-    try:
-        system, path = pa.fs.FileSystem.from_uri(source if "://" in source else str(Path(source).resolve()))
-        info = system.get_file_info(path)
-        if info.type == pa.fs.FileType.File:
-            return [(source, info)]
-        found = [(file.path, file) for file in system.get_file_info(pa.fs.FileSelector(path))]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{source}: cannot be read: {error}") from None
-    scheme = source.partition("://")[0] + "://" if "://" in source else ""
-    pairs = (entry for entry in found if entry[0].endswith((".jsonl", ".parquet")))
-    return sorted(((f"{scheme}{path}", info) for path, info in pairs), key=lambda entry: entry[0])
-
-
-def _open(path: str) -> Any:
-    system, inside = pa.fs.FileSystem.from_uri(path if "://" in path else str(Path(path).resolve()))
-    return system.open_input_file(inside)
+def _suffix(place: str) -> str:
+    """``.parquet``, without the options of a URI."""
+    return Path(place.partition("?")[0] if storage.is_uri(place) else place).suffix
 
 
 def _chunks(path: str) -> Iterator[Chunk]:
-    with _open(path) as file:
-        if path.endswith(".parquet"):
+    with storage.open_file(path) as file:
+        if _suffix(path) == ".parquet":
             groups = pq.ParquetFile(file).metadata
             for group in range(groups.num_row_groups):
                 yield Chunk(path, 0, 0, group, groups.row_group(group).num_rows)
@@ -256,8 +240,8 @@ def _to_line_end(file: Any) -> bytes:
 
 
 def _read(chunk: Chunk) -> Iterator[Pair]:
-    with _open(chunk.path) as file:
-        if chunk.path.endswith(".parquet"):
+    with storage.open_file(chunk.path) as file:
+        if _suffix(chunk.path) == ".parquet":
             yield from _row_group(file, chunk)
             return
         file.seek(chunk.start)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effir_ray.data.pair_layouts import Pair, asked, parse_line, to_json
+from effir_ray.data.pair_layouts import Pair, normalised, parse_line, to_json
 from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
     from effir_ray.data.datasets import Dataset
 
-__all__ = ["Pair", "asked", "load_pairs", "shared_positives", "shuffled", "write_pairs"]
+__all__ = ["Pair", "load_pairs", "shared_positives", "shuffled", "write_pairs"]
 
 
 def load_pairs(
@@ -82,22 +82,22 @@ def shuffled(pairs: Sequence[Pair], *, seed: int, epoch: int = 0) -> list[Pair]:
 
 
 def shared_positives(pairs: Sequence[Pair]) -> dict[str, dict[str, str]]:
-    """``asked`` -> id -> text of all positives of the questions that several pairs ask.
+    """``normalised`` -> id -> text of all positives of the questions that several pairs ask.
 
     One row a positive is a usual layout; what one row knows to be relevant is no negative of another.
     """
-    rows = Counter(asked(pair.query) for pair in pairs)
+    rows = Counter(normalised(pair.query) for pair in pairs)
     known: dict[str, dict[str, str]] = {question: {} for question, count in rows.items() if count > 1}
     for pair in pairs:
-        if (found := known.get(asked(pair.query))) is not None:
+        if (found := known.get(normalised(pair.query))) is not None:
             found.update(zip(pair.positive_ids, pair.positives, strict=True))
     return known
 
 
 def held_out_questions(dataset: Dataset) -> frozenset[str]:
-    """``asked`` of every query of the splits that are not trained on."""
+    """``normalised`` of every query of the splits that are not trained on."""
     splits = (split for split in dataset.splits if split != "train")
-    return frozenset(asked(query) for split in splits for query in dataset.queries(split).values())
+    return frozenset(normalised(query) for split in splits for query in dataset.queries(split).values())
 
 
 def _from_dataset(source: str, split: str) -> list[Pair]:
@@ -107,7 +107,7 @@ def _from_dataset(source: str, split: str) -> list[Pair]:
     queries, qrels = dataset.queries(split), dataset.qrels(split)
     if split == "train":  # splits are disjoint by id; two ids may ask the same
         held_out = held_out_questions(dataset)
-        queries = {name: query for name, query in queries.items() if asked(query) not in held_out}
+        queries = {name: query for name, query in queries.items() if normalised(query) not in held_out}
     relevant = {
         name: sorted(
             (i for i, grade in qrels[name].items() if grade > 0 and i in dataset.corpus.position),

@@ -13,7 +13,6 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from effir_ray import storage
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 
@@ -80,15 +80,7 @@ class ShardFolder:
 
     def _root(self) -> tuple[Any, str]:
         """(pyarrow file system, path in it)."""
-        from pyarrow import ArrowInvalid, fs
-
-        if "://" not in self.location:
-            return fs.LocalFileSystem(), str(Path(self.location).expanduser().absolute())
-        try:
-            system, path = fs.FileSystem.from_uri(self.location)
-        except (ArrowInvalid, OSError) as error:
-            raise InputError(f"{self.location}: no usable location for embeddings: {error}") from None
-        return system, path.rstrip("/")
+        return storage.locate(self.location)
 
     @property
     def local(self) -> Path | None:
@@ -98,7 +90,7 @@ class ShardFolder:
 
     def header(self) -> Encoding | None:
         """What the folder holds; None when it is new. Raises InputError when it is something else."""
-        with self._reached():
+        with storage.reached(self.location):
             text = self._read(_HEADER)
         if text is None:
             return None
@@ -113,7 +105,7 @@ class ShardFolder:
     def write_header(self, encoding: Encoding) -> None:
         """Make the folder."""
         system, root = self._root()
-        with self._reached():
+        with storage.reached(self.location):
             system.create_dir(f"{root}/shards", recursive=True)
             self._write(_HEADER, (encoding.model_dump_json(indent=1) + "\n").encode())
 
@@ -122,7 +114,7 @@ class ShardFolder:
         from pyarrow import fs
 
         system, root = self._root()
-        with self._reached():
+        with storage.reached(self.location):
             listing = system.get_file_info(fs.FileSelector(f"{root}/shards", allow_not_found=True))
         names = {item.base_name for item in listing}
         whole = {name[:-5] for name in names if name.endswith(".json")}
@@ -145,7 +137,7 @@ class ShardFolder:
         sink = pa.BufferOutputStream()
         # Embeddings are noise to a compressor, and nobody filters by their statistics.
         parquet.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
-        with self._reached():
+        with storage.reached(self.location):
             self._write(f"shards/{record.shard:06d}.parquet", sink.getvalue())
             self._write(f"shards/{record.shard:06d}.json", json.dumps(record.__dict__).encode())
 
@@ -172,7 +164,7 @@ class ShardFolder:
 
     def record(self, shard: int) -> ShardRecord:
         """The manifest of a finished shard."""
-        with self._reached():
+        with storage.reached(self.location):
             text = self._read(f"shards/{shard:06d}.json")
         if text is None:
             raise InputError(
@@ -185,17 +177,6 @@ class ShardFolder:
         folder = self.local
         for leftover in folder.glob("shards/*.tmp-*") if folder else ():
             leftover.unlink(missing_ok=True)
-
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        """An object store that does not answer, or has no such bucket, is named in one line."""
-        try:
-            yield
-        except OSError as error:
-            if "://" not in self.location:
-                raise
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(f"{self.location} cannot be used: {reason}") from error
 
     def _read(self, name: str) -> bytes | None:
         system, root = self._root()

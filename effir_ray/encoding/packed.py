@@ -87,10 +87,10 @@ def packed_forward(retriever: Retriever, quantize: Quantize = None) -> PackedFor
     if retriever.model.device.type == "cuda" and retriever.model.dtype not in HALF:
         return None
     try:
-        if retriever.family.name == "llama" and config.hidden_act == "silu":
+        if retriever.family.packing == "pre-norm" and config.hidden_act == "silu":
             rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
             return PackedForward(retriever, _Llama(retriever, quantize)) if rope in _PLAIN_ROPE else None
-        if retriever.family.name == "bert":
+        if retriever.family.packing == "post-norm":
             return PackedForward(retriever, _Bert(retriever, quantize))
     except NotPlainError:
         pass

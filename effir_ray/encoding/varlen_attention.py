@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effir_ray.models.spec import RetrieverSpec
+from effir_ray.models.folder import RetrieverSpec
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -8,11 +8,16 @@ that a layer's window lets meet, causal or not, as in PaLM (arXiv 2204.02311, ap
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from torch.nn import Linear
 
 from effir_ray.errors import InputError
+from effir_ray.models import family as families
+from effir_ray.models.architecture import build_on_meta, full_config
+from effir_ray.models.family import part
 from effir_ray.models.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
@@ -74,6 +79,14 @@ def flops(config: PreTrainedConfig, plan: Plan, tokens: int) -> int:
     return total
 
 
+def alike(config: PreTrainedConfig, tokens: int) -> bool:
+    """Whether all layers of the backbone cost the same, for texts of ``tokens`` tokens: then sizes and FLOPs
+    depend on how many layers go, not on which."""
+    layers = anatomy_of(config).layers
+    windows = [tokens if parts.window is None else min(tokens, parts.window) for parts in layers]
+    return len({replace(parts, window=seen) for parts, seen in zip(layers, windows, strict=True)}) == 1
+
+
 def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") -> int:
     """Bytes of the weights, on disk and in memory. Raises InputError for an unknown ``dtype``."""
     if dtype not in BYTES_PER_PARAMETER:
@@ -88,17 +101,12 @@ def width(parts: LayerAnatomy, kept: LayerPlan) -> int:
 
 def anatomy_of(config: PreTrainedConfig) -> Anatomy:
     """Measured on a weightless copy of the uncompressed backbone; remembered for each configuration."""
-    from effir_ray.models.architecture import full_config
-
     return _anatomy(json.dumps(full_config(config).to_dict(), sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=64)
 def _anatomy(settings: str) -> Anatomy:
     from transformers import AutoConfig
-
-    from effir_ray.models import family as families
-    from effir_ray.models.architecture import build_on_meta
 
     config = AutoConfig.for_model(**json.loads(settings))
     family = families.get(config.model_type)
@@ -110,11 +118,9 @@ def _anatomy(settings: str) -> Anatomy:
     return Anatomy(rest=sum(parameter.numel() for parameter in model.parameters()) - in_blocks, layers=layers)
 
 
-def _layer_anatomy(layer: nn.Module, family: Any, config: PreTrainedConfig, index: int) -> LayerAnatomy:
-    from torch.nn import Linear
-
-    from effir_ray.models.family import part
-
+def _layer_anatomy(
+    layer: nn.Module, family: families.Family, config: PreTrainedConfig, index: int
+) -> LayerAnatomy:
     def modules(names: tuple[str, ...]) -> list[nn.Module]:
         return [module for name in names if (module := part(layer, name)) is not None]
 
@@ -131,6 +137,7 @@ def _layer_anatomy(layer: nn.Module, family: Any, config: PreTrainedConfig, inde
         inner.weight.numel() for module in mlp for inner in module.modules() if isinstance(inner, Linear)
     )
     own_mlp = family.mlp(layer)
+    assert own_mlp is not None  # nothing of an uncompressed layer is gone
     down, up, gate = family.down(own_mlp), family.up(own_mlp), family.gate(own_mlp)
     neurons = down.in_features
     by_neuron = [up] if gate is None or gate is up else [up, gate]
@@ -140,7 +147,7 @@ def _layer_anatomy(layer: nn.Module, family: Any, config: PreTrainedConfig, inde
         attention_parameters=attention_total,
         attention_weights=attention_weights,
         attention_channels=output.in_features if isinstance(output, Linear) else 0,
-        window=_window(config, index),
+        window=family.window(config, index),
         mlp_fixed_parameters=mlp_total - mlp_weights - bias_entries,
         parameters_a_neuron=(mlp_weights + bias_entries) // neurons,
         weights_a_neuron=mlp_weights // neurons,
@@ -148,17 +155,7 @@ def _layer_anatomy(layer: nn.Module, family: Any, config: PreTrainedConfig, inde
     )
 
 
-def _window(config: PreTrainedConfig, index: int) -> int | None:
-    """Most tokens that one token attends to in a layer; None without a window."""
-    kinds = getattr(config, "layer_types", None)
-    sliding = kinds[index] == "sliding_attention" if kinds else config.model_type == "mistral"
-    if not sliding:
-        return None
-    window: int | None = config.sliding_window
-    # ModernBERT's number is how far to each side.
-    return 2 * window + 1 if window is not None and config.model_type == "modernbert" else window
-
-
 def check_plan(anatomy: Anatomy, plan: Plan) -> None:
+    """Raise InputError unless the plan is for as many layers."""
     if len(plan.layers) != len(anatomy.layers):
         raise InputError(f"the plan has {len(plan.layers)} layers; the backbone has {len(anatomy.layers)}")

@@ -26,4 +26,8 @@ FAMILY = Family(
     down_name="output.dense",
     post_norm=True,
     head_prefixes=("cls.", "pooler.", "embeddings.position_ids"),
+    packing="post-norm",
+    # The pooler serves next-sentence prediction; a retriever pools by itself.
+    build_options={"add_pooling_layer": False},
+    body_prefix="bert.",
 )

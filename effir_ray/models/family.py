@@ -7,9 +7,9 @@ file, and a layer class in ``models/modeling_effir.py`` that says how the block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +18,21 @@ from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedConfig
 
-Kind = Literal["attention", "mlp"]
 StreamCallback = Callable[[int, Literal["attention", "mlp", "block"], "Tensor", "Tensor"], None]
 
 # A compressed checkpoint's model type is the backbone's with this prefix, see models/modeling_effir.py.
 COMPRESSED_PREFIX = "effir_"
+
+
+def sliding_window(config: PreTrainedConfig, index: int) -> int | None:
+    """Most tokens that one token attends to in a layer, itself included; None without a window."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] != "sliding_attention":
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,9 @@ class Family:
     mlp_input: the module whose input is the residual stream between the two sublayers.
     post_norm: the norm follows the sum, so that a sublayer's last module gives the whole new stream.
     gate is None for an ungated MLP; gate == up when both are fused into one Linear (act rows first).
+    first_block_differs: no other block of the architecture can stand in the first one's place.
+    packing: which pass without padding computes the blocks (``encoding/packed.py``); None where attention has
+    logit caps or layers of different windows.
     """
 
     name: str
@@ -50,7 +62,14 @@ class Family:
     gate_name: str | None
     down_name: str
     post_norm: bool = False
-    # Tensors of pre-training heads that a retriever has no use for, as prefixes of their names.
+    first_block_differs: bool = False
+    packing: Literal["pre-norm", "post-norm"] | None = None
+    window: Callable[[PreTrainedConfig, int], int | None] = sliding_window
+    # Arguments of the model class beside its configuration.
+    build_options: Mapping[str, Any] = field(default_factory=dict)
+    # Where a model with a pre-training head keeps the headless one, and tensors of heads that a retriever has
+    # no use for, as prefixes of their names.
+    body_prefix: str = "model."
     head_prefixes: tuple[str, ...] = ("lm_head.",)
 
     @property

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from effir_ray.config import parse
+from pydantic import Field
+
+from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.models.architecture import overrides
 from effir_ray.models.family import Family
 from effir_ray.models.plan import LayerPlan, Plan
-from effir_ray.models.spec import RetrieverSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# effir-ray's own file in a checkpoint: {"format": 1, "backbone": ..., "spec": ..., "neurons": {"3": [0, 5,
-# ...]}}.
+# effir-ray's own file in a checkpoint: {"format": 1, "backbone": ..., "spec": ..., "neurons": {"3": [0, 5]}},
+# in an ordinary one of a compressed model also "place", see ``ordinary.place_in_backbone``.
 OWN_FILE = "effir.json"
+
+
+class RetrieverSpec(Config):
+    """pooling "last" takes the last real token (with ``append_eos`` the EOS token, as in the paper, section
+    4).
+
+    Prompts are put before the text as they are. ``max_length`` counts every token, prompt and EOS included.
+    """
+
+    pooling: Literal["last", "mean", "cls"]
+    normalize: bool = True
+    append_eos: bool
+    query_prompt: str = ""
+    document_prompt: str = ""
+    max_length: int = Field(default=512, ge=2)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -80,6 +96,12 @@ def _pooling(settings: dict[str, Any], folder: Path) -> Any:
             f"{folder / '1_Pooling' / 'config.json'}: expected one of cls, mean and last-token pooling"
         )
     return chosen[0]
+
+
+def read_place(folder: Path) -> dict[str, Any] | None:
+    """Which of the backbone's blocks an ordinary checkpoint of ours holds; None for any other folder."""
+    place: dict[str, Any] | None = (read_json(folder / OWN_FILE) or {}).get("place")
+    return place
 
 
 def present_plan(config: PreTrainedConfig) -> Plan:

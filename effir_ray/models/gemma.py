@@ -1,6 +1,22 @@
 """Gemma 2 and 3 (text): norms before and after each sublayer, both of which go with it."""
 
-from effir_ray.models.family import Family
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from effir_ray.models.family import Family, sliding_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def _window(config: PreTrainedConfig, index: int) -> int | None:
+    """EmbeddingGemma looks to both sides, less than the window's tokens to each."""
+    window = sliding_window(config, index)
+    if window is None or not getattr(config, "use_bidirectional_attention", None):
+        return window
+    return 2 * window - 1
+
 
 FAMILY = Family(
     name="gemma",
@@ -15,4 +31,5 @@ FAMILY = Family(
     up_name="mlp.up_proj",
     gate_name="mlp.gate_proj",
     down_name="mlp.down_proj",
+    window=_window,
 )

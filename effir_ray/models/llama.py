@@ -15,4 +15,5 @@ FAMILY = Family(
     up_name="mlp.up_proj",
     gate_name="mlp.gate_proj",
     down_name="mlp.down_proj",
+    packing="pre-norm",
 )

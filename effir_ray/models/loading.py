@@ -11,26 +11,36 @@ import torch
 from effir_ray.errors import InputError
 from effir_ray.models import architecture
 from effir_ray.models import family as families
-from effir_ray.models.folder import base_of_adapter, is_adapter, read_json, read_plan, read_spec
-from effir_ray.models.gguf import dequantised
+from effir_ray.models.folder import (
+    OWN_FILE,
+    RetrieverSpec,
+    base_of_adapter,
+    is_adapter,
+    present_plan,
+    read_json,
+    read_place,
+    read_plan,
+    read_spec,
+)
+from effir_ray.models.foreign import (
+    EFFIR_SPEC,
+    has_drop_lists,
+    merge_lora,
+    read_drop_lists,
+    replace_embedding,
+)
 from effir_ray.models.known_configs import KNOWN_CONFIGS
 from effir_ray.models.names import Source, resolve
+from effir_ray.models.ordinary import kept_blocks, ordinary_config, restore_config, restore_model
 from effir_ray.models.plan import Plan
-from effir_ray.models.quiet import quiet_transformers
-from effir_ray.models.spec import RetrieverSpec
-from effir_ray.models.strictness import check_tensors
+from effir_ray.models.random_models import random_config, random_model, random_tokenizer
 from effir_ray.models.tokenizers import load_tokenizer, with_eos
+from effir_ray.models.weights import check_tensors, dequantised, quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    DType = torch.dtype | str  # "auto": as stored
+DType = torch.dtype | str  # "auto": as stored
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,6 @@ def load(name: str, *, dtype: DType, trust_remote_code: bool, first_blocks: int 
 
 
 def _load_random(source: Source, dtype: DType, first_blocks: int | None) -> Loaded:
-    from effir_ray.models.random_models import random_config, random_model, random_tokenizer
-
     config = random_config(source.model)
     if first_blocks is not None:
         config = architecture.cut_depth(config, first_blocks)
@@ -89,8 +97,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    from effir_ray.models.drop_lists import read_drop_lists
-
     file = folder / "config.json"
     settings = read_json(file)
     if settings is None:
@@ -104,46 +110,55 @@ def read_config(folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with many exception types
         raise InputError(f"{file}: not a valid configuration: {' '.join(str(error).split())}") from None
-    return read_drop_lists(config, file)
+    place = read_place(folder)
+    return (
+        read_drop_lists(config, file) if place is None else restore_config(config, place, folder / OWN_FILE)
+    )
 
 
 def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -> PreTrainedModel:
     """The headless model of a folder. Raises InputError naming missing, unexpected and misshapen tensors."""
     whole = read_config(folder)
     config = whole if first_blocks is None else architecture.cut_depth(whole, first_blocks)
+    stored, layers = config, None
+    if read_place(folder) is not None:
+        present = present_plan(config)
+        stored, layers = ordinary_config(config, present), kept_blocks(present)
     try:
         with quiet_transformers():
-            model, report = architecture.model_class(config).from_pretrained(
+            model, report = architecture.model_class(stored).from_pretrained(
                 folder,
-                config=config,
+                config=stored,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **architecture.build_options(config),
+                **architecture.build_options(stored),
             )
     except OSError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{folder}: cannot load weights (safetensors only): {reason}") from None
-    check_tensors(folder, report, _left_over(whole, config.num_hidden_layers))
+    family = families.get(config.model_type)
+    check_tensors(folder, report, family, _left_over(family, whole, config, stored))
+    if layers is not None:
+        restore_model(model, config, layers)
     return model.eval()
 
 
-def _left_over(config: PreTrainedConfig, depth: int) -> tuple[str, ...]:
-    """Prefixes of tensors that a checkpoint may hold without a place for them: heads, blocks after
-    ``depth``, and, where only lists of dropped layers were added to a full checkpoint (LLM-Drop), the
-    dropped sublayers.
+def _left_over(
+    family: families.Family, whole: PreTrainedConfig, config: PreTrainedConfig, stored: PreTrainedConfig
+) -> tuple[str, ...]:
+    """Prefixes of tensors that a checkpoint may hold without a place for them: blocks of the ``whole`` model
+    after those of ``config``, which the file calls ``stored``, and, where only lists of dropped layers were
+    added to a full checkpoint (LLM-Drop), the dropped sublayers.
     """
-    from effir_ray.models.drop_lists import has_drop_lists
-
-    family = families.get(config.model_type)
-    cut = [f"{family.blocks}.{index}." for index in range(depth, config.num_hidden_layers)]
-    if has_drop_lists(config):
-        for index, entry in architecture.overrides(config).items():
+    cut = [f"{family.blocks}.{index}." for index in range(stored.num_hidden_layers, whole.num_hidden_layers)]
+    if has_drop_lists(whole):
+        for index, entry in architecture.overrides(whole).items():
             for kind in entry.get("skip", ()):
                 parts = family.attention_parts if kind == "attention" else family.mlp_parts
                 cut += [f"{family.blocks}.{index}.{name}." for name in parts]
-    return (*family.head_prefixes, *cut)
+    return tuple(cut)
 
 
 def load_config(name_or_path: str | Path, *, first_blocks: int | None = None) -> PreTrainedConfig:
@@ -151,10 +166,8 @@ def load_config(name_or_path: str | Path, *, first_blocks: int | None = None) ->
 
     For a compressed checkpoint it is that of the compressed model, ``per_layer_config`` included.
     """
-    from effir_ray.models.architecture import cut_depth
-
     config = _config(str(name_or_path))
-    return config if first_blocks is None else cut_depth(config, first_blocks)
+    return config if first_blocks is None else architecture.cut_depth(config, first_blocks)
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -164,11 +177,7 @@ def _config(name: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**KNOWN_CONFIGS[name])
     source = resolve(name)
     if source.kind == "random":
-        from effir_ray.models.random_models import random_config
-
         return random_config(source.model)
-    from effir_ray.models.loading import prepare, read_config
-
     return read_config(prepare(source))
 
 
@@ -176,16 +185,15 @@ def _load_adapter(
     folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, first_blocks: int | None
 ) -> Loaded:
     """A LoRA adapter merged into its base model. Raises InputError when they do not fit each other."""
-    from effir_ray.models.adapter import EFFIR_SPEC, merge_lora, replace_embedding
-
     settings = read_json(folder / "adapter_config.json")
+    base = base_of_adapter(folder)
     loaded = load(
-        base_of_adapter(folder),
+        base,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         first_blocks=first_blocks,
     )
-    merge_lora(loaded.model, folder, settings)
+    merge_lora(loaded.model, folder, settings, _numbering(base, loaded.model.config))
     embedding = folder / "embedding" / "input_emb.pth"
     if not embedding.is_file():
         return loaded
@@ -194,3 +202,12 @@ def _load_adapter(
     if (folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(folder, append_eos=True, trust_remote_code=trust_remote_code)
     return replace(loaded, tokenizer=tokenizer, spec=EFFIR_SPEC)
+
+
+def _numbering(base: str, config: PreTrainedConfig) -> dict[str, str]:
+    """How an adapter's names of blocks begin -> how ours do: on an ordinary checkpoint it counts anew."""
+    source = resolve(base)
+    place = None if source.path is None or source.kind != "folder" else read_place(source.path)
+    blocks = families.get(config.model_type).blocks
+    layers = [] if place is None else place["layers"]
+    return {f"{blocks}.{number}.": f"{blocks}.{layer}." for number, layer in enumerate(layers)}

@@ -39,7 +39,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 # --- blocks ---
 
@@ -175,16 +175,6 @@ class SlimModel:
         super().__init__(config, **kwargs)
         restructure(self, overrides)
         config.per_layer_config = overrides
-
-    @classmethod
-    def adopt(cls, model: nn.Module) -> None:
-        """Turn a plain backbone, in place, into this class with every sublayer still there."""
-        model.config.__class__ = cls.config_class
-        model.config.architectures = [cls.__name__]
-        model.__class__ = cls
-        # PreTrainedModel.__init__ does this; without it there is no output_hidden_states.
-        _CAN_RECORD_REGISTRY[model] = cls._can_record_outputs
-        restructure(model, {})
 
     @property
     def slim_layers(self) -> nn.ModuleList:

@@ -7,13 +7,12 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from effir_ray.caches import file_hash
 from effir_ray.errors import InputError
-
-if TYPE_CHECKING:
-    pass
+from effir_ray.models.folder import base_of_adapter, is_adapter
+from effir_ray.models.random_models import RANDOM_MODELS
 
 # Name -> (package that carries the weights, path inside it).
 _PACKAGED = {
@@ -64,8 +63,6 @@ def backbone_fingerprint(name_or_path: str | Path) -> str:
 
     Cheap when seen before.
     """
-    from effir_ray.models.folder import base_of_adapter, is_adapter
-
     source = resolve(str(name_or_path))
     digest = hashlib.sha256()
     if source.path is None:
@@ -83,8 +80,6 @@ def backbone_fingerprint(name_or_path: str | Path) -> str:
 
 
 def _random(name: str) -> Source:
-    from effir_ray.models.random_models import RANDOM_MODELS
-
     _, model, *rest = name.split(":")
     if model not in RANDOM_MODELS or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
         known = ", ".join(f"random:{kind}" for kind in RANDOM_MODELS)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from effir_ray.errors import InputError
+from effir_ray.models.architecture import build_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -84,10 +87,6 @@ def random_config(kind: str) -> PreTrainedConfig:
 
 def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """The same weights for the same seed, whatever the caller's random state, which is left as it was."""
-    import torch
-
-    from effir_ray.models.architecture import build_model
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config).eval()

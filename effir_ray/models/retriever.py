@@ -12,8 +12,8 @@ from torch import Tensor
 
 from effir_ray.models import family as families
 from effir_ray.models import loading
+from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import Plan
-from effir_ray.models.spec import RetrieverSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

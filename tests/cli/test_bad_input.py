@@ -171,7 +171,7 @@ class _FromWorker(InputError):
 def test_errors_of_the_library_become_lines_and_codes(
     error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effir_ray.diagnose", _raising(error))
+    monkeypatch.setattr("effir_ray.diagnose", _raising(error), raising=False)
     result = run("doctor")
     assert result.exit_code == code
     assert message in result.stderr
@@ -182,7 +182,7 @@ def test_errors_of_the_library_become_lines_and_codes(
     "error", [KeyError("bug"), OSError(errno.EACCES, "no file"), FileNotFoundError(2, "", "x")]
 )
 def test_a_bug_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.diagnose", _raising(error))
+    monkeypatch.setattr("effir_ray.diagnose", _raising(error), raising=False)
     with pytest.raises(type(error)):
         run("doctor")
 
@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_written_is_named(
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGINT), raising=False)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
     result = run("doctor")
     signal.signal(signal.SIGINT, before)
@@ -217,7 +217,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sigterm_ends_with_143_and_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGTERM), raising=False)
     monkeypatch.setattr("effir_ray.cli._app._stopped_by", [])
     before = signal.signal(signal.SIGTERM, stop)
     result = run("doctor")

@@ -113,7 +113,9 @@ def test_compress_previews_and_then_writes_the_same_plan(tmp_path: Path) -> None
     preview = json.loads(run("compress", *options, "--dry-run").stdout)
     assert preview["checkpoint"] is None
     written = json.loads(run("compress", *options, "--out", tmp_path / "small").stdout)
-    assert written == preview | {"checkpoint": str(tmp_path / "small")}
+    reason = "layer 1 has attention and no MLP (and 1 more like it)"
+    layout = {"ordinary": False, "reason": reason}
+    assert written == preview | {"checkpoint": str(tmp_path / "small"), "layout": layout}
     assert [layer["mlp"] for layer in written["plan"]["layers"]] == [True, False, False, False]
     assert (tmp_path / "small" / "config.json").is_file()
 

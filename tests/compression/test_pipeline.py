@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from effir_ray import hardware
 from effir_ray.compression import calibration
@@ -17,7 +18,10 @@ from effir_ray.compression.surgery import apply_plan
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
 from effir_ray.hardware import Hardware
+from effir_ray.models import retriever as retriever_module
 from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.known_configs import KNOWN_CONFIGS
+from effir_ray.models.ordinary import Layout
 from effir_ray.models.retriever import load_retriever
 
 
@@ -52,9 +56,9 @@ def test_a_dry_run_has_the_size_of_the_checkpoint_and_the_checkpoint_that_of_its
     assert sum(p.numel() for p in loaded.model.parameters()) == made.parameters
 
 
-def test_the_same_call_makes_the_same_plan(dataset: str) -> None:
-    schedule = Schedule(drop_block=2, importance="pooled")
-    first, second = (compress("random:llama", schedule, None, dataset=dataset, seed=3) for _ in range(2))
+def test_the_same_call_makes_the_same_plan(dataset: str, tmp_path: Path) -> None:
+    schedule, out = Schedule(drop_block=2, importance="pooled"), tmp_path / "small"
+    first, second = (compress("random:llama", schedule, out, dataset=dataset, seed=3) for _ in range(2))
     assert dataclasses.asdict(first) == dataclasses.asdict(second)
 
 
@@ -101,7 +105,9 @@ def test_kept_weights_are_saved_as_they_were_stored(
             assert torch.equal(found[name], value)
 
 
-def test_the_dev_loss_is_measured_on_dev_pairs(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dev_loss_is_measured_on_dev_pairs(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[str] = []
 
     def draw(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:
@@ -109,7 +115,7 @@ def test_the_dev_loss_is_measured_on_dev_pairs(dataset: str, monkeypatch: pytest
         return load_pairs(dataset)[:4]
 
     monkeypatch.setattr(calibration, "draw_pairs", draw)
-    compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), None, dataset=dataset)
+    compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), tmp_path / "x", dataset=dataset)
     assert drawn == ["dev"]
 
 
@@ -127,3 +133,47 @@ def test_sparsity_comes_last_and_a_bad_pattern_first(dataset: str, tmp_path: Pat
     with pytest.raises(InputError, match="sparsity pattern '5:4'"):
         compress("random:llama", schedule, tmp_path / "bad", dataset=dataset, sparsity="5:4")
     assert not (tmp_path / "bad").exists()
+
+
+def bare_config(folder: Path, name: str) -> str:
+    """A folder with config.json alone: neither weights nor tokenizer."""
+    folder.mkdir()
+    config = AutoConfig.for_model(**KNOWN_CONFIGS[name])
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_dry_run_needs_the_configuration_only(uniform: bool, tmp_path: Path) -> None:
+    """A 7B model's: counts of layers that are all alike; which ones go is left open."""
+    folder = bare_config(tmp_path / "mistral", "mistralai/Mistral-7B-v0.1")
+    schedule = Schedule(drop_mlp=16, width_reduction=0.3)
+    result = compress(folder, schedule, None, dataset="absent", uniform=uniform)
+    assert result.plan is None
+    assert round(result.full_parameters / 1e9, 2) == 7.11
+    assert result.parameters / 1e9 == pytest.approx(3.45, abs=0.01)
+    named = compress(folder, Schedule(drop_mlp=(1, 2)), None, dataset="absent")
+    assert named.plan is not None and not named.plan.layers[2].mlp
+
+
+@pytest.mark.parametrize(("tokens", "alike"), [(16, True), (17, False)])
+def test_weights_are_needed_only_where_layers_differ(
+    tokens: int, alike: bool, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of random:gemma2 every other layer sees no further than 16 tokens."""
+    loaded: list[str] = []
+    load = retriever_module.load_retriever
+    monkeypatch.setattr(
+        retriever_module,
+        "load_retriever",
+        lambda name, **options: loaded.append(name) or load(name, **options),
+    )
+    result = compress("random:gemma2", Schedule(drop_attention=1), None, dataset=dataset, max_length=tokens)
+    assert (result.plan is None, loaded == []) == (alike, alike)
+
+
+def test_what_was_written_is_said(dataset: str, tmp_path: Path) -> None:
+    blocks = compress("random:bert", Schedule(drop_block=(1,)), tmp_path / "a", dataset=dataset)
+    halves = compress("random:bert", Schedule(drop_mlp=(1,)), tmp_path / "b", dataset=dataset)
+    assert blocks.layout == Layout(ordinary=True, reason="3 of 4 blocks are left whole")
+    assert halves.layout == Layout(ordinary=False, reason="layer 1 has attention and no MLP")

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray.data import beir_files
+from effir_ray.compression.calibration import draw_pairs, draw_texts
+from effir_ray.data import beir_files, datasets
 from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.data.pairs import load_pairs
 from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluation import evaluate
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 WriteFolder = Callable[..., Path]
@@ -237,3 +241,82 @@ def test_lines_up_to_the_limit_are_read(folder: Path, monkeypatch: pytest.Monkey
     longest = max(len(line) for line in (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True))
     monkeypatch.setattr(beir_files, "MAX_LINE_BYTES", longest)
     assert len(load_dataset(folder).corpus) == 40
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The corpora that were scanned since, in order."""
+    seen: list[Path] = []
+    scan = datasets.scan_corpus
+
+    def counted(path: Path) -> beir_files.CorpusScan:
+        seen.append(path)
+        return scan(path)
+
+    monkeypatch.setattr(datasets, "scan_corpus", counted)
+    return seen
+
+
+def age(folder: Path, seconds: int = 60) -> Path:
+    """As if nothing in ``folder`` had changed for so long."""
+    for file in folder.rglob("*"):
+        then = file.stat().st_mtime - seconds
+        os.utime(file, (then, then))
+    return folder
+
+
+def test_a_corpus_is_scanned_once_whoever_asks(folder: Path, scans: list[Path]) -> None:
+    source = str(age(folder))
+    dataset = load_dataset(source)
+    assert load_dataset(folder, queries=False).corpus is dataset.corpus
+    assert source_fingerprint(source) == dataset.fingerprint
+    assert len(load_pairs(source)) == len(dataset.queries("train"))
+    assert len(draw_texts(load_dataset(source), 3, seed=0)) == 3
+    assert len(draw_pairs(source, 3, seed=0)) == 3
+    assert evaluate("random:bert", source).fingerprint == dataset.fingerprint
+    assert scans == [folder.resolve() / "corpus.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("corpus.jsonl", b"text 8", b"text 9"),
+        ("queries.jsonl", b"query 8", b"query 9"),
+        ("qrels/test.tsv", b"d20", b"d21"),
+    ],
+)
+def test_a_changed_file_is_read_again(
+    folder: Path, file: str, old: bytes, new: bytes, scans: list[Path]
+) -> None:
+    before = load_dataset(age(folder))
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content.replace(old, new))  # as long as before
+    now = load_dataset(folder)
+    assert now.fingerprint != before.fingerprint
+    assert len(scans) == (2 if file == "corpus.jsonl" else 1)
+    (folder / file).write_bytes(content)
+    assert load_dataset(folder).fingerprint == before.fingerprint
+
+
+def test_a_new_split_is_seen(folder: Path) -> None:
+    assert load_dataset(age(folder)).splits == ("train", "dev", "test")
+    (folder / "qrels/train.tsv").unlink()
+    assert load_dataset(folder).splits == ("test",)
+    (folder / "qrels/dev.tsv").write_text(HEADER + "q3\td3\t2\n")
+    assert load_dataset(folder).splits == ("dev", "test")
+
+
+def test_only_the_data_sets_used_last_are_kept(
+    tmp_path: Path, write_folder: WriteFolder, scans: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [age(write_folder(tmp_path / name)) for name in "abc"]
+    monkeypatch.setattr(datasets, "_REMEMBERED_DOCUMENTS", 100)  # two of 40 fit
+    for name in (0, 1, 0, 2, 0, 2):
+        load_dataset(folders[name])
+    assert [path.parent.name for path in scans] == ["a", "b", "c"]
+    load_dataset(folders[1])
+    assert len(scans) == 4
+    monkeypatch.setattr(datasets, "_REMEMBERED_DOCUMENTS", 10)  # one that is larger stays alone
+    load_dataset(folders[0])
+    load_dataset(folders[0])
+    assert len(scans) == 5

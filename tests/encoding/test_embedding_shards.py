@@ -105,5 +105,5 @@ def test_truncated_shard_is_named(tmp_path):
 
 
 def test_unknown_location():
-    with pytest.raises(InputError, match="no usable location"):
+    with pytest.raises(InputError, match="cannot be used"):
         ShardFolder("nosuchscheme://bucket/x").header()

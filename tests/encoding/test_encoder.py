@@ -13,10 +13,10 @@ from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError
+from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
-from effir_ray.models.spec import RetrieverSpec
 from effir_ray.training.config import LoraConfig
 from effir_ray.training.step.lora import add_lora
 

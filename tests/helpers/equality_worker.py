@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def training_config(combination: Combination) -> TrainConfig:
 
 
 def training_pairs() -> list[Pair]:
-    """24 pairs of uneven length; some share a positive, which then must not count as a negative."""
+    """24 pairs of uneven length; some share a positive, by id or as a copy under another id, which then must
+    not count as a negative.
+    """
     pairs = []
     for number in range(24):
         topic = number // 2 if number % 4 < 2 else number
@@ -97,7 +100,7 @@ def training_pairs() -> list[Pair]:
                 positives=(positive,),
                 negatives=negatives,
                 teacher_scores=(5.0, *(2.0 - i * topic % 3 for i in range(3))),
-                positive_ids=(f"d{topic}",),
+                positive_ids=(f"d{topic}" if topic % 4 else f"copy{number}",),
                 negative_ids=tuple(f"n{topic}-{i}" for i in range(3)),
             )
         )
@@ -192,7 +195,7 @@ def main() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
     every = [*combinations(ranks), *elastic(ranks), *bfloat16(ranks)]
     results = {str(combination): run(combination, rank) for combination in every}
     saved = save(ranks, rank, out.with_suffix(""))

@@ -20,6 +20,7 @@ from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
+from effir_ray.training.identity import training_identity
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
 from effir_ray.training.run.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
 from effir_ray.training.run.trackers import Board, check_installed, tracked
@@ -63,7 +64,7 @@ def train(
     TrialFailure when the weights can no longer be trusted.
     """
     check_installed(track)
-    if "://" in str(out):
+    if storage.is_uri(out):
         raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
     out = Path(out).absolute()
     stages = stages or StageStore(out / "stages")
@@ -110,7 +111,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.distillation.teacher is not None:
         teacher = _absolute(config.distillation.teacher, PACKAGED)
         changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})
-    if config.storage_path is not None and "://" not in config.storage_path:
+    if config.storage_path is not None and not storage.is_uri(config.storage_path):
         changes["storage_path"] = str(Path(config.storage_path).expanduser().absolute())
     return config.model_copy(update=changes)
 
@@ -125,61 +126,45 @@ def _check_ladder(model: str, config: TrainConfig) -> None:
 
 def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str, Any]:
     """Claim the output folder for this run; the description of the run that workers get."""
-    settings = {
-        "model": model,
-        "config": config.model_dump(mode="json"),
-        "contents": _contents(model, config),
-    }
-    base, name = _place(out, settings)
+    identity = training_identity(config)
+    identity["contents"]["model"] = backbone_fingerprint(model)
+    record = {"model": model, "config": config.model_dump(mode="json"), "identity": identity}
+    base, name = _place(out, record)
     storage.check(base)
     run = storage.join(base, name)
     known = out / _SETTINGS
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else settings
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else record
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
-        for old in (before, settings):
+        for old in (before, record):
             storage.remove(storage.join(*_place(out, old)))
-    elif before != settings:
+    elif differing := _differences(before, record):
         raise InputError(
             f"{out} holds a run of another model or other settings or data ({known}: "
-            f"{_differences(before, settings)}); choose another folder, or start over with resume=False"
+            f"{', '.join(differing)}); choose another folder, or start over with resume=False"
         )
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(known, settings)
-    return {**settings, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
+    _write_json(known, record)
+    return {**record, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
 
 
-def _place(out: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """Where Ray Train keeps a run with these settings: folder or URI, and its name there."""
-    name = hashlib.sha256(json.dumps([str(out), settings], sort_keys=True).encode()).hexdigest()[:12]
-    base = settings["config"].get("storage_path") or str(out / "run")
-    return base, name
+def _place(out: Path, record: dict[str, Any]) -> tuple[str, str]:
+    """Where Ray Train keeps the run of a record: folder or URI, and its name there."""
+    identity = json.dumps([str(out), record.get("identity")], sort_keys=True)
+    base = record["config"].get("storage_path") or str(out / "run")
+    return base, hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
-def _contents(model: str, config: TrainConfig) -> dict[str, str]:
-    """Fingerprints of what the run reads: names alone do not tell whether it is still the same run."""
-    from effir_ray.data.pair_stream import source_fingerprint
-
-    contents = {"model": backbone_fingerprint(model), "dataset": source_fingerprint(config.dataset)}
-    if config.dev is not None and config.dev.dataset is not None:
-        contents["dev.dataset"] = source_fingerprint(config.dev.dataset)
-    if config.held_out is not None:
-        contents["held_out"] = source_fingerprint(config.held_out)
-    if config.negatives not in ("given", "bm25"):
-        contents["negatives"] = backbone_fingerprint(config.negatives)
-    if config.distillation.teacher is not None:
-        contents["distillation.teacher"] = backbone_fingerprint(config.distillation.teacher)
-    return contents
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The names of the settings and contents that differ."""
-    names = ["model"] if before["model"] != after["model"] else []
-    names += [key for key, value in after["config"].items() if before["config"].get(key) != value]
-    known = before.get("contents", {})
-    names += [f"contents of {key}" for key, value in after["contents"].items() if known.get(key) != value]
-    return ", ".join(names)
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of the settings and contents that differ, and of the place of the checkpoints."""
+    known, found = before.get("identity", {}), after["identity"]
+    names = [key for key, value in found["settings"].items() if known.get("settings", {}).get(key) != value]
+    for role in sorted(found["contents"].keys() | known.get("contents", {}).keys()):
+        if known.get("contents", {}).get(role) != found["contents"].get(role):
+            names.append(f"contents of {role}")
+    place = "storage_path"
+    return names + [place] * (before["config"].get(place) != after["config"][place])
 
 
 def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:

@@ -7,16 +7,17 @@ rank r of w takes every w-th pair of the global batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from effir_ray.data.pair_layouts import asked
+from effir_ray.data.pair_layouts import normalised
 from effir_ray.data.pair_stream import PairStream, take_survey
 from effir_ray.data.pairs import Pair, shared_positives, shuffled
 from effir_ray.errors import InputError
@@ -31,8 +32,9 @@ class Batch:
     all).
 
     tokens: b lists of token ids of the queries, then b * k of the documents (k of the first query first).
-    document_ids (b, k): a 64-bit hash a document; positive_ids: those of all known positives of a query, also
-    from other rows that ask the same (of a stream, other rows of the batch).
+    document_ids (b, k, 2): 64-bit hashes of a document's id and of its text, since copies have ids of their
+    own; positive_ids: both of all known positives of a query, also from other rows that ask the same (of a
+    stream, other rows of the batch).
     teacher_scores (b, k): NaN where there are none. texts: as ``tokens``, for a teacher's embeddings.
     number: the 0-based step of the run.
     """
@@ -118,7 +120,9 @@ class Batches:
 
     def _chosen(self, pairs: list[Pair], random: np.random.Generator) -> list[Example]:
         shared = shared_positives(pairs) if isinstance(self._pairs, PairStream) else self._shared
-        return [_choose(pair, self.negatives, random, shared.get(asked(pair.query), ())) for pair in pairs]
+        return [
+            _choose(pair, self.negatives, random, shared.get(normalised(pair.query), {})) for pair in pairs
+        ]
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Pair]:
         """The pairs of an epoch in its order, the same on every rank, without the first ``skip``."""
@@ -132,8 +136,12 @@ class Batches:
         return Batch(
             tokens=self._tokenize(queries, "query") + self._tokenize(documents, "document"),
             texts=queries + documents,
-            document_ids=torch.tensor([[hash64(name) for name in example.ids] for example in examples]),
-            positive_ids=[torch.tensor([hash64(name) for name in example.positives]) for example in examples],
+            document_ids=torch.tensor(
+                [[_identity(*each) for each in zip(e.ids, e.texts, strict=True)] for e in examples]
+            ),
+            positive_ids=[
+                torch.tensor([_identity(*each) for each in e.positives]).flatten() for e in examples
+            ],
             teacher_scores=torch.tensor([example.scores for example in examples]),
             number=number,
         )
@@ -141,19 +149,22 @@ class Batches:
 
 @dataclass
 class Example:
-    """What one step shows of a pair: a positive, then hard negatives; ids and scores parallel to texts."""
+    """What one step shows of a pair: a positive, then hard negatives; ids and scores parallel to texts.
+
+    ``positives``: (id, text) of all known ones.
+    """
 
     query: str
     texts: list[str]
     ids: list[str]
     scores: list[float]
-    positives: tuple[str, ...]
+    positives: tuple[tuple[str, str], ...]
 
 
-def _choose(pair: Pair, negatives: int, random: np.random.Generator, shared: Collection[str] = ()) -> Example:
+def _choose(pair: Pair, negatives: int, random: np.random.Generator, shared: Mapping[str, str]) -> Example:
     """One of the positives, and ``negatives`` of the hard negatives (all, if there are fewer), by chance.
 
-    ``shared``: ids of the positives of all rows that ask the same.
+    ``shared``: id -> text of the positives of all rows that ask the same, where there are several.
     """
     n_positives = len(pair.positives)
     positive = int(random.integers(n_positives))
@@ -166,7 +177,7 @@ def _choose(pair: Pair, negatives: int, random: np.random.Generator, shared: Col
         texts=[pair.positives[positive], *(pair.negatives[index] for index in chosen)],
         ids=[pair.positive_ids[positive], *(pair.negative_ids[index] for index in chosen)],
         scores=[scores[positive], *(scores[n_positives + index] for index in chosen)],
-        positives=tuple(shared) or pair.positive_ids,
+        positives=tuple(shared.items()) or tuple(zip(pair.positive_ids, pair.positives, strict=True)),
     )
 
 
@@ -181,7 +192,22 @@ def _fill(batch: list[Example], negatives: int, random: np.random.Generator) -> 
             example.scores.append(float("nan"))
 
 
+def _identity(name: str, text: str) -> tuple[int, int]:
+    """What tells whether two documents are one: either number is enough."""
+    return hash64(name), text_hash(text)
+
+
 def hash64(name: str) -> int:
     """A document id as a signed 64-bit number: ids of all ranks meet in one tensor."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return _hash64(name, b"id")
+
+
+@lru_cache(maxsize=1 << 14)  # most texts come back: as negatives, in the next epoch, as one of many positives
+def text_hash(text: str) -> int:
+    """The same of a text, of all its copies alike."""
+    return _hash64(normalised(text), b"text")
+
+
+def _hash64(value: str, kind: bytes) -> int:
+    digest = hashlib.blake2b(value.encode(), digest_size=8, person=kind).digest()
     return int.from_bytes(digest, "big", signed=True)

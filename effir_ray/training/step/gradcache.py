@@ -134,11 +134,11 @@ class ContrastiveStep:
     def _targets(self, batch: Batch) -> Targets:
         """Masks and teachers of the global batch, gathered from the ranks."""
         device = self._engine.device
-        b, k = batch.document_ids.shape
-        ids = gather_rows(batch.document_ids.to(device)).flatten()
+        b, k, _ = batch.document_ids.shape
+        ids = gather_rows(batch.document_ids.to(device)).flatten(0, 1)  # (n, 2)
         first = rank() * b * k
         listed = first + torch.arange(b * k, device=device).view(b, k)
-        allowed = torch.stack([~torch.isin(ids, known.to(device)) for known in batch.positive_ids])
+        allowed = torch.stack([~torch.isin(ids, known.to(device)).any(dim=1) for known in batch.positive_ids])
         allowed.scatter_(1, listed[:, :1], True)
         teacher = self._teacher(batch) if self._teacher is not None else (None, None)
         queries, documents = (None if part is None else gather_rows(part.to(device)) for part in teacher)

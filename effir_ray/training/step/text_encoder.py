@@ -22,7 +22,6 @@ from effir_ray.encoding.varlen_attention import Packing, attend, has_flash, pool
 from effir_ray.models.retriever import Retriever
 
 _NAME = "effir_packed"
-_FAMILIES = ("llama", "bert")  # attention without logit caps and without layers of different windows
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
@@ -34,7 +33,7 @@ class TextEncoder(nn.Module):
         self.model = retriever.model
         self._spec, self._pool_padded = retriever.spec, retriever.pool
         self._window: int | None = getattr(retriever.model.config, "sliding_window", None)
-        self.padded = retriever.family.name not in _FAMILIES or _slow_when_packed(retriever)
+        self.padded = retriever.family.packing is None or _slow_when_packed(retriever)
         if not self.padded:
             self.model.set_attn_implementation(_NAME)
 

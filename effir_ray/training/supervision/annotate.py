@@ -13,7 +13,7 @@ import torch
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
-from effir_ray.models.quiet import quiet_transformers
+from effir_ray.models.weights import quiet_transformers
 from effir_ray.stages import StageStore, fingerprint
 from effir_ray.training.supervision.chunks import Process, in_chunks
 

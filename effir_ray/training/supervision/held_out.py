@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from effir_ray.data.pair_layouts import asked
+from effir_ray.data.pair_layouts import normalised
 from effir_ray.data.pair_stream import PairStream, Survey, is_stream
 from effir_ray.data.pairs import Pair, check_split, held_out_questions, load_pairs
 from effir_ray.training.config import TrainConfig
@@ -27,7 +27,7 @@ def dev_dataset(config: TrainConfig) -> Dataset | None:
 
 
 def held_out_by(config: TrainConfig) -> frozenset[str]:
-    """The dev and test questions (as ``asked`` writes them) of what ``dev`` and ``held_out`` name."""
+    """The dev and test questions (as ``normalised`` writes them) of what ``dev`` and ``held_out`` name."""
     from effir_ray.data.datasets import load_dataset
 
     dev = None if config.dev is None else config.dev.dataset or config.dataset
@@ -47,7 +47,7 @@ def training_pairs(
         stream = PairStream(source, held_out=held_out, survey=survey)
         return stream, stream.survey.left_out
     pairs = load_pairs(source, split=split)
-    kept = [pair for pair in pairs if asked(pair.query) not in held_out]
+    kept = [pair for pair in pairs if normalised(pair.query) not in held_out]
     return kept, len(pairs) - len(kept)
 
 

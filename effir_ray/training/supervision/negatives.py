@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effir_ray.data.pair_layouts import asked
+from effir_ray.data.pair_layouts import normalised
 from effir_ray.data.pair_stream import is_stream, source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs, shared_positives
 from effir_ray.errors import InputError
@@ -203,12 +203,14 @@ def mine_pairs(
     mined = []
     for pair, row_scores, row in zip(pairs, scores.tolist(), indices.tolist(), strict=True):
         candidates = [collection.ids[index] for index in row]
-        positives = shared.get(asked(pair.query)) or dict(zip(pair.positive_ids, pair.positives, strict=True))
+        positives = shared.get(normalised(pair.query)) or dict(
+            zip(pair.positive_ids, pair.positives, strict=True)
+        )
         # A few spare ones: copies of a positive under another id are only seen in the texts.
         chosen = hard_negatives(row_scores, candidates, positives, negatives=negatives + 3, margin=margin)
         texts = dict(zip(chosen, collection.texts(chosen), strict=True))
-        known = frozenset(positives.values())
-        kept = [name for name in chosen if texts[name].strip() and texts[name] not in known]
+        known = frozenset(map(normalised, positives.values()))
+        kept = [name for name in chosen if texts[name].strip() and normalised(texts[name]) not in known]
         kept = kept[:negatives]
         mined.append(
             replace(

@@ -141,7 +141,7 @@ def test_options_of_a_uri_stay_at_its_end() -> None:
 def test_a_place_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
     storage.check(tmp_path.as_uri())
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"^s4://bucket cannot be written to: Unrecognized"):
+    with pytest.raises(InputError, match=r"^s4://bucket cannot be used: Unrecognized"):
         storage.check("s4://bucket")
 
 
@@ -150,7 +150,7 @@ def test_an_object_store_that_does_not_answer_is_named_in_one_line(monkeypatch: 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.setenv(name, "true")
     nobody = "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http&region=x"
-    with pytest.raises(InputError, match=r"cannot be written to: .*connect"):
+    with pytest.raises(InputError, match=r"cannot be used: .*connect"):
         storage.check(nobody)
     with pytest.raises(InputError, match=r"cannot be used: .*connect"):
         ShardFolder(nobody).header()

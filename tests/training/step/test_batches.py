@@ -12,7 +12,7 @@ import torch
 from effir_ray.data.pairs import Pair
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.step.batches import Batch, Batches, hash64
+from effir_ray.training.step.batches import Batch, Batches, hash64, text_hash
 
 
 def pairs(count: int = 10, negatives: int = 3) -> list[Pair]:
@@ -38,6 +38,11 @@ def config(**settings: object) -> TrainConfig:
     return TrainConfig.model_validate({"dataset": "d", "batch_size": 4, "hard_negatives": 2, **settings})
 
 
+def both(*texts: str) -> list[int]:
+    """The hashes of id and text of each."""
+    return [number for text in texts for number in (hash64(f"id-{text}"), text_hash(text))]
+
+
 def texts(batches: Sequence[Batch]) -> list[list[str]]:
     return [batch.texts for batch in batches]
 
@@ -50,7 +55,7 @@ def test_two_ranks_together_see_what_one_sees() -> None:
     for step, batch in enumerate(whole):
         shares = [half[step] for half in halves]
         assert sorted(batch.texts) == sorted(shares[0].texts + shares[1].texts)
-        assert all(share.document_ids.shape == (2, 3) for share in shares)
+        assert all(share.document_ids.shape == (2, 3, 2) for share in shares)
 
 
 def test_a_run_goes_on_in_the_middle_as_if_it_had_never_stopped() -> None:
@@ -69,14 +74,14 @@ def test_epochs_are_shuffled_differently_and_seeds_matter() -> None:
 def test_ids_and_scores_stay_with_their_texts() -> None:
     for batch in Batches(pairs(), config(epochs=3), tokenize).run():
         documents = batch.texts[batch.n_queries :]
-        assert batch.document_ids.flatten().tolist() == [hash64(f"id-{text}") for text in documents]
+        assert batch.document_ids.flatten().tolist() == both(*documents)
         columns = {"a": 0, "b": 1} | {str(j): 2 + j for j in range(3)}
         expected = [10 * int(text[1]) + columns[text[2]] for text in documents]
         assert batch.teacher_scores.flatten().tolist() == expected
         assert batch.tokens == tokenize(batch.texts, "")
         for i, query in enumerate(batch.texts[: batch.n_queries]):
             number = query[1]
-            assert batch.positive_ids[i].tolist() == [hash64(f"id-p{number}{x}") for x in "ab"]
+            assert batch.positive_ids[i].tolist() == both(f"p{number}a", f"p{number}b")
             own = documents[3 * i : 3 * i + 3]
             assert own[0][:2] == f"p{number}" and all(text[:2] == f"n{number}" for text in own[1:])
 
@@ -97,13 +102,13 @@ def test_no_more_negatives_are_asked_than_there_are() -> None:
 def test_positives_of_every_row_of_a_query_are_known_to_each_of_them() -> None:
     """Also those whose row is in another batch: another query may bring the same document."""
     rows = [replace(pair, query="Same  one" if i % 2 else "same one") for i, pair in enumerate(pairs(6))]
-    every = {hash64(name) for pair in rows for name in pair.positive_ids}
+    every = set(both(*(text for pair in rows for text in pair.positives)))
     others = [replace(pair, query=f"other {i}") for i, pair in enumerate(pairs(6))]
     seen = set()
     for batch in Batches([*rows, *others], config(), tokenize).run():
         for query, positives in zip(batch.texts, batch.positive_ids, strict=False):
             seen.add(query)
-            assert len(positives) == (2 if query.startswith("other") else 12)
+            assert len(positives) == (4 if query.startswith("other") else 24)
             assert query.startswith("other") or set(positives.tolist()) == every
     assert {"Same  one", "same one"} <= seen
 

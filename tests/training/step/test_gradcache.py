@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from effir_ray.data.pairs import Pair
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batch, Batches
@@ -89,6 +90,28 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     checkpointed, _ = gradients("random:llama", None, gradient_checkpointing=True)
     for name in plain:
         assert torch.allclose(plain[name], checkpointed[name], atol=1e-5), name
+
+
+def test_copies_of_a_positive_under_other_ids_are_no_negatives() -> None:
+    """NFCorpus has 40 texts twice. Two copies as positives, one as a hard negative; spacing tells nothing."""
+    pairs = [
+        Pair("1", "one", ("The same.",), negatives=("other",), positive_ids=("a",), negative_ids=("x",)),
+        Pair("2", "two", ("the  same.",), negatives=("more",), positive_ids=("b",), negative_ids=("y",)),
+        Pair("3", "three", ("third",), negatives=("Third ",), positive_ids=("c",), negative_ids=("d",)),
+    ]
+    retriever = load_retriever("random:llama")
+    config = TrainConfig(dataset="d", hard_negatives=1, batch_size=3, lora=None, steps=1)
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+    (batch,) = Batches(pairs, config, lambda texts, kind: retriever.tokenize(texts, kind)).run()
+    targets = ContrastiveStep(engine, build_objective(config, has_teacher_scores=False))._targets(batch)
+    queries, documents = batch.texts[:3], batch.texts[3:]
+    left = {
+        query: {documents[column] for column in row.nonzero().flatten().tolist()}
+        for query, row in zip(queries, targets.allowed, strict=True)
+    }
+    assert left["one"] == {"The same.", "other", "more", "third", "Third "}
+    assert left["two"] == {"the  same.", "other", "more", "third", "Third "}
+    assert left["three"] == {"The same.", "the  same.", "other", "more", "third"}
 
 
 @pytest.mark.parametrize("padded", [True, False])

@@ -94,4 +94,4 @@ def test_a_stream_through_ray_gives_whole_batches(
     assert len(batches) == 2 * (16 // 2)
     asked = {text for batch in batches for text in batch.texts[:2]}
     assert asked.isdisjoint(HELD_OUT)
-    assert all(batch.document_ids.shape == (2, 3) for batch in batches)
+    assert all(batch.document_ids.shape == (2, 3, 2) for batch in batches)

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from effir_ray.errors import InputError
-from effir_ray.models.spec import RetrieverSpec
+from effir_ray.models.architecture import DROP_LISTS, compress_config
+from effir_ray.models.folder import RetrieverSpec
+from effir_ray.models.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # The prompt and length of the authors' evaluation script.
 EFFIR_SPEC = RetrieverSpec(
@@ -36,9 +38,51 @@ _LORA_NAME = re.compile(
 )
 
 
+def has_drop_lists(config: PreTrainedConfig) -> bool:
+    """Whether the configuration came with LLM-Drop's lists."""
+    return any(getattr(config, name, None) for name in DROP_LISTS.values())
+
+
+def read_drop_lists(config: PreTrainedConfig, file: Path) -> PreTrainedConfig:
+    """``config`` as a compressed one when it has drop lists, else as it is. ``file`` opens error messages."""
+    if not has_drop_lists(config):
+        return config
+    depth = config.num_hidden_layers
+    dropped = {
+        kind: _indices(getattr(config, name, None), depth, f"{file}: {name}")
+        for kind, name in DROP_LISTS.items()
+    }
+    plan = Plan(
+        layers=tuple(
+            LayerPlan(attention=index not in dropped["attention"], mlp=index not in dropped["mlp"])
+            for index in range(depth)
+        )
+    )
+    compress_config(config).per_layer_config = plan.per_layer_config()
+    return config
+
+
+def _indices(values: Any, depth: int, where: str) -> set[int]:
+    values = values or []
+    if len(values) == depth and all(isinstance(value, bool) for value in values):
+        return {index for index, dropped in enumerate(values) if dropped}
+    if any(
+        isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < depth for value in values
+    ):
+        raise InputError(
+            f"{where} is {values}; expected layer indices below {depth} or {depth} times true or false"
+        )
+    return set(values)
+
+
 @torch.no_grad()
-def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]) -> None:
-    """W += scale * B A for every adapted Linear (arXiv 2106.09685, section 4.1), in float32."""
+def merge_lora(
+    model: PreTrainedModel, folder: Path, settings: Mapping[str, Any], renamed: Mapping[str, str]
+) -> None:
+    """W += scale * B A for every adapted Linear (arXiv 2106.09685, section 4.1), in float32.
+
+    ``renamed``: how names of Linears begin in the adapter -> in ``model``, where they differ.
+    """
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"
@@ -57,7 +101,7 @@ def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise InputError(f"{file}: {name} has only one of lora_A and lora_B")
-        linear = _linear(model, name, file)
+        linear = _linear(model, _renamed(name, renamed), file)
         rank = pair["A"].shape[0]
         alpha = _alpha(name, settings)
         scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
@@ -66,6 +110,13 @@ def merge_lora(model: PreTrainedModel, folder: Path, settings: Mapping[str, Any]
             shape, expected = tuple(change.shape), tuple(linear.weight.shape)
             raise InputError(f"{file}: {name} has shape {shape}, the base model's is {expected}")
         linear.weight += change.to(linear.weight)
+
+
+def _renamed(name: str, renamed: Mapping[str, str]) -> str:
+    for start, new in renamed.items():
+        if name.startswith(start):
+            return new + name.removeprefix(start)
+    return name
 
 
 def _alpha(name: str, settings: Mapping[str, Any]) -> float:

@@ -1,20 +1,63 @@
-"""GGUF files as ordinary model folders: dequantised once, then loaded like any other."""
+"""Reading weights: every tensor has its place, transformers' chatter is off, GGUF files become folders.
+
+A GGUF file is dequantised once into an ordinary model folder in the cache, then loaded like any other.
+"""
 
 from __future__ import annotations
 
 import io
 import shutil
 import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from effir_ray.caches import cache_folder, file_hash
 from effir_ray.errors import InputError
-from effir_ray.models import family as families
-from effir_ray.models.quiet import quiet_transformers
-from effir_ray.models.strictness import check_tensors
+from effir_ray.models.family import Family, get
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers says nothing below the level of an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_tensors(source: Path, report: Mapping[str, Any], family: Family, allowed: tuple[str, ...]) -> None:
+    """``report`` is transformers' loading info. Tensors of heads and those whose names start with ``allowed``
+    may be left over; a checkpoint with a head puts the name of the model inside it before theirs.
+
+    Raises InputError naming missing, unexpected and misshapen tensors.
+    """
+    missing = sorted(report["missing_keys"])
+    heads = (*family.head_prefixes, *allowed)
+    left_over = sorted(
+        key for key in report["unexpected_keys"] if not key.removeprefix(family.body_prefix).startswith(heads)
+    )
+    misshapen = [
+        f"{key} ({tuple(found)}, expected {tuple(wanted)})"
+        for key, found, wanted in report["mismatched_keys"]
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("unexpected", left_over), ("of another shape", misshapen))
+        if names
+    ]
+    if problems:
+        raise InputError(f"{source}: the tensors do not match config.json: {'; '.join(problems)}")
 
 
 def dequantised(path: Path) -> Path:
@@ -56,7 +99,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a readable GGUF model: {' '.join(str(error).split())}") from None
-    check_tensors(path, report, families.get(model.config.model_type).head_prefixes)
+    check_tensors(path, report, get(model.config.model_type), ())
     # save_pretrained refuses a model that came from GGUF, although its weights are plain float32 by now.
     del model.config.quantization_config
     model.config.architectures = [type(model).__name__]

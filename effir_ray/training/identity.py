@@ -1,0 +1,72 @@
+"""What a training run is made of, by content: equal identities train equal weights.
+
+One description for whoever must know whether a result may be used again: a run that is resumed, and the
+stages of a search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.models.names import backbone_fingerprint
+from effir_ray.training.config import TrainConfig
+
+# None of these reaches the weights: where checkpoints lie, how many, how often a run starts again.
+_WITHOUT_EFFECT = {"storage_path", "checkpoint_every", "keep_checkpoints", "max_failures"}
+_UNTRAINED_MINERS = ("given", "bm25")  # values of ``negatives`` that name no model
+
+
+def training_identity(
+    config: TrainConfig,
+    *,
+    data: Callable[[str], str] = source_fingerprint,
+    model: Callable[[str], str] = backbone_fingerprint,
+) -> dict[str, Any]:
+    """{"settings": all that bear on the result, "contents": role -> content of what is read}; JSON values.
+
+    Names of data sets and models are not in it: the same content under another path is the same training,
+    and another content under the same path is another one. The model that is trained is the caller's to
+    add, and so is the hardware. Settings that change sums by rounding alone (workers, threads, passes, ZeRO
+    stages) count: results are repeated bit by bit.
+
+    ``data`` and ``model``: what a name's content is; ``str`` leaves the names, where nothing may be read.
+    Raises InputError for what is not there.
+    """
+    read = {role: (data, name) for role, name in _data_read(config).items()}
+    read |= {role: (model, name) for role, name in _models_read(config).items()}
+    settings = config.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    for role in read:
+        _clear(settings, role.split("."))
+    return {
+        "settings": settings,
+        "contents": {role: content(name) for role, (content, name) in read.items()},
+    }
+
+
+def _data_read(config: TrainConfig) -> dict[str, str]:
+    """Field -> name of a data set or of files of pairs."""
+    read = {"dataset": config.dataset}
+    if config.held_out is not None:
+        read["held_out"] = config.held_out
+    if config.dev is not None:
+        read["dev.dataset"] = config.dev.dataset or config.dataset
+    return read
+
+
+def _models_read(config: TrainConfig) -> dict[str, str]:
+    """Field -> name of a model that is not trained itself."""
+    read = {}
+    if config.negatives not in _UNTRAINED_MINERS and config.hard_negatives:
+        read["negatives"] = config.negatives
+    if config.distillation.teacher is not None:
+        read["distillation.teacher"] = config.distillation.teacher
+    return read
+
+
+def _clear(settings: dict[str, Any], field: list[str]) -> None:
+    """A name gives way to the content that stands beside the settings."""
+    for part in field[:-1]:
+        settings = settings[part]
+    settings[field[-1]] = "by content"
