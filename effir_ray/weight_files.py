@@ -36,6 +36,7 @@ _GGUF_MAGIC = b"GGUF"
 _GGUF_VERSIONS = (2, 3)
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of fixed-size types
+_GGUF_INTEGERS = {4: "<I", 5: "<i", 10: "<Q", 11: "<q"}
 _GGUF_DIMENSIONS = 4
 _GGUF_NAME = 65535  # bytes, the format's limit of a key; names of tensors are shorter
 
@@ -122,10 +123,13 @@ def _damaged(file: Path, reason: str) -> InputError:
     return InputError(f"{file}: not a safetensors file, or damaged: {reason}; fetch it again")
 
 
-def check_gguf(file: Path) -> None:
-    """Raise InputError unless the counts, lengths and offsets of a GGUF header stay within its file."""
+def gguf_settings(file: Path) -> dict[str, int]:
+    """The settings of a GGUF file that are one whole number, for example {"llama.block_count": 30}.
+
+    Raises InputError unless all counts, lengths and offsets of the header stay within the file.
+    """
     with open_regular(file) as stream:
-        _GgufHeader(file, stream).check()
+        return _GgufHeader(file, stream).check()
 
 
 class _GgufHeader:
@@ -136,7 +140,7 @@ class _GgufHeader:
         self.size = stream.seek(0, 2)
         stream.seek(0)
 
-    def check(self) -> None:
+    def check(self) -> dict[str, int]:
         if self.take(4) != _GGUF_MAGIC:
             raise self.refused("it does not begin with GGUF")
         version = self.number("<I")
@@ -146,19 +150,24 @@ class _GgufHeader:
         # The shortest pair is a length, a type and a byte; the shortest tensor a length and four numbers.
         if pairs * 13 + tensors * 24 > self.left():
             raise self.refused(f"{tensors} tensors and {pairs} settings do not fit into {self.size} bytes")
+        settings: dict[str, int] = {}
         for _ in range(pairs):
-            self.skip_string(_GGUF_NAME)
-            self.skip_value(self.number("<I"))
+            name, kind = self.text(_GGUF_NAME), self.number("<I")
+            if kind in _GGUF_INTEGERS:
+                settings[name] = self.number(_GGUF_INTEGERS[kind])
+            else:
+                self.skip_value(kind)
         spans = [self.tensor() for _ in range(tensors)]
         for elements, offset in spans:
             if offset > self.left() or elements > 8 * self.left():  # no type has less than a bit an element
                 raise self.refused("a tensor does not fit into the file")
         if sum(elements for elements, _ in spans) > 8 * self.left():
             raise self.refused("its tensors do not fit into the file")
+        return settings
 
     def tensor(self) -> tuple[int, int]:
         """(elements, offset of the data)."""
-        self.skip_string(_GGUF_NAME)
+        self.text(_GGUF_NAME)
         dimensions = self.number("<I")
         if not 1 <= dimensions <= _GGUF_DIMENSIONS:
             raise self.refused(f"a tensor of {dimensions} dimensions")
@@ -168,7 +177,7 @@ class _GgufHeader:
 
     def skip_value(self, kind: int, *, nested: bool = False) -> None:
         if kind == _GGUF_STRING:
-            self.skip_string(self.size)
+            self.skip(self.number("<Q"))
         elif kind == _GGUF_ARRAY and not nested:
             inner, count = self.number("<I"), self.number("<Q")
             if inner in _GGUF_BYTES:
@@ -183,11 +192,11 @@ class _GgufHeader:
         else:
             raise self.refused(f"a setting of the unknown type {kind}")
 
-    def skip_string(self, limit: int) -> None:
+    def text(self, limit: int) -> str:
         length = self.number("<Q")
         if length > limit:
-            raise self.refused(f"a text of {length} bytes")
-        self.skip(length)
+            raise self.refused(f"a name of {length} bytes")
+        return self.take(length).decode("utf-8", "replace")
 
     def skip(self, count: int) -> None:
         if count > self.left():

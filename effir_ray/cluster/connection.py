@@ -95,7 +95,7 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
     """Ray gives its own processes 30 seconds, which a busy machine may not keep: try again, then say so."""
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="", dir=private_folder()))
+    folder = _new_folder()
     atexit.register(_end_local, folder, _ask_for_token(folder))
     for attempt in range(_START_ATTEMPTS):
         try:
@@ -118,6 +118,12 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
                     f"Ray did not start on this machine within 30 s, {_START_ATTEMPTS} times over; "
                     "stop other programs, or give --address of a running cluster"
                 ) from None
+
+
+def _new_folder() -> Path:
+    while True:
+        with suppress(FileNotFoundError):  # the end of another instance has removed the empty folder
+            return Path(tempfile.mkdtemp(prefix="", dir=private_folder()))
 
 
 def private_folder() -> Path:

@@ -100,7 +100,7 @@ def test_a_private_instance_is_reached_from_this_machine_and_user_alone(tmp_path
         done = _run(_LISTENERS, HOME=str(home), RAY_TMPDIR=str(place))
         assert set(done.stdout.split()) == {"127.0.0.1"}
         assert list(home.iterdir()) == []
-        assert list(dead.parent.iterdir()) == [], "folders of this and of killed instances are removed"
+        assert not list(place.iterdir()), "folders of this and of killed instances are removed"
     finally:
         shutil.rmtree(place)
 
