@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from effir_ray.compression.analysis.analyze import analyze
     from effir_ray.compression.pipeline import compress
     from effir_ray.compression.quantization import measure_size, quantize
-    from effir_ray.compression.schedule import Schedule
+    from effir_ray.compression.schedule import Calibration, GateTraining, Schedule
     from effir_ray.data.datasets import load_dataset
     from effir_ray.data.download import get as get_dataset
     from effir_ray.data.download import list_datasets
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from effir_ray.training.supervision.negatives import mine
 
 _PUBLIC = {
+    "Calibration": "compression.schedule:Calibration",
     "Encoder": "encoding.encoder:Encoder",
+    "GateTraining": "compression.schedule:GateTraining",
     "InputError": "errors:InputError",
     "Plan": "models.plan:Plan",
     "Schedule": "compression.schedule:Schedule",
@@ -83,7 +85,9 @@ _PUBLIC = {
 """Name -> where it lives. (`effir_ray.search` and `.demo` are modules, hence `run_search` and `run_demo`.)"""
 
 __all__ = [
+    "Calibration",
     "Encoder",
+    "GateTraining",
     "InputError",
     "Plan",
     "Schedule",

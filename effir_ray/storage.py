@@ -166,7 +166,8 @@ def read_json(source: str) -> Any:
 
 
 def exists(source: str) -> bool:
-    return _type(source).name != "NotFound"
+    found: bool = _type(source).name != "NotFound"
+    return found
 
 
 def remove(source: str) -> None:

@@ -132,7 +132,7 @@ def compress(
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     """
-    from effir_ray import Schedule
+    from effir_ray import Calibration, GateTraining, Schedule
     from effir_ray import compress as run
     from effir_ray.config import parse
     from effir_ray.progress import show_progress
@@ -156,13 +156,12 @@ def compress(
             schedule,
             None if dry_run else out,
             first_blocks=first_blocks,
-            dataset=dataset,
-            calibration_texts=texts,
-            gate_steps=gate_steps,
+            calibration=Calibration(
+                dataset=dataset, texts=texts, gates=GateTraining(steps=gate_steps), seed=seed
+            ),
             sparsity=sparsity,
             sparsity_method=sparsity_method.value,
             uniform=uniform,
-            seed=seed,
         )
     if as_json:
         show_json(result)

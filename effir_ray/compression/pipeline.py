@@ -1,4 +1,9 @@
-"""Compress a retriever in one call: importance, plan, neuron scores, surgery, sparsity, checkpoint."""
+"""The one pipeline that compresses: measure, plan, cut.
+
+``compress`` runs all of it in one call; a search runs the same functions as stages, so that trials share
+what they have in common. Scores are measured in the type that suits the machine; the weights that are kept
+stay as they are stored.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effir_ray.compression.schedule import Schedule
+import numpy as np
+from numpy.typing import NDArray
+
+from effir_ray import hardware
+from effir_ray.compression import calibration as drawing
+from effir_ray.compression.depth.importance import measure_importance
+from effir_ray.compression.planning import (
+    ImportanceScores,
+    make_plan,
+    narrow_plan,
+    needs_scores,
+    uniform_width,
+    within,
+)
+from effir_ray.compression.schedule import CALIBRATION, Calibration, Schedule
+from effir_ray.compression.sparsity.patterns import parse_pattern
+from effir_ray.compression.sparsity.sparsity import SparsityMethod, sparsify
+from effir_ray.compression.surgery import apply_plan
+from effir_ray.compression.uniform import narrow_to, uniform_shape
+from effir_ray.compression.width.reduction import rank_neurons
+from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pairs import Pair
+from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.folder import present_plan
+from effir_ray.models.loading import load_config
+from effir_ray.models.ordinary import Layout, partial_blocks
 from effir_ray.models.plan import Plan
+from effir_ray.models.retriever import Retriever, load_retriever
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from transformers import PreTrainedConfig
-
-    from effir_ray.compression.planning import ImportanceScores
-    from effir_ray.compression.sparsity.sparsity import SparsityMethod
-    from effir_ray.models.ordinary import Layout
-    from effir_ray.models.retriever import Retriever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +74,16 @@ def compress(
     out: Path | None,
     *,
     first_blocks: int | None = None,
-    dataset: str = "stdlib",
-    calibration_texts: int = 256,
-    gate_pairs: int = 4000,
-    gate_steps: int = 500,
-    max_length: int = 512,
+    calibration: Calibration = CALIBRATION,
     sparsity: str | None = None,
     sparsity_method: SparsityMethod = "wanda",
     uniform: bool = False,
-    seed: int = 0,
 ) -> Compression:
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
 
-    Counts of sublayers are turned into layers by the schedule's importance criterion on ``calibration_texts``
-    documents of ``dataset`` (dev-loss: on its dev pairs); neurons are ranked on ``gate_pairs`` of its train
-    pairs (``gate_steps`` steps of self-slimming). Scores are measured in the type that suits the machine; the
-    weights that are kept are saved as they were. ``sparsity`` (``2:4`` or a fraction) then sets weights to
-    zero by ``sparsity_method``, calibrated on the same documents.
+    Counts of sublayers are turned into layers by the schedule's importance criterion, neurons are ranked by
+    its width method, both on what ``calibration`` names. ``sparsity`` (``2:4`` or a fraction) then sets
+    weights to zero by ``sparsity_method``, calibrated on the same documents.
 
     A model from which only whole blocks went, and whose MLPs have one width, is saved as an ordinary
     checkpoint of its architecture; any other brings its own modelling code. ``uniform`` rounds the plan to
@@ -77,74 +95,125 @@ def compress(
 
     Raises InputError for a schedule that the backbone has no room for, before anything is measured.
     """
-    from effir_ray.compression.planning import make_plan, narrow_plan, needs_scores, within
-    from effir_ray.compression.sparsity.patterns import parse_pattern
-    from effir_ray.compression.sparsity.sparsity import sparsify
-    from effir_ray.compression.surgery import apply_plan
-    from effir_ray.compression.uniform import narrow_to, uniform_shape
-    from effir_ray.hardware import detect
-    from effir_ray.models.accounting import alike
-    from effir_ray.models.checkpoint import save_checkpoint
-    from effir_ray.models.folder import present_plan
-    from effir_ray.models.loading import load_config
-    from effir_ray.models.ordinary import partial_blocks
-    from effir_ray.models.retriever import load_retriever
-
     config = load_config(backbone, first_blocks=first_blocks)
     pattern = parse_pattern(sparsity) if sparsity else None
     check_room(schedule, config)
-    present, depth = present_plan(config), config.num_hidden_layers
+    present, tokens = present_plan(config), calibration.max_length
     needed = needs_scores(schedule)
     if not needed and uniform:
-        needed = bool(partial_blocks(within(make_plan(schedule, depth, None), present)))
-    if out is None and (not needed or (present == Plan.full(depth) and alike(config, max_length))):
-        equal, size = _equal_scores(schedule, depth), None
-        plan = within(make_plan(schedule, depth, equal), present)
-        if uniform:
-            plan, size = uniform_shape(config, schedule, plan, present, equal)
-        sized = _sized(config, schedule, plan, size)
-        result = _result(backbone, config, schedule, sized, max_length, None)
+        needed = bool(partial_blocks(depth_plan(schedule, present, None)))
+    if out is None and (not needed or (present == Plan.full(len(present.layers)) and alike(config, tokens))):
+        equal = equal_scores(schedule, len(present.layers))
+        shape = _shape(config, schedule, present, equal, uniform=uniform)
+        result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
-    hardware = detect()
-    measured = load_retriever(
-        backbone, dtype=hardware.dtype, device=hardware.device, first_blocks=first_blocks
-    )
-    data = _Data(dataset=dataset, texts=calibration_texts, pairs=gate_pairs, max_length=max_length, seed=seed)
-    scores = _importance(measured, schedule, data) if needed else None
-    plan, size = within(make_plan(schedule, depth, scores), measured.plan), None
-    if uniform:
-        plan, size = uniform_shape(config, schedule, plan, measured.plan, scores)
+    measured = load_to_measure(backbone, first_blocks=first_blocks)
+    scores = importance_scores(measured, schedule, calibration) if needed else None
+    shape = _shape(config, schedule, measured.plan, scores, uniform=uniform)
     if out is None:
-        return _result(backbone, config, schedule, _sized(config, schedule, plan, size), max_length, None)
+        return _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
+    plan = shape.plan
     if schedule.width_reduction:
-        apply_plan(measured, plan)
-        ranks = _neuron_scores(measured, schedule, data, gate_steps)
-        plan = narrow_plan(plan, schedule, ranks) if size is None else narrow_to(config, plan, size, ranks)
+        ranks = neuron_scores(measured, plan, schedule, calibration)
+        if shape.width is None:
+            plan = narrow_plan(plan, schedule, ranks)
+        else:
+            plan = narrow_to(config, plan, shape.width, ranks)
     del measured  # its memory, before the model is loaded again as it is stored
-    kept = apply_plan(load_retriever(backbone, dtype="auto", first_blocks=first_blocks), plan)
+    kept = cut(backbone, plan, first_blocks=first_blocks)
     zeros = 0.0
     if pattern is not None:
-        kept.model.to(hardware.device)
-        zeros = sparsify(kept, sparsity_method, pattern, data.draw_texts(), max_length=max_length)
+        kept.model.to(hardware.detect().device)
+        zeros = sparsify(kept, sparsity_method, pattern, _texts(calibration), max_length=tokens)
     layout = save_checkpoint(kept, out)
-    return replace(_result(backbone, config, schedule, plan, max_length, out), zeros=zeros, layout=layout)
+    return replace(_result(backbone, config, schedule, plan, tokens, out), zeros=zeros, layout=layout)
 
 
-def _equal_scores(schedule: Schedule, depth: int) -> ImportanceScores:
-    from effir_ray.compression.planning import ImportanceScores
+def load_to_measure(backbone: str | Path, *, first_blocks: int | None = None) -> Retriever:
+    """The model in the type and on the device that suit this machine."""
+    here = hardware.detect()
+    return load_retriever(backbone, dtype=here.dtype, device=here.device, first_blocks=first_blocks)
 
-    equal = (0.0,) * depth
+
+def importance_scores(retriever: Retriever, schedule: Schedule, calibration: Calibration) -> ImportanceScores:
+    """How much every sublayer matters by the schedule's criterion, on texts (dev-loss: on dev pairs)."""
+    pairs: list[Pair] = []
+    if schedule.importance == "dev-loss":
+        count = calibration.gates.pairs
+        pairs = drawing.draw_pairs(calibration.dataset, count, calibration.seed, split="dev")
+    return measure_importance(
+        retriever,
+        _texts(calibration),
+        criterion=schedule.importance,
+        pairs=pairs,
+        max_length=calibration.max_length,
+        seed=calibration.seed,
+    )
+
+
+def depth_plan(schedule: Schedule, present: Plan, scores: ImportanceScores | None) -> Plan:
+    """What depth leaves of a model that has ``present``; InputError when there is no room for it."""
+    return within(make_plan(schedule, len(present.layers), scores), present)
+
+
+def neuron_scores(
+    retriever: Retriever, plan: Plan, schedule: Schedule, calibration: Calibration
+) -> dict[int, NDArray[np.floating]]:
+    """Scores of the neurons that the depth ``plan`` keeps, by layer. Cuts ``retriever`` to ``plan``."""
+    gates = calibration.gates
+    return rank_neurons(
+        apply_plan(retriever, plan),
+        schedule.width_method,
+        drawing.draw_pairs(calibration.dataset, gates.pairs, calibration.seed),
+        steps=gates.steps,
+        batch_size=gates.batch_size,
+        seed=calibration.seed,
+        max_length=calibration.max_length,
+    )
+
+
+def cut(backbone: str | Path, plan: Plan, *, first_blocks: int | None = None) -> Retriever:
+    """The model reduced to ``plan``, its weights in the type they are stored in."""
+    return apply_plan(load_retriever(backbone, dtype="auto", first_blocks=first_blocks), plan)
+
+
+def _texts(calibration: Calibration) -> list[str]:
+    return drawing.draw_texts(load_dataset(calibration.dataset), calibration.texts, calibration.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Depth, and the one width of all MLPs where it is to be uniform."""
+
+    plan: Plan
+    width: int | None
+
+
+def _shape(
+    config: PreTrainedConfig,
+    schedule: Schedule,
+    present: Plan,
+    scores: ImportanceScores | None,
+    *,
+    uniform: bool,
+) -> _Shape:
+    plan, width = depth_plan(schedule, present, scores), None
+    if uniform:
+        plan, width = uniform_shape(config, schedule, plan, present, scores)
+    return _Shape(plan=plan, width=width)
+
+
+def equal_scores(schedule: Schedule, n_layers: int) -> ImportanceScores:
+    """Scores that prefer no layer: enough to know how much a schedule leaves, not what."""
+    equal = (0.0,) * n_layers
     return ImportanceScores(criterion=schedule.importance, attention=equal, mlp=equal, block=equal)
 
 
-def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan, size: int | None) -> Plan:
-    """``plan`` as wide as the schedule asks (each MLP with ``size`` neurons, if given), with no say in which
-    neurons stay."""
-    from effir_ray.compression.planning import uniform_width
-    from effir_ray.compression.uniform import narrow_to
-
-    if size is not None:
-        return narrow_to(config, plan, size, None)
+def _sized(config: PreTrainedConfig, schedule: Schedule, shape: _Shape) -> Plan:
+    """As wide as the schedule asks, with no say in which neurons stay."""
+    plan = shape.plan
+    if shape.width is not None:
+        return narrow_to(config, plan, shape.width, None)
     if not schedule.width_reduction:
         return plan
     return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
@@ -152,61 +221,10 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, plan: Plan, size: int |
 
 def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
     """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
-    import numpy as np
-
-    from effir_ray.compression.planning import make_plan, narrow_plan, within
-    from effir_ray.models.accounting import anatomy_of, width
-    from effir_ray.models.folder import present_plan
-
-    scores = _equal_scores(schedule, config.num_hidden_layers)
-    plan = within(make_plan(schedule, config.num_hidden_layers, scores), present_plan(config))
+    plan = depth_plan(schedule, present_plan(config), equal_scores(schedule, config.num_hidden_layers))
     if schedule.width_reduction:
         sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
         narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    """What importance and neuron scores are measured on."""
-
-    dataset: str
-    texts: int
-    pairs: int
-    max_length: int
-    seed: int
-
-    def draw_texts(self) -> list[str]:
-        from effir_ray.compression.calibration import draw_texts
-        from effir_ray.data.datasets import load_dataset
-
-        return draw_texts(load_dataset(self.dataset), self.texts, self.seed)
-
-
-def _importance(retriever: Retriever, schedule: Schedule, data: _Data) -> ImportanceScores:
-    from effir_ray.compression.calibration import draw_pairs
-    from effir_ray.compression.depth.importance import measure_importance
-
-    labelled = schedule.importance == "dev-loss"
-    return measure_importance(
-        retriever,
-        data.draw_texts(),
-        criterion=schedule.importance,
-        pairs=draw_pairs(data.dataset, data.pairs, data.seed, split="dev") if labelled else (),
-        max_length=data.max_length,
-        seed=data.seed,
-    )
-
-
-def _neuron_scores(
-    retriever: Retriever, schedule: Schedule, data: _Data, steps: int
-) -> dict[int, npt.NDArray[np.floating]]:
-    from effir_ray.compression.calibration import draw_pairs
-    from effir_ray.compression.width.reduction import rank_neurons
-
-    pairs = draw_pairs(data.dataset, data.pairs, data.seed)
-    return rank_neurons(
-        retriever, schedule.width_method, pairs, steps=steps, seed=data.seed, max_length=data.max_length
-    )
 
 
 def _result(
@@ -217,8 +235,6 @@ def _result(
     tokens: int,
     checkpoint: Path | None,
 ) -> Compression:
-    from effir_ray.models.accounting import count_parameters, flops
-
     full = Plan.full(len(plan.layers))
     return Compression(
         backbone=backbone,

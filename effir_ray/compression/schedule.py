@@ -76,3 +76,31 @@ def _drop_name(drop: int | tuple[int, ...], unit: str, prefix: str = "") -> str:
     if isinstance(drop, tuple):
         return f"{unit}[{','.join(str(layer) for layer in drop)}]" if drop else ""
     return f"{prefix}{drop}{unit}" if drop else ""
+
+
+class GateTraining(Config):
+    """Training of the self-slimming gates (paper section 3.2) and data for the other width methods."""
+
+    steps: int = Field(default=500, ge=1)
+    batch_size: int = Field(default=32, ge=2)
+    pairs: int = Field(default=16000, ge=2)
+
+
+class Calibration(Config):
+    """What importance and neuron scores are measured on; one object, hence one set of defaults, for the
+    command, for Python and for a study.
+
+    texts: documents of ``dataset`` for importance; gates: training pairs of it for neurons (and how many dev
+    pairs the dev loss takes); max_length: tokens of a text; seed: which texts and pairs are drawn, and
+    everything random in the methods.
+    """
+
+    dataset: str = "stdlib"
+    texts: int = Field(default=256, ge=1)
+    gates: GateTraining = GateTraining()
+    max_length: int = Field(default=512, ge=2)
+    seed: int = 0
+
+
+CALIBRATION = Calibration()
+"""The defaults of the command, of Python and of a study."""

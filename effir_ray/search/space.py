@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
 from effir_ray.config import Config
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
 from effir_ray.training.config import TrainConfig
@@ -65,14 +65,6 @@ class Sample(Config):
         return self
 
 
-class GateTraining(Config):
-    """Training of the self-slimming gates (paper section 3.2) and data for the other width methods."""
-
-    steps: int = Field(default=500, ge=1)
-    batch_size: int = Field(default=32, ge=2)
-    pairs: int = Field(default=16000, ge=2)
-
-
 class Timing(Config):
     """Speed is measured on dev texts, the full model and the trial's taking turns ``rounds`` times."""
 
@@ -81,7 +73,7 @@ class Timing(Config):
     rounds: int = Field(default=5, ge=1)
 
 
-class Protocol(Config):
+class StudySettings(Config):
     """What all trials of a study have in common."""
 
     backbone: str
@@ -90,10 +82,10 @@ class Protocol(Config):
     dev: Sample = Sample()
     test: Sample = Sample()
     query_max_length: int = Field(default=64, ge=2)
-    document_max_length: int = Field(default=512, ge=2)
+    document_max_length: int = Field(default=CALIBRATION.max_length, ge=2)
     encoding_workers: int = Field(default=1, ge=1)
-    calibration_texts: int = Field(default=256, ge=1)
-    gates: GateTraining = GateTraining()
+    calibration_texts: int = Field(default=CALIBRATION.texts, ge=1)
+    gates: GateTraining = CALIBRATION.gates
     base_training: TrainConfig | None = None
     recovery: TrainConfig | None = None
     timing: Timing = Timing()
@@ -119,7 +111,7 @@ class Protocol(Config):
         return {**data, **training}
 
     @model_validator(mode="after")
-    def _training_is_the_studys(self) -> Protocol:
+    def _training_is_the_studys(self) -> StudySettings:
         for name, training in (("base_training", self.base_training), ("recovery", self.recovery)):
             if training is None:
                 continue
@@ -129,8 +121,24 @@ class Protocol(Config):
                 raise ValueError(f"{name} holds out the study's data set: leave 'held_out' out")
         return self
 
+    @property
+    def trainings(self) -> list[TrainConfig]:
+        """What is trained, the full model's training first."""
+        return [training for training in (self.base_training, self.recovery) if training is not None]
 
-class TrialConfig(Protocol):
+    @property
+    def calibration(self) -> Calibration:
+        """What importance and neuron scores are measured on."""
+        return Calibration(
+            dataset=self.dataset,
+            texts=self.calibration_texts,
+            gates=self.gates,
+            max_length=self.document_max_length,
+            seed=self.seed,
+        )
+
+
+class TrialConfig(StudySettings):
     """Everything that determines a trial. ``recovery`` is set only if this trial is trained after pruning;
     ``threads`` is the number of compute threads the study resolved."""
 
@@ -234,7 +242,7 @@ class Parameters(Config):
         return {name: axis for name in type(self).model_fields if (axis := getattr(self, name)) is not None}
 
 
-class SearchSpace(Protocol):
+class SearchSpace(StudySettings):
     """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
     proposes ``trials`` more from ``parameters`` (grid: all combinations)."""
 
@@ -279,7 +287,7 @@ class SearchSpace(Protocol):
             yield Candidate(**dict(zip(axes, values, strict=True)))
 
     def trial(self, candidate: Candidate) -> TrialConfig:
-        shared = {name: getattr(self, name) for name in Protocol.model_fields if name != "recovery"}
+        shared = {name: getattr(self, name) for name in StudySettings.model_fields if name != "recovery"}
         candidate = candidate.canonical()
         recovery = self.recovery if candidate.recover else None
         return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule())

@@ -19,7 +19,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.provenance import git_commit, package_versions
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.recipe import Recipe, Sources, Split, Stage, recipe
-from effir_ray.search.space import Protocol, TrialConfig
+from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.steps import RESUMABLE, SCORES, STEPS, TIMING, read_plan
 from effir_ray.stages import StageStore
 
@@ -93,7 +93,7 @@ def failed_row(config: TrialConfig, split: Split, study: str, error: BaseExcepti
     return TrialRow(**describe(config, split, study), status="failed", reason=reason)
 
 
-def sources_of(config: Protocol) -> Sources:
+def sources_of(config: StudySettings) -> Sources:
     """Fingerprints of everything from outside that a trial or a whole study reads. Raises InputError for
     what is not there."""
     trainings = [training for training in (config.base_training, config.recovery) if training is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,19 @@ import torch
 from transformers import AutoConfig
 
 from effir_ray import hardware
-from effir_ray.compression import calibration
+from effir_ray.cli.models import compress as cli_compress
+from effir_ray.compression import calibration, pipeline
 from effir_ray.compression.pipeline import compress
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.schedule import Calibration, GateTraining, Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
 from effir_ray.hardware import Hardware
-from effir_ray.models import retriever as retriever_module
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.known_configs import KNOWN_CONFIGS
 from effir_ray.models.ordinary import Layout
 from effir_ray.models.retriever import load_retriever
+from effir_ray.search.space import SearchSpace
 
 
 @pytest.fixture
@@ -44,10 +46,9 @@ def test_a_dry_run_has_the_size_of_the_checkpoint_and_the_checkpoint_that_of_its
     dataset: str, tmp_path: Path
 ) -> None:
     schedule = Schedule(drop_mlp=1, drop_attention=(2,), width_reduction=0.25)
-    announced = compress("random:llama", schedule, None, dataset=dataset)
-    made = compress(
-        "random:llama", schedule, tmp_path / "small", dataset=dataset, gate_steps=2, max_length=16
-    )
+    quick = Calibration(dataset=dataset, gates=GateTraining(steps=2), max_length=16)
+    announced = compress("random:llama", schedule, None, calibration=quick)
+    made = compress("random:llama", schedule, tmp_path / "small", calibration=quick)
     assert announced.checkpoint is None
     assert (announced.parameters, announced.schedule) == (made.parameters, "1MA[2]-w25")
     assert made.parameters < made.full_parameters
@@ -58,13 +59,21 @@ def test_a_dry_run_has_the_size_of_the_checkpoint_and_the_checkpoint_that_of_its
 
 def test_the_same_call_makes_the_same_plan(dataset: str, tmp_path: Path) -> None:
     schedule, out = Schedule(drop_block=2, importance="pooled"), tmp_path / "small"
-    first, second = (compress("random:llama", schedule, out, dataset=dataset, seed=3) for _ in range(2))
+    first, second = (
+        compress("random:llama", schedule, out, calibration=Calibration(dataset=dataset, seed=3))
+        for _ in range(2)
+    )
     assert dataclasses.asdict(first) == dataclasses.asdict(second)
 
 
 def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="drop_last_blocks is 5; the backbone has 4 blocks"):
-        compress("random:llama", Schedule(drop_last_blocks=5), tmp_path / "x", dataset="absent")
+        compress(
+            "random:llama",
+            Schedule(drop_last_blocks=5),
+            tmp_path / "x",
+            calibration=Calibration(dataset="absent"),
+        )
     with pytest.raises(InputError, match="the backbone has 2 blocks"):
         compress("random:llama", Schedule(drop_last_blocks=3), tmp_path / "x", first_blocks=2)
     for schedule, message in (
@@ -74,16 +83,16 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     ):
         for out in (tmp_path / "x", None):
             with pytest.raises(InputError, match=message):
-                compress("random:llama", schedule, out, dataset="absent")
+                compress("random:llama", schedule, out, calibration=Calibration(dataset="absent"))
     assert not (tmp_path / "x").exists()
 
 
 def test_a_width_that_a_compressed_checkpoint_has_no_room_for(dataset: str, tmp_path: Path) -> None:
     half = Schedule(width_reduction=0.5, width_method="magnitude")
-    compress("random:llama", half, tmp_path / "half", dataset=dataset)
+    compress("random:llama", half, tmp_path / "half", calibration=Calibration(dataset=dataset))
     with pytest.raises(InputError, match="does not divide the MLP width"):
         again = half.model_copy(update={"width_multiple": 128})
-        compress(str(tmp_path / "half"), again, None, dataset="absent")
+        compress(str(tmp_path / "half"), again, None, calibration=Calibration(dataset="absent"))
 
 
 def test_kept_weights_are_saved_as_they_were_stored(
@@ -96,7 +105,12 @@ def test_kept_weights_are_saved_as_they_were_stored(
         save_checkpoint(original, tmp_path / stored)
         fake = Hardware(device="cpu", dtype=measured, threads=1, name="test")
         monkeypatch.setattr(hardware, "detect", lambda fake=fake: fake)
-        made = compress(str(tmp_path / stored), schedule, tmp_path / f"small-{stored}", dataset=dataset)
+        made = compress(
+            str(tmp_path / stored),
+            schedule,
+            tmp_path / f"small-{stored}",
+            calibration=Calibration(dataset=dataset),
+        )
         expected = apply_plan(original, made.plan).model.state_dict()
         found = load_retriever(tmp_path / f"small-{stored}", dtype="auto").model.state_dict()
         assert found.keys() == expected.keys()
@@ -115,7 +129,12 @@ def test_the_dev_loss_is_measured_on_dev_pairs(
         return load_pairs(dataset)[:4]
 
     monkeypatch.setattr(calibration, "draw_pairs", draw)
-    compress("random:llama", Schedule(drop_mlp=1, importance="dev-loss"), tmp_path / "x", dataset=dataset)
+    compress(
+        "random:llama",
+        Schedule(drop_mlp=1, importance="dev-loss"),
+        tmp_path / "x",
+        calibration=Calibration(dataset=dataset),
+    )
     assert drawn == ["dev"]
 
 
@@ -123,7 +142,12 @@ def test_sparsity_comes_last_and_a_bad_pattern_first(dataset: str, tmp_path: Pat
     schedule = Schedule(drop_mlp=(1,))
     out = tmp_path / "sparse"
     result = compress(
-        "random:llama", schedule, out, dataset=dataset, sparsity="2:4", sparsity_method="sparsegpt"
+        "random:llama",
+        schedule,
+        out,
+        calibration=Calibration(dataset=dataset),
+        sparsity="2:4",
+        sparsity_method="sparsegpt",
     )
     retriever = load_retriever(out)
     assert result.zeros == pytest.approx(0.5, abs=0.01)
@@ -131,7 +155,13 @@ def test_sparsity_comes_last_and_a_bad_pattern_first(dataset: str, tmp_path: Pat
     for _, linear in retriever.family.linears(retriever.model):
         assert ((linear.weight == 0).view(-1, 4).sum(dim=1) >= 2).all()
     with pytest.raises(InputError, match="sparsity pattern '5:4'"):
-        compress("random:llama", schedule, tmp_path / "bad", dataset=dataset, sparsity="5:4")
+        compress(
+            "random:llama",
+            schedule,
+            tmp_path / "bad",
+            calibration=Calibration(dataset=dataset),
+            sparsity="5:4",
+        )
     assert not (tmp_path / "bad").exists()
 
 
@@ -148,11 +178,11 @@ def test_a_dry_run_needs_the_configuration_only(uniform: bool, tmp_path: Path) -
     """A 7B model's: counts of layers that are all alike; which ones go is left open."""
     folder = bare_config(tmp_path / "mistral", "mistralai/Mistral-7B-v0.1")
     schedule = Schedule(drop_mlp=16, width_reduction=0.3)
-    result = compress(folder, schedule, None, dataset="absent", uniform=uniform)
+    result = compress(folder, schedule, None, calibration=Calibration(dataset="absent"), uniform=uniform)
     assert result.plan is None
     assert round(result.full_parameters / 1e9, 2) == 7.11
     assert result.parameters / 1e9 == pytest.approx(3.45, abs=0.01)
-    named = compress(folder, Schedule(drop_mlp=(1, 2)), None, dataset="absent")
+    named = compress(folder, Schedule(drop_mlp=(1, 2)), None, calibration=Calibration(dataset="absent"))
     assert named.plan is not None and not named.plan.layers[2].mlp
 
 
@@ -162,18 +192,37 @@ def test_weights_are_needed_only_where_layers_differ(
 ) -> None:
     """Of random:gemma2 every other layer sees no further than 16 tokens."""
     loaded: list[str] = []
-    load = retriever_module.load_retriever
+    load = load_retriever
     monkeypatch.setattr(
-        retriever_module,
+        pipeline,
         "load_retriever",
         lambda name, **options: loaded.append(name) or load(name, **options),
     )
-    result = compress("random:gemma2", Schedule(drop_attention=1), None, dataset=dataset, max_length=tokens)
+    result = compress(
+        "random:gemma2",
+        Schedule(drop_attention=1),
+        None,
+        calibration=Calibration(dataset=dataset, max_length=tokens),
+    )
     assert (result.plan is None, loaded == []) == (alike, alike)
 
 
 def test_what_was_written_is_said(dataset: str, tmp_path: Path) -> None:
-    blocks = compress("random:bert", Schedule(drop_block=(1,)), tmp_path / "a", dataset=dataset)
-    halves = compress("random:bert", Schedule(drop_mlp=(1,)), tmp_path / "b", dataset=dataset)
+    blocks = compress(
+        "random:bert", Schedule(drop_block=(1,)), tmp_path / "a", calibration=Calibration(dataset=dataset)
+    )
+    halves = compress(
+        "random:bert", Schedule(drop_mlp=(1,)), tmp_path / "b", calibration=Calibration(dataset=dataset)
+    )
     assert blocks.layout == Layout(ordinary=True, reason="3 of 4 blocks are left whole")
     assert halves.layout == Layout(ordinary=False, reason="layer 1 has attention and no MLP")
+
+
+def test_the_command_python_and_a_study_have_one_set_of_defaults() -> None:
+    command = {name: option.default for name, option in signature(cli_compress).parameters.items()}
+    given = (command["dataset"], command["texts"], command["gate_steps"], command["seed"])
+    defaults = Calibration()
+    assert given == (defaults.dataset, defaults.texts, defaults.gates.steps, defaults.seed)
+    assert signature(compress).parameters["calibration"].default == defaults
+    study = SearchSpace(name="s", backbone="random:llama", dataset="stdlib")
+    assert study.calibration == defaults

@@ -7,7 +7,7 @@ import pytest
 
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.planning import ImportanceScores, make_plan
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.uniform import narrow_to, nearest_width, round_to_blocks, uniform_shape
 from effir_ray.errors import InputError
 from effir_ray.models.accounting import count_parameters
@@ -92,8 +92,12 @@ def test_compress_writes_the_shape_its_dry_run_announced(
 ) -> None:
     data = str(write_folder(tmp_path / "data"))  # type: ignore[operator]
     schedule = Schedule(drop_mlp=1, drop_attention=(2,), width_reduction=0.3, width_method="magnitude")
-    announced = compress(f"random:{kind}", schedule, None, dataset=data, uniform=True)
-    made = compress(f"random:{kind}", schedule, tmp_path / "small", dataset=data, uniform=True)
+    announced = compress(
+        f"random:{kind}", schedule, None, calibration=Calibration(dataset=data), uniform=True
+    )
+    made = compress(
+        f"random:{kind}", schedule, tmp_path / "small", calibration=Calibration(dataset=data), uniform=True
+    )
     assert made.layout is not None and made.layout.ordinary, made.layout
     assert made.parameters == announced.parameters
     loaded = load_retriever(tmp_path / "small")
