@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_yaml, quoted, read_text
@@ -16,6 +16,13 @@ _LARGEST = 2**53
 """Above it floats, and so JSON of others, no longer tell whole numbers apart."""
 
 _PROBLEMS_SHOWN = 3
+
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every random generator takes: NumPy's ends there."""
+
+Length = Annotated[int, Field(ge=2, le=2**20)]
+"""Tokens of one text."""
 
 
 class Config(BaseModel):
@@ -40,7 +47,8 @@ def parse(data: Any, model: type[C], *, source: str, node: yaml.Node | None = No
     """Validate ``data``; ``source`` (a file or a command-line option) opens every error message."""
     if not isinstance(data, dict):
         raise InputError(f"{source}: found {quoted(data)}; expected a mapping of settings")
-    if data and not model.model_fields.keys() & data.keys():
+    strict = model.model_config.get("extra") == "forbid"
+    if strict and data and not model.model_fields.keys() & data.keys():
         known = ", ".join(sorted(model.model_fields))
         nearest = difflib.get_close_matches(str(next(iter(data))), model.model_fields, n=1, cutoff=0.5)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {known}"

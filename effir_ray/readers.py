@@ -118,7 +118,7 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
 
     def number(digits: str) -> int:
         if len(digits) > _LONGEST_NUMBER:
-            raise InputError(f"{source}: not valid JSON: a number of {len(digits)} digits")
+            raise InputError(f"{source}: not valid JSON: a number of too many digits ({len(digits)})")
         return int(digits)
 
     def real(digits: str) -> float:
@@ -141,7 +141,7 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
     except RecursionError:
         raise InputError(f"{source}: not valid JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
-        where = source if error.lineno == 1 else f"{source}:{error.lineno}"
+        where = f"{source}:{error.lineno}" if unique and error.lineno > 1 else source
         raise InputError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:
         raise InputError(f"{source}: not valid JSON: not UTF-8") from None

@@ -18,6 +18,7 @@ from typing import Any
 
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
+from effir_ray.readers import parse_json
 
 
 def is_uri(place: str | Path) -> bool:
@@ -108,6 +109,8 @@ def check(base: str) -> None:
     """
     if not is_uri(base):
         return
+    with reached(base):
+        locate(base)
     probe = join(base, f".effir-ray-{uuid.uuid4().hex}")
     write_json(probe, {})
     remove(probe)
@@ -162,7 +165,7 @@ def read_json(source: str) -> Any:
     if not exists(source):
         return None
     with open_file(source) as stream:
-        return json.loads(stream.read())
+        return parse_json(stream.read(), source)
 
 
 def exists(source: str) -> bool:

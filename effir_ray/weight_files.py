@@ -105,6 +105,8 @@ def model_tensors(folder: Path) -> dict[str, TensorHeader]:
     """
     index = folder / INDEX_FILE
     if not index.is_file():
+        if not (folder / "model.safetensors").exists():
+            raise InputError(f"{folder}: cannot load weights (safetensors only): no model.safetensors")
         return safetensors_header(folder / "model.safetensors")
     weights = json_object(read_json_object(index).get("weight_map"), f"{index}: weight_map")
     names = sorted({name for name in weights.values() if isinstance(name, str)})

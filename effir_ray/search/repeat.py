@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effir_ray.cluster.connection import connect
+from effir_ray.config import parse
 from effir_ray.errors import InputError
+from effir_ray.readers import parse_json
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.folder import STAGES
@@ -36,7 +38,8 @@ def repeat(
     stages = StageStore(folder / STAGES)
     pairs = []
     for original in originals:
-        config = TrialConfig.model_validate_json(original.trial)
+        place = f"the row of trial {original.trial_id}"
+        config = parse(parse_json(original.trial, place), TrialConfig, source=place)
         repeated = run_trial(
             config, stages, split="test" if original.split == "test" else "dev", study=original.study
         )
@@ -47,9 +50,9 @@ def repeat(
 
 def _find(results: Sequence[Path | str], trial: str, split: str | None) -> list[TrialRow]:
     rows = [
-        TrialRow.model_validate(row)
-        for row in store.latest(store.read(results)).to_pylist()
-        if row["trial_id"].startswith(trial) and split in (None, row["split"])
+        row
+        for row in store.trial_rows(store.latest(store.read(results)))
+        if row.trial_id.startswith(trial) and split in (None, row.split)
     ]
     if not rows:
         place = ", ".join(map(str, results))

@@ -18,6 +18,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
+from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.identity import training_identity
@@ -92,7 +93,7 @@ def _tracking_id(out: Path) -> str:
     file = out / _TRACKING
     if not file.is_file():
         _write_json(file, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    return str(read_json_object(file).get("id"))
 
 
 def _absolute(name: str, reserved: Collection[str]) -> str:
@@ -133,7 +134,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     storage.check(base)
     run = storage.join(base, name)
     known = out / _SETTINGS
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else record
+    before = read_json_object(known) if known.is_file() else record
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
@@ -319,7 +320,7 @@ def _in_worker() -> bool:
 
 
 def _finished(out: Path) -> TrainResult:
-    result = json.loads((out / _RESULT).read_text(encoding="utf-8"))
+    result = read_json_object(out / _RESULT)
     return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
 
 
