@@ -125,8 +125,9 @@ def _damaged(file: Path, reason: str) -> InputError:
     return InputError(f"{file}: not a safetensors file, or damaged: {reason}; fetch it again")
 
 
-def gguf_settings(file: Path) -> dict[str, int]:
-    """The settings of a GGUF file that are one whole number, for example {"llama.block_count": 30}.
+def gguf_settings(file: Path) -> tuple[dict[str, int], int]:
+    """The settings of a GGUF file that are one whole number, for example {"llama.block_count": 30}, and how
+    many elements its tensors have together.
 
     Raises InputError unless all counts, lengths and offsets of the header stay within the file.
     """
@@ -142,7 +143,7 @@ class _GgufHeader:
         self.size = stream.seek(0, 2)
         stream.seek(0)
 
-    def check(self) -> dict[str, int]:
+    def check(self) -> tuple[dict[str, int], int]:
         if self.take(4) != _GGUF_MAGIC:
             raise self.refused("it does not begin with GGUF")
         version = self.number("<I")
@@ -163,9 +164,10 @@ class _GgufHeader:
         for elements, offset in spans:
             if offset > self.left() or elements > 8 * self.left():  # no type has less than a bit an element
                 raise self.refused("a tensor does not fit into the file")
-        if sum(elements for elements, _ in spans) > 8 * self.left():
+        total = sum(elements for elements, _ in spans)
+        if total > 8 * self.left():
             raise self.refused("its tensors do not fit into the file")
-        return settings
+        return settings, total
 
     def tensor(self) -> tuple[int, int]:
         """(elements, offset of the data)."""

@@ -178,9 +178,7 @@ def _fetch_rest(url: str, partial: Path, bar: Progress) -> bool:
         resumed = response.status == 206  # 200: the server sends everything again
         length = response.headers.get("Content-Length")
         if length is not None and not (length.isascii() and length.isdigit() and len(length) < 16):
-            raise InputError(
-                f"{url}: the server says Content-Length: {quoted(length)}; expected a number"
-            )
+            raise InputError(f"{url}: the server says Content-Length: {quoted(length)}; expected a number")
         expected = None if length is None else int(length) + (start if resumed else 0)
         _check_space(partial.parent, int(length or 0), url)
         bar.total = None if expected is None else expected >> 20

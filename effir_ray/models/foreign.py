@@ -23,6 +23,7 @@ from effir_ray.models.architecture import DROP_LISTS, compress_config
 from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.settings import AdapterSettings
+from effir_ray.readers import quoted
 from effir_ray.weight_files import safetensors_header
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ def read_drop_lists(config: PreTrainedConfig, file: Path) -> PreTrainedConfig:
 
 def _indices(values: Any, depth: int, where: str) -> set[int]:
     values = values or []
-    if len(values) == depth and all(isinstance(value, bool) for value in values):
+    if isinstance(values, list) and len(values) == depth and all(isinstance(value, bool) for value in values):
         return {index for index, dropped in enumerate(values) if dropped}
-    if any(
+    if not isinstance(values, list) or any(
         isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < depth for value in values
     ):
         raise InputError(
-            f"{where} is {values}; expected layer indices below {depth} or {depth} times true or false"
+            f"{where} is {quoted(values)}; expected layers below {depth} or {depth} times true or false"
         )
     return set(values)
 

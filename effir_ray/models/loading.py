@@ -138,8 +138,9 @@ def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -
                 ignore_mismatched_sizes=True,
                 **architecture.build_options(stored),
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        # LookupError: an activation function that there is none of
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder}: cannot load weights (safetensors only): {reason}") from None
     family = families.get(config.model_type)
     check_tensors(folder, report, family, _left_over(family, whole, config, stored))

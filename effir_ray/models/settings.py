@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
-from effir_ray.models.architecture import build_on_meta, full_value
+from effir_ray.models.architecture import full_value, overrides
 from effir_ray.readers import quoted, read_json
 from effir_ray.weight_files import gguf_settings, model_tensors
 
@@ -32,7 +32,6 @@ _SIZES = (
     "num_attention_heads",
     "head_dim",
     "vocab_size",
-    "max_position_embeddings",
     "num_hidden_layers",
 )
 _SLACK = 10**8  # parameters that a model may have beyond its files before it is not even built
@@ -210,25 +209,28 @@ def check_model_files(folder: Path, config: Any) -> None:
     Missing tensors would first be given memory and random values. Called before anything is built.
     """
     stored = sum(math.prod(tensor.shape) for tensor in model_tensors(folder).values())
-    if _roughly(config) <= stored + _SLACK:
-        return
-    needed = sum(parameter.numel() for parameter in build_on_meta(config).parameters())
-    if needed > stored + _SLACK:
+    if (needed := _at_least(config)) > stored + _SLACK:
         raise InputError(
-            f"{folder}: config.json describes {needed:.3g} parameters, the files hold {stored:.3g}; "
+            f"{folder}: config.json describes {needed:.3g} parameters or more, the files hold {stored:.3g}; "
             "they are of different models"
         )
 
 
-def _roughly(config: Any) -> int:
-    """Parameters of the embeddings and the full blocks, at most."""
+def _at_least(config: Any) -> int:
+    """Parameters of the token embeddings, and of two matrices a sublayer that is there."""
     sizes = {name: int(full_value(config, name) or 0) for name in _SIZES}
-    width, neurons = sizes["hidden_size"], sizes["intermediate_size"]
-    attention = max(width, sizes["num_attention_heads"] * sizes["head_dim"])
-    table = (sizes["vocab_size"] + min(sizes["max_position_embeddings"], 2**24)) * width
-    return table + sizes["num_hidden_layers"] * width * (4 * attention + 3 * neurons)
+    width, neurons, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
+    attention = heads * sizes["head_dim"] or width
+    total, gone = sizes["vocab_size"] * width, overrides(config)
+    for layer in range(sizes["num_hidden_layers"]):
+        entry = gone.get(layer, {})
+        skip = entry.get("skip", ())
+        total += 0 if "attention" in skip else 2 * width * attention
+        total += 0 if "mlp" in skip else 2 * width * (entry.get("intermediate_size") or neurons)
+    return total
 
 
+_GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length")
 _GGUF_BOUNDS = {
     "block_count": MAX_LAYERS,
     "embedding_length": MAX_WIDTH,
@@ -240,8 +242,20 @@ _GGUF_BOUNDS = {
 
 
 def check_gguf_file(file: Path) -> None:
-    """Raise InputError for a GGUF file whose header is damaged or describes no model that could be held."""
-    for name, value in gguf_settings(file).items():
-        bound = _GGUF_BOUNDS.get(name.partition(".")[2])
-        if bound is not None and not 1 <= value <= bound:
-            raise InputError(f"{file}: {quoted(name)} is {value}; expected 1 to {bound}")
+    """Raise InputError for a GGUF file whose header is damaged or describes no model that could be held.
+
+    The converter takes a large model's sizes for what a file leaves out, and fills missing tensors.
+    """
+    found, elements = gguf_settings(file)
+    settings = {name.partition(".")[2]: value for name, value in found.items()}
+    for name, bound in _GGUF_BOUNDS.items():
+        if name in settings and not 1 <= settings[name] <= bound:
+            raise InputError(f"{file}: {name} is {settings[name]}; expected 1 to {bound}")
+    missing = [name for name in _GGUF_NEEDED if name not in settings]
+    if missing:
+        raise InputError(f"{file}: lacks {', '.join(missing)}; expected a GGUF file of a language model")
+    blocks, width, neurons = (settings[name] for name in _GGUF_NEEDED)
+    if blocks * width * (width + 2 * neurons) > elements + _SLACK:  # queries, and an MLP without gate
+        raise InputError(
+            f"{file}: describes {blocks} blocks of width {width}, its tensors have {elements:.3g} elements"
+        )

@@ -53,7 +53,7 @@ def _within_limits(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
     alarm = threading.Timer(_SECONDS, connection.interrupt)
     alarm.start()
     try:
-        reader: Any = connection.execute(sql).to_arrow_reader(_BATCH)
+        reader: Any = connection.sql(sql).to_arrow_reader(_BATCH)
         batches, size = [], 0
         for batch in reader:
             batches.append(batch)
@@ -79,7 +79,7 @@ _BYTES = 256 * 2**20
 _BATCH = 10_000  # rows
 
 _SANDBOX = (
-    "memory_limit = '1GB'",
+    "memory_limit = '512MB'",
     "enable_external_access = false",  # no files, no network
     "autoinstall_known_extensions = false",
     "python_enable_replacements = false",  # no variables of this process as tables

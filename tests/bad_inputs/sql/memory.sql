@@ -1,1 +1,0 @@
-SELECT repeat('x', 1000000000) || repeat('y', 1000000000)
