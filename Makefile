@@ -1,13 +1,18 @@
 # make demo   install into .venv and run the demonstration search (a Pareto front in about ten minutes)
 # make test   install into .venv and run all tests; `make test-fast` leaves the integration tests out
 # make check  lint and types
+# make outside  the environments without effir-ray that the tests of exports run in (part of make test)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test test-fast check clean
+# Where what we write is read without us: the oldest and the newest transformers that pyproject.toml allows.
+OUTSIDE := .venv-outside-oldest/.installed .venv-outside-newest/.installed
+
+.PHONY: install demo test test-fast outside check clean
+.SECONDARY: $(OUTSIDE)
 
 install: $(INSTALLED)
 
@@ -23,11 +28,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/effir-ray demo
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(OUTSIDE)
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not integration"
+
+outside: $(OUTSIDE)
+
+.venv-outside-%/.installed: constraints-outside-%.txt tests/outside/borrow_torch.py $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python tests/outside/borrow_torch.py $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --progress-bar off -c $< transformers sentence-transformers
+	@touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,4 +48,4 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-outside-* build *.egg-info

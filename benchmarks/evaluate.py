@@ -22,7 +22,7 @@ from encode import BATCH, sentence_transformers
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.hardware import detect
 from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress

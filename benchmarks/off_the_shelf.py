@@ -27,8 +27,7 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation import evaluate
-from effir_ray.evaluation.evaluation_result import Evaluation
+from effir_ray.evaluation.evaluate import Evaluation, evaluate
 from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress
 

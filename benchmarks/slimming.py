@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effir_ray.compression.calibration import Pair, embed, make_pair_batches, pair_loss
+from effir_ray.compression.calibration import make_pair_batches, pair_loss
 from effir_ray.compression.planning import narrow_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.width.reduction import rank_neurons
-from effir_ray.data.pairs import load_pairs, shuffled
+from effir_ray.data.pairs import Pair, load_pairs, shuffled
+from effir_ray.encoding.padded import embed
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import show_progress
@@ -132,7 +133,7 @@ def dev_loss(retriever: Retriever, dev: list[Pair], max_length: int) -> float:
     losses = []
     for batch in make_pair_batches(retriever, dev, batch_size=32, max_length=max_length):
         queries, documents = embed(retriever, batch.queries), embed(retriever, batch.documents)
-        losses.append(pair_loss(queries, documents, batch.same).item())
+        losses.append(pair_loss(queries, documents, batch.allowed).item())
     return float(np.mean(losses))
 
 

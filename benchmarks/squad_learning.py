@@ -24,8 +24,7 @@ from rows import known, measure_once
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.data.pairs import load_pairs, shuffled, write_pairs
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation import evaluate
-from effir_ray.evaluation.evaluation_result import Evaluation
+from effir_ray.evaluation.evaluate import Evaluation, evaluate
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
 from effir_ray.training.config import TrainConfig

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from effir_ray.encoding.encoder import Encoder
     from effir_ray.errors import InputError, TrialFailure
     from effir_ray.evaluation.efficiency import measure
-    from effir_ray.evaluation.evaluation import evaluate
+    from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.query import query
     from effir_ray.results.report import report
     from effir_ray.results.selection import pareto
     from effir_ray.search.dry_run import dry_run as preview_search
-    from effir_ray.search.repeat import repeat
     from effir_ray.search.space import SearchSpace
     from effir_ray.search.study import search as run_search
-    from effir_ray.search.submit import submit_search
+    from effir_ray.search.study import submit_search
+    from effir_ray.search.trial import repeat
     from effir_ray.training.config import TrainConfig
     from effir_ray.training.run.launcher import train
     from effir_ray.training.supervision.annotate import annotate
@@ -59,7 +59,7 @@ _PUBLIC = {
     "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
-    "evaluate": "evaluation.evaluation:evaluate",
+    "evaluate": "evaluation.evaluate:evaluate",
     "follow_job": "cluster.jobs:follow_job",
     "get_dataset": "data.download:get",
     "job_logs": "cluster.jobs:job_logs",
@@ -74,12 +74,12 @@ _PUBLIC = {
     "preview_search": "search.dry_run:dry_run",
     "quantize": "compression.quantization:quantize",
     "query": "results.query:query",
-    "repeat": "search.repeat:repeat",
+    "repeat": "search.trial:repeat",
     "report": "results.report:report",
     "run_demo": "demo:run_demo",
     "run_search": "search.study:search",
     "stop_job": "cluster.jobs:stop_job",
-    "submit_search": "search.submit:submit_search",
+    "submit_search": "search.study:submit_search",
     "train": "training.run.launcher:train",
 }
 """Name -> where it lives. (`effir_ray.search` and `.demo` are modules, hence `run_search` and `run_demo`.)"""

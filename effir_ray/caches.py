@@ -1,16 +1,12 @@
-"""The user's cache folder: dequantised GGUF copies and content hashes of weight files."""
+"""The user's folders: a cache of dequantised GGUF copies and content hashes, and the data sets."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from effir_ray.files import write_whole
-
-if TYPE_CHECKING:
-    pass
 
 _WORTH_A_NOTE = 2**20  # bytes; hashing less takes no longer than looking up a note
 
@@ -18,9 +14,7 @@ _WORTH_A_NOTE = 2**20  # bytes; hashing less takes no longer than looking up a n
 def cache_folder() -> Path:
     """``$EFFIR_RAY_CACHE``, else ``effir-ray`` in the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
     own = os.environ.get("EFFIR_RAY_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effir-ray"
+    return Path(own).expanduser() if own else _user_cache()
 
 
 def file_hash(path: Path) -> str:
@@ -41,7 +35,9 @@ def file_hash(path: Path) -> str:
 
 def data_folder() -> Path:
     """Where built and downloaded data sets live: ``$EFFIR_RAY_DATA``, else in the user's cache folder."""
-    if chosen := os.environ.get("EFFIR_RAY_DATA"):
-        return Path(chosen).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "effir-ray" / "datasets"
+    chosen = os.environ.get("EFFIR_RAY_DATA")
+    return Path(chosen).expanduser() if chosen else _user_cache() / "datasets"
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "effir-ray"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pyarrow as pa
 
 from effir_ray.errors import InputError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from effir_ray.results.report import report
+from effir_ray.results.selection import pareto
+from effir_ray.search.study import search
 
 SPACE = Path(__file__).parents[1] / "search_spaces" / "demo.yaml"
 
@@ -24,12 +25,7 @@ class Demo:
 
 def run_demo(out: Path, *, address: str | None = None) -> Demo:
     """Run or go on with ``search_spaces/demo.yaml`` in ``out``, and write ``out/report.html``."""
-    from effir_ray.results.report import report
-    from effir_ray.results.selection import pareto
-    from effir_ray.search.folder import STUDY_FILE
-    from effir_ray.search.study import search
-
     if not SPACE.is_file():
         raise InputError(f"{SPACE}: not there; the demo runs from a clone of the repository")
-    search(SPACE, out, resume=(out / STUDY_FILE).exists(), address=address)
-    return Demo(front=pareto([out]), report=report([out], out / "report.html"))
+    search(SPACE, out, resume=True, address=address)
+    return Demo(front=pareto(out), report=report(out, out / "report.html"))

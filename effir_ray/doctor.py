@@ -9,6 +9,10 @@ import platform
 import shutil
 from dataclasses import dataclass
 
+from effir_ray.caches import data_folder
+from effir_ray.evaluation.index import faiss_gpus
+from effir_ray.hardware import detect
+
 PACKAGES = (
     "effir-ray",
     "torch",
@@ -38,8 +42,6 @@ def diagnose() -> list[Finding]:
 
 
 def _hardware() -> list[Finding]:
-    from effir_ray.hardware import detect
-
     hardware = detect()
     values = {"device": hardware.device, "dtype": hardware.dtype, "threads": str(hardware.threads)}
     machine = Finding(
@@ -60,8 +62,6 @@ def _faiss() -> Finding:
         )
     import faiss
     import torch
-
-    from effir_ray.evaluation.index import faiss_gpus
 
     if torch.cuda.is_available() and not faiss_gpus():
         reason = f"FAISS {faiss.__version__} is a build for CPUs; results are the same"
@@ -120,8 +120,6 @@ def _memory_and_disk() -> Finding:
 
 
 def _data() -> Finding:
-    from effir_ray.caches import data_folder
-
     reason = (
         "EFFIR_RAY_DATA is set" if os.environ.get("EFFIR_RAY_DATA") else "default; EFFIR_RAY_DATA moves it"
     )

@@ -109,11 +109,12 @@ def check(base: str) -> None:
     """
     if not is_uri(base):
         return
+    system, path = locate(base)
+    probe = f"{path}/.effir-ray-{uuid.uuid4().hex}"
     with reached(base):
-        locate(base)
-    probe = join(base, f".effir-ray-{uuid.uuid4().hex}")
-    write_json(probe, {})
-    remove(probe)
+        system.create_dir(path, recursive=True)
+        system.open_output_stream(probe).close()
+        system.delete_file(probe)
 
 
 def upload(target: str, write: Callable[[Path], object]) -> None:

@@ -21,22 +21,26 @@ GIB = 2
 KINDS = (*bad_input_worker.kinds(Path()), "pipes")
 
 
-def outcomes(kind: str, scratch: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What became of every bad input: see the worker."""
+    scratch = tmp_path_factory.mktemp("bad")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, bad_input_worker.__file__, kind, str(scratch)],
+        [sys.executable, bad_input_worker.__file__, str(scratch), *KINDS],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=580,
         env=environment | {"XDG_CACHE_HOME": str(scratch / "cache")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.timeout(600)  # the first one waits for all
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_input_is_one_line(kind: str, tmp_path: Path) -> None:
-    found = outcomes(kind, tmp_path)
+def test_bad_input_is_one_line(kind: str, outcomes: list[dict[str, Any]]) -> None:
+    found = [case for case in outcomes if case["kind"] == kind]
     assert found
     wrong = [
         case

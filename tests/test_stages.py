@@ -47,6 +47,10 @@ def test_a_failed_build_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> No
     assert (store.run("s", {}, _write) / "value").exists()
 
 
+# A forked child of a process with threads (torch, Arrow, trackers) may find their locks taken, for ever.
+SPAWN = multiprocessing.get_context("spawn")
+
+
 def _slow_build(root: Path, seconds: float) -> None:
     def build(folder: Path) -> None:
         (folder / "half").write_text("")
@@ -56,23 +60,24 @@ def _slow_build(root: Path, seconds: float) -> None:
 
 
 def test_processes_share_one_build(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_slow_build, args=(tmp_path, 0.5)) for _ in range(3)]
+    workers = [SPAWN.Process(target=_slow_build, args=(tmp_path, 0.5)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join()
+        worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert len((tmp_path / "runs.log").read_text().splitlines()) == 1
 
 
 def test_a_killed_build_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=_slow_build, args=(tmp_path, 60))
+    worker = SPAWN.Process(target=_slow_build, args=(tmp_path, 60))
     worker.start()
+    deadline = time.monotonic() + 60
     while not list(tmp_path.glob("slow/*.tmp/half")):
+        assert worker.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(worker.pid or 0, signal.SIGKILL)
-    worker.join()
+    worker.join(60)
     place = StageStore(tmp_path).run("slow", {}, _write)
     assert sorted(item.name for item in place.iterdir()) == ["stage.json", "value"]
     assert not list(tmp_path.glob("slow/*.tmp"))

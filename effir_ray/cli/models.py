@@ -43,12 +43,17 @@ def analyze(
     effir-ray analyze --backbone minilm-l6 --out runs/minilm-analysis
     effir-ray analyze --backbone smollm2-135m --criteria cosine,greedy --out runs/a
     """
-    from effir_ray.compression.analysis.analyze import analyze_on
+    from effir_ray import analyze as run
     from effir_ray.progress import show_progress
 
     with show_progress():
-        result = analyze_on(
-            dataset, backbone, out, texts=texts, criteria=criteria.split(","), first_blocks=first_blocks
+        result = run(
+            backbone,
+            out,
+            criteria=criteria.split(","),
+            dataset=dataset,
+            texts=texts,
+            first_blocks=first_blocks,
         )
     if as_json:
         show_json(result)

@@ -9,6 +9,7 @@ import typer
 
 from effir_ray.cli._options import AsJson, Results
 from effir_ray.cli._output import quantity, say, show_json, show_table
+from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +105,6 @@ def query(
     effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --json
     """
     from effir_ray import query as run
-    from effir_ray.errors import InputError
 
     *folders, sql = results
     if not folders:

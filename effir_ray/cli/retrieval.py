@@ -105,7 +105,7 @@ def evaluate(
         --out /shared/small-msmarco --workers 8 --address auto
     """
     from effir_ray import evaluate as run
-    from effir_ray.evaluation.feedback import Feedback
+    from effir_ray.evaluation.corpus_search import Feedback
     from effir_ray.progress import show_progress
 
     with show_progress():

@@ -48,14 +48,19 @@ def search(
         show_json(result)
         return
     say(f"{result.trials} trials, {result.failed} failed, {len(result.front)} on the front")
+    if result.shortfall:
+        say(result.shortfall)
     say(f"Next: effir-ray pareto {out}; effir-ray report {out}")
 
 
 def _show_preview(space: Path, as_json: bool) -> None:
-    from effir_ray import SearchSpace, preview_search
+    from effir_ray import SearchSpace
     from effir_ray.config import load_yaml
 
-    preview = preview_search(load_yaml(space, SearchSpace))
+    loaded = load_yaml(space, SearchSpace)  # mistakes in it are told before anything heavy is imported
+    from effir_ray import preview_search
+
+    preview = preview_search(loaded)
     if as_json:
         show_json(preview)
         return

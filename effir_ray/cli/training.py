@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from effir_ray.caches import data_folder
 from effir_ray.cli._options import Address, AsJson, Out, out_option
 from effir_ray.cli._output import say, show_json
 from effir_ray.errors import InputError
-
-if TYPE_CHECKING:
-    from effir_ray.stages import StageStore
-
+from effir_ray.files import whole
+from effir_ray.progress import duration, show_progress
+from effir_ray.stages import StageStore
 
 PairsOut = Annotated[
     Path,
@@ -54,7 +55,6 @@ def train(
     from effir_ray import TrainConfig
     from effir_ray import train as run
     from effir_ray.config import load_yaml
-    from effir_ray.progress import duration, show_progress
 
     settings = load_yaml(config, TrainConfig)
     trained = model or settings.model
@@ -94,7 +94,6 @@ def mine(
     effir-ray mine pairs.jsonl --by minilm-l6 --negatives 15 --out pairs-mined.jsonl
     """
     from effir_ray import mine as run
-    from effir_ray.progress import show_progress
 
     with show_progress():
         found = run(
@@ -122,7 +121,6 @@ def annotate(
     effir-ray annotate stdlib-bm25.jsonl --by BAAI/bge-reranker-base --out stdlib-scored.jsonl
     """
     from effir_ray import annotate as run
-    from effir_ray.progress import show_progress
 
     with show_progress():
         found = run(pairs, by=by, stages=_stages(), max_length=max_length)
@@ -131,18 +129,11 @@ def annotate(
 
 def _stages() -> StageStore:
     """Mined and scored pairs are kept beside the data sets, so that a second command reuses them."""
-    from effir_ray.caches import data_folder
-    from effir_ray.stages import StageStore
-
     return StageStore(data_folder() / "stages")
 
 
 def _deliver(found: Path, out: Path, as_json: bool) -> None:
     """Copy a stage's file to where the user wants it, complete or not at all."""
-    import shutil
-
-    from effir_ray.files import whole
-
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole(out) as aside:
         shutil.copyfile(found, aside)

@@ -5,54 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from effir_ray.contrastive import TEMPERATURE, info_nce
+from effir_ray.data.datasets import Dataset
+from effir_ray.data.pairs import Pair, load_pairs, shuffled
+from effir_ray.encoding.batching import token_budget_batches
+from effir_ray.encoding.padded import PaddedTexts, pad
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import Retriever
 
-if TYPE_CHECKING:
-    from effir_ray.data.datasets import Dataset
-    from effir_ray.data.pairs import Pair as TrainingPair
-
-TEMPERATURE = 0.02  # of the paper's InfoNCE
 WINDOW = 512  # texts tokenised and sorted by length at a time: bounds memory, keeps padding low
-
-
-class Pair(Protocol):
-    """A query and what answers it; only the first positive is used."""
-
-    @property
-    def query(self) -> str: ...
-
-    @property
-    def positives(self) -> Sequence[str]: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Right-padded texts; both tensors (batch, tokens), int64, the mask 1 on real tokens."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
     """Row i of ``documents`` answers row i of ``queries``; the other rows are its in-batch negatives.
 
-    same: (batch, batch) bool, True off the diagonal where two rows have one document: no negatives of each
-    other.
+    allowed: (batch, batch) bool, False off the diagonal where two rows have one document: no negatives of
+    each other.
     """
 
-    queries: Batch
-    documents: Batch
-    same: Tensor
+    queries: PaddedTexts
+    documents: PaddedTexts
+    allowed: Tensor
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -65,21 +44,15 @@ def make_batches(
     kind: Literal["query", "document"] = "document",
     token_budget: int = 4096,
     max_length: int | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[PaddedTexts]:
     """Batches of at most ``token_budget`` tokens, padding included (one text may exceed it alone).
 
-    The partition depends on the texts only, so results do not depend on who works on which batch.
+    The partition depends on the texts only.
     """
     for start in range(0, len(texts), WINDOW):
-        tokens = retriever.tokenize(list(texts[start : start + WINDOW]), kind, max_length)
-        group: list[list[int]] = []
-        for text in sorted((text for text in tokens if text), key=len, reverse=True):
-            if group and (len(group) + 1) * len(group[0]) > token_budget:
-                yield pad(retriever, group)
-                group = []
-            group.append(text)
-        if group:
-            yield pad(retriever, group)
+        tokens = retriever.tokenize(texts[start : start + WINDOW], kind, max_length)
+        for batch in token_budget_batches([len(text) for text in tokens], token_budget):
+            yield pad([tokens[index] for index in batch])
 
 
 def make_pair_batches(
@@ -102,52 +75,28 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
 
 
 def pair_batch(retriever: Retriever, pairs: Sequence[Pair], *, max_length: int | None = None) -> PairBatch:
+    """Queries and their first positives."""
     positives = [pair.positives[0] for pair in pairs]
     queries = retriever.tokenize([pair.query for pair in pairs], "query", max_length)
     documents = retriever.tokenize(positives, "document", max_length)
     numbers: dict[str, int] = {}
     identity = torch.tensor([numbers.setdefault(text, len(numbers)) for text in positives])
-    same = (identity[:, None] == identity[None, :]).fill_diagonal_(False)
-    return PairBatch(queries=pad(retriever, queries), documents=pad(retriever, documents), same=same)
+    allowed = (identity[:, None] != identity[None, :]).fill_diagonal_(True)
+    return PairBatch(queries=pad(queries), documents=pad(documents), allowed=allowed)
 
 
-def pad(retriever: Retriever, tokens: Sequence[Sequence[int]]) -> Batch:
-    """Right padding to the longest text; on the CPU, so that a batch can travel to a worker."""
-    width = max(1, *(len(text) for text in tokens))
-    input_ids = torch.full((len(tokens), width), retriever.tokenizer.pad_token_id or 0, dtype=torch.long)
-    attention_mask = torch.zeros((len(tokens), width), dtype=torch.long)
-    for row, text in enumerate(tokens):
-        input_ids[row, : len(text)] = torch.tensor(text, dtype=torch.long)
-        attention_mask[row, : len(text)] = 1
-    return Batch(input_ids=input_ids, attention_mask=attention_mask)
+def pair_loss(queries: Tensor, documents: Tensor, allowed: Tensor) -> Tensor:
+    """InfoNCE over in-batch negatives (the paper's retrieval loss), differentiable.
 
-
-def run(retriever: Retriever, batch: Batch) -> Tensor:
-    """Final hidden states, (batch, tokens, hidden)."""
-    options = {"use_cache": False} if retriever.family.causal else {}
-    device = retriever.model.device
-    output = retriever.model(
-        input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **options
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden
-
-
-def embed(retriever: Retriever, batch: Batch) -> Tensor:
-    """Pooled text vectors, (batch, hidden); differentiable."""
-    return retriever.pool(run(retriever, batch), batch.attention_mask.to(retriever.model.device))
-
-
-def pair_loss(queries: Tensor, documents: Tensor, same: Tensor) -> Tensor:
-    """Mean InfoNCE over in-batch negatives on cosine similarity (the paper's retrieval loss).
-
-    queries, documents: (batch, hidden), row i of one answers row i of the other; same: see PairBatch.
+    queries, documents: (batch, hidden), row i of one answers row i of the other; allowed: see PairBatch.
     """
-    queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-    documents = torch.nn.functional.normalize(documents.float(), dim=-1)
-    similarity = queries @ documents.T / TEMPERATURE  # (batch, batch)
-    similarity = similarity.masked_fill(same.to(similarity.device), float("-inf"))
-    return torch.nn.functional.cross_entropy(similarity, torch.arange(len(queries), device=queries.device))
+    return info_nce(
+        queries.float(),
+        documents.float(),
+        positives=torch.arange(len(queries), device=queries.device),
+        allowed=allowed.to(queries.device),
+        temperature=TEMPERATURE,
+    )
 
 
 def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
@@ -157,8 +106,6 @@ def draw_texts(dataset: Dataset, count: int, seed: int) -> list[str]:
     return dataset.corpus.texts(drawn[:count])
 
 
-def draw_pairs(dataset: str, count: int, seed: int, *, split: str = "train") -> list[TrainingPair]:
+def draw_pairs(dataset: str, count: int, seed: int, *, split: str = "train") -> list[Pair]:
     """Pairs of the data set, shuffled: train pairs to learn gates from, dev pairs for the dev loss."""
-    from effir_ray.data.pairs import load_pairs, shuffled
-
     return list(shuffled(load_pairs(dataset, split=split), seed=seed)[:count])

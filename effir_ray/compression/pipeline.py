@@ -26,8 +26,8 @@ from effir_ray.compression.planning import (
     within,
 )
 from effir_ray.compression.schedule import CALIBRATION, Calibration, Schedule
-from effir_ray.compression.sparsity.patterns import parse_pattern
-from effir_ray.compression.sparsity.sparsity import SparsityMethod, sparsify
+from effir_ray.compression.sparsity.methods import parse_pattern
+from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.uniform import narrow_to, uniform_shape
 from effir_ray.compression.width.reduction import rank_neurons

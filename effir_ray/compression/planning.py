@@ -166,6 +166,7 @@ def target_width(total: int, reduction: float, multiple: int) -> int:
 def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) -> list[int]:
     """Neurons each layer keeps. Layers are cut into groups of ``multiple`` neurons, best first, and groups
     are ranked globally by their mean score: the ranking of the paper, on the grain that the hardware wants.
+    Of equal groups every layer keeps equally many, as far as it has them.
     """
     sizes = [len(values) for values in scores]
     ragged = [size for size in sizes if size % multiple]
@@ -184,11 +185,13 @@ def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) 
         means = -np.sort(-values).reshape(-1, multiple).mean(axis=1)
         # The first group of a layer always stays: a layer without any neuron is a dropped MLP, asked for by
         # depth.
-        groups += [(float(mean), layer, rank) for rank, mean in enumerate(means) if rank > 0]
-    # Best first; of equal ones the earlier layer and the earlier group, so that a layer's groups go in order.
-    groups.sort(key=lambda group: (-group[0], group[1], group[2]))
+        later = means[1:]
+        turns = np.arange(len(later)) - np.searchsorted(-later, -later)  # how many equal ones come before it
+        groups += [(-mean, turn, layer) for mean, turn in zip(later.tolist(), turns.tolist(), strict=True)]
+    # Best first. Layers take turns at equal ones, the earlier layer first: ties narrow all of them alike.
+    groups.sort()
     widths = [multiple] * len(sizes)
-    for _, layer, _ in groups[: target // multiple - len(sizes)]:
+    for _, _, layer in groups[: target // multiple - len(sizes)]:
         widths[layer] += multiple
     return widths
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effir_ray.errors import InputError
@@ -24,7 +25,7 @@ Quantization = Literal["int8", "nf4", "llm-int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
+class StoredSize:
     """``disk_bytes``: one safetensors file with every tensor; ``memory_bytes``: the tensors themselves."""
 
     disk_bytes: int
@@ -85,16 +86,14 @@ def _bitsandbytes_linear(library: Any, linear: nn.Linear, method: Quantization) 
     return module
 
 
-def measure_size(retriever: Retriever) -> Size:
+def measure_size(retriever: Retriever) -> StoredSize:
     """Size of the model as it is now, quantised or not; writes one temporary file of that size."""
-    from safetensors.torch import save_file
-
     tensors = dict(_plain("", retriever.model.state_dict()))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"
         save_file(tensors, file)
         disk = file.stat().st_size
-    return Size(disk_bytes=disk, memory_bytes=sum(tensor.nbytes for tensor in tensors.values()))
+    return StoredSize(disk_bytes=disk, memory_bytes=sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.config import Config, Length, Seed
 
 Criterion = Literal["cosine", "pooled", "greedy", "dev-loss", "random"]
+Unit = Literal["attention", "mlp", "block"]
+"""What can be dropped of a layer; a block is its attention and its MLP."""
+UNITS: tuple[Unit, ...] = get_args(Unit)
 WidthMethod = Literal["self-slimming", "magnitude", "activation", "gate-activation", "taylor", "random"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import http.client
 import os
@@ -19,6 +20,7 @@ from filelock import FileLock
 
 from effir_ray.caches import data_folder
 from effir_ray.data.datasets import official_name
+from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
 from effir_ray.progress import Progress, progress
 from effir_ray.readers import quoted
@@ -101,6 +103,20 @@ def list_datasets() -> list[Listing]:
     return listings
 
 
+def check_name(name: str) -> None:
+    """Raise InputError for a bare name of a data set that there is none of, neither here nor to be had. Paths
+    are not looked at: they may be those of another machine."""
+    places = (Path(name).expanduser(), data_folder() / name)
+    known = {"stdlib", *BEIR_SETS}
+    if "/" in name or official_name(name) in known or any(place.exists() for place in places):
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    raise InputError(
+        f"data set '{name}': no such folder or file, nothing of that name in {data_folder()}, none to get; "
+        "see: effir-ray data list" + (f"; did you mean '{near[0]}'?" if near else "")
+    )
+
+
 def get(name: str, *, base_url: str | None = None) -> Path:
     """The folder of a named data set, downloaded first if it is not here; ``stdlib`` is built.
 
@@ -110,8 +126,6 @@ def get(name: str, *, base_url: str | None = None) -> Path:
     space.
     """
     if name == "stdlib":
-        from effir_ray.data.stdlib_corpus import build_stdlib
-
         return build_stdlib()
     whole, _, part = official_name(name).partition("/")
     known = BEIR_SETS.get(whole)

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from effir_ray import storage
 from effir_ray.caches import file_hash
+from effir_ray.cluster.connection import connect
 from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pair_layouts import Pair, normalised, parse_line, parse_pair, to_json
 from effir_ray.errors import InputError
@@ -127,8 +128,6 @@ class PairStream:
         """One pass over all files, by Ray tasks."""
         import ray
 
-        from effir_ray.cluster.connection import connect
-
         connect()
         held_out, task = ray.put(self._held_out), ray.remote(_surveyed)
         parts = ray.get([task.remote(asdict(chunk), held_out) for chunk in self.chunks])
@@ -147,8 +146,6 @@ class PairStream:
 
     def _rows(self, seed: int, epoch: int) -> Iterator[Pair]:
         import ray.data
-
-        from effir_ray.cluster.connection import connect
 
         connect()
         logging.getLogger("ray.data").setLevel(logging.ERROR)

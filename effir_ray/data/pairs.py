@@ -6,16 +6,14 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.data.pair_layouts import Pair, normalised, parse_line, to_json
+from effir_ray.data.pair_stream import PairStream, is_stream
 from effir_ray.errors import InputError
 from effir_ray.readers import open_regular
-
-if TYPE_CHECKING:
-    from effir_ray.data.datasets import Dataset
 
 __all__ = ["Pair", "load_pairs", "shared_positives", "shuffled", "write_pairs"]
 
@@ -36,8 +34,6 @@ def load_pairs(
 
     Raises InputError naming file, line and field.
     """
-    from effir_ray.data.pair_stream import PairStream, is_stream
-
     path = Path(source)
     if path.suffix == ".jsonl" or is_stream(str(source)):
         check_split(source, split)
@@ -101,8 +97,6 @@ def held_out_questions(dataset: Dataset) -> frozenset[str]:
 
 
 def _from_dataset(source: str, split: str) -> list[Pair]:
-    from effir_ray.data.datasets import load_dataset
-
     dataset = load_dataset(source)
     queries, qrels = dataset.queries(split), dataset.qrels(split)
     if split == "train":  # splits are disjoint by id; two ids may ask the same

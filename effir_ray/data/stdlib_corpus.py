@@ -64,7 +64,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class Documented:
     """One documented object: its document and the query that should find it."""
 
     name: str  # qualified, e.g. "json.decoder.JSONDecoder.decode": the document id
@@ -104,7 +104,7 @@ def build_stdlib(library: Path | None = None) -> Path:
     return folder
 
 
-def collect(library: Path) -> list[Example]:
+def collect(library: Path) -> list[Documented]:
     """All examples of the library in ``library``, without near-duplicates, ordered by name."""
     found = {example.name: example for example in _all_examples(library)}
     examples = [found[name] for name in sorted(found)]
@@ -119,7 +119,7 @@ def collect(library: Path) -> list[Example]:
     return [example for example, drop in zip(examples, same_query, strict=True) if not drop]
 
 
-def write_examples(examples: Iterable[Example], folder: Path) -> None:
+def write_examples(examples: Iterable[Documented], folder: Path) -> None:
     """Write a BEIR folder: corpus.jsonl, queries.jsonl and qrels of the three splits."""
     examples = list(examples)
     split_of = assign_splits(_counts(examples))
@@ -155,7 +155,7 @@ def assign_splits(counts: Mapping[str, int]) -> dict[str, str]:
     return splits
 
 
-def examples_of(source: bytes, module: str) -> Iterator[Example]:
+def examples_of(source: bytes, module: str) -> Iterator[Documented]:
     """The public, properly documented functions, methods and classes of one module's source."""
     try:
         tree = ast.parse(source)
@@ -168,7 +168,7 @@ def examples_of(source: bytes, module: str) -> Iterator[Example]:
             continue
         body = _without_docstrings(node, lines)
         if len(body.splitlines()) > 1:  # a bare `def f(): pass` shows nothing to be found by
-            yield Example(qualified, _signature(node, qualified), body[:_MAX_SOURCE_CHARS], query)
+            yield Documented(qualified, _signature(node, qualified), body[:_MAX_SOURCE_CHARS], query)
 
 
 def first_sentence(docstring: str, name: str) -> str | None:
@@ -182,7 +182,7 @@ def first_sentence(docstring: str, name: str) -> str | None:
     return None if opening.startswith((f"{name.lower()}(", *_SAYS_NOTHING)) else sentence
 
 
-def _all_examples(library: Path) -> Iterator[Example]:
+def _all_examples(library: Path) -> Iterator[Documented]:
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
@@ -230,7 +230,7 @@ def _without_docstrings(node: Definition, lines: list[bytes]) -> str:
     return textwrap.dedent("\n".join(line.rstrip() for line in text_lines if line.strip()))
 
 
-def _counts(examples: Iterable[Example]) -> dict[str, int]:
+def _counts(examples: Iterable[Documented]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for example in examples:
         counts[example.module] = counts.get(example.module, 0) + 1

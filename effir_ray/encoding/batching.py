@@ -1,28 +1,30 @@
-"""Which texts are encoded together: as many tokens as fit a budget, texts of similar length side by side."""
+"""Which texts are computed together: as many tokens as fit a budget, texts of similar length side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 
 def token_budget_batches(
-    lengths: Sequence[int], budget: int, *, padded: bool = True
-) -> list[npt.NDArray[np.int64]]:
-    """Indices of ``lengths`` in batches, longest first (what does not fit memory shows up early).
+    lengths: Sequence[int], budget: int, *, padded: bool = True, worthwhile: int | None = None
+) -> list[list[int]]:
+    """Indices of ``lengths`` in batches, longest first (what does not fit memory shows up early), of equal
+    lengths the earlier index first.
 
     A batch costs its longest text times its size when ``padded``, else the sum of its lengths, and stays
-    within ``budget`` tokens unless one text alone is longer. The batches depend on the arguments alone.
+    within ``budget`` tokens unless one text alone is longer. A padded batch that is ``worthwhile`` tokens
+    large takes no text that would be more than a quarter padding. The batches depend on the arguments alone.
     """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    batches, start, tokens = [], 0, 0
-    for place, index in enumerate(order):
-        longest, size = lengths[order[start]], place - start
-        cost = longest * (size + 1) if padded else tokens + lengths[index]
-        if size and cost > budget:
-            batches.append(order[start:place])
-            start, tokens = place, 0
-        tokens += lengths[index]
-    return [*batches, order[start:]] if len(order) else []
+    batches: list[list[int]] = []
+    longest = tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batches:
+            cost = longest * (len(batches[-1]) + 1) if padded else tokens + lengths[index]
+            enough = padded and worthwhile is not None and cost > worthwhile
+            if cost <= budget and not (enough and lengths[index] < 0.75 * longest):
+                batches[-1].append(index)
+                tokens += lengths[index]
+                continue
+        batches.append([index])
+        longest = tokens = lengths[index]
+    return batches

@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from effir_ray.cluster.connection import connect
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -32,15 +34,19 @@ from effir_ray.encoding.embedding_shards import (
     StoredType,
     differences,
 )
+from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import detect
+from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import progress
-
-if TYPE_CHECKING:
-    from effir_ray.encoding.encoder import Encoder
 
 SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
+
+
+_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (InputError, TrialFailure)}
 
 
 def encode_corpus(
@@ -60,10 +66,9 @@ def encode_corpus(
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
     A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
-    arguments, for an ``out`` that holds other embeddings, and while another run writes to it.
+    arguments, for an ``out`` that holds other embeddings, and while another run writes to it; TrialFailure
+    when one text alone does not fit a worker's memory.
     """
-    from effir_ray.models.names import backbone_fingerprint
-
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
     if dtype not in ("float32", "float16"):
@@ -140,8 +145,6 @@ def _encode_missing(
     workers: int,
     address: str | None,
 ) -> None:
-    from effir_ray.cluster.connection import connect
-
     if not missing:
         return
     connect(address)
@@ -173,7 +176,7 @@ def _encode_missing(
     with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
         for row in done.iter_rows():
             if row["problem"]:
-                raise InputError(row["problem"])
+                raise _ERRORS[row["error"]](row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -255,12 +258,6 @@ class _ShardEncoder:
     @cached_property
     def _encoder(self) -> Encoder:
         """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
-        import torch
-
-        from effir_ray.encoding.encoder import Encoder
-        from effir_ray.hardware import detect
-        from effir_ray.models.retriever import load_retriever
-
         hardware = detect()
         if self._computed_in not in (None, hardware.dtype):
             raise InputError(
@@ -280,18 +277,19 @@ class _ShardEncoder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of ``_task`` in, one row of figures out.
 
-        What is wrong with the input travels as a value: Ray would drop the exception and keep its traceback.
+        What is wrong travels as a value: Ray would drop the exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "problem": "", "warning": ""}
+        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
+        figures |= {"error": "", "problem": ""}
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
             figures["warning"] = self._encoder.int8_warning
-        except InputError as error:
-            figures["problem"] = str(error)
+        except tuple(_ERRORS.values()) as error:
+            figures |= {"error": type(error).__name__, "problem": str(error)}
         return {name: [value] for name, value in figures.items()}
 
     def _encode(self, shard: int, documents: list[Document]) -> ShardRecord:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,13 @@ import torch
 from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
-from effir_ray.errors import InputError
-from effir_ray.models.retriever import Retriever
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import detect
+from effir_ray.models.accounting import flops
+from effir_ray.models.folder import TextKind
+from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
-
-if TYPE_CHECKING:
-    from effir_ray.models.retriever import Retriever
-
-
-Kind = Literal["query", "document"]
 
 WINDOW = 512  # texts that are tokenised ahead and ordered by length together
 _CHECKED, _INT8_CLOSE = 8, 0.98
@@ -86,23 +83,21 @@ class Encoder:
     @property
     def flops_seen(self) -> int:
         """FLOPs of the model over all calls, as ``models.accounting`` counts them."""
-        from effir_ray.models.accounting import flops
-
         config, plan = self.retriever.model.config, self.retriever.plan
         return sum(texts * flops(config, plan, length) for length, texts in self._lengths_seen.items())
 
     def encode(
         self,
         texts: Sequence[str],
-        kind: Kind,
+        kind: TextKind,
         *,
         max_length: int | None = None,
         progress: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embeddings (n, d), row i for text i. ``progress`` is what a progress display calls the work.
 
-        Without dropout, also in the middle of a training. Raises InputError when one text alone does not fit
-        memory.
+        Without dropout, also in the middle of a training. Raises TrialFailure when one text alone does not
+        fit memory.
         """
         self._refresh()
         embeddings = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -142,7 +137,7 @@ class Encoder:
             warnings.warn(self.int8_warning, RuntimeWarning, stacklevel=3)
 
     def _tokenised(
-        self, texts: Sequence[str], kind: Kind, max_length: int | None
+        self, texts: Sequence[str], kind: TextKind, max_length: int | None
     ) -> Iterator[tuple[int, list[list[int]]]]:
         """(first index, token lists) of each window; the next one is tokenised while this one is encoded."""
         starts = range(0, len(texts), WINDOW)
@@ -163,8 +158,8 @@ class Encoder:
 
     def _encode_window(self, tokens: list[list[int]], out: npt.NDArray[np.float32], bar: Progress) -> None:
         lengths = [len(ids) for ids in tokens]
-        pending = deque(self._batches(np.arange(len(tokens)), lengths))
-        results: list[tuple[npt.NDArray[np.int64], torch.Tensor]] = []
+        pending = deque(self._batches(list(range(len(tokens))), lengths))
+        results: list[tuple[list[int], torch.Tensor]] = []
         while pending:
             batch = pending.popleft()
             try:
@@ -184,14 +179,14 @@ class Encoder:
         for batch, vectors in results:
             out[batch] = vectors.numpy()
 
-    def _batches(self, indices: npt.NDArray[np.int64], lengths: list[int]) -> list[npt.NDArray[np.int64]]:
+    def _batches(self, indices: list[int], lengths: list[int]) -> list[list[int]]:
         chosen = [lengths[i] for i in indices]
         batches = token_budget_batches(chosen, self.token_budget, padded=self._forward.padded)
-        return [indices[batch] for batch in batches]
+        return [[indices[place] for place in batch] for batch in batches]
 
     def _halve_budget(self, longest: int, texts: int) -> None:
         if texts == 1:
-            raise InputError(
+            raise TrialFailure(
                 f"out of memory with a single text of {longest} tokens; lower max_length or free memory"
             )
         self.token_budget = max(1, min(self.token_budget, longest * texts) // 2)
@@ -229,10 +224,6 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def as_encoder(model: str | Path | Retriever | Encoder) -> Encoder:
     """An encoder on this machine's device for whatever form a model is given in."""
-    from effir_ray.encoding.encoder import Encoder
-    from effir_ray.hardware import detect
-    from effir_ray.models.retriever import Retriever, load_retriever
-
     if isinstance(model, Encoder):
         return model
     if isinstance(model, Retriever):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+from effir_ray.encoding.projections import OneDnnProjection, has_one_dnn
 
 _PEAK_SIZE = {"cpu": 1536, "cuda": 8192}
 """Side of the square matrices for ``gemm_peak``: large enough for the plateau, small enough to be quick."""
@@ -28,10 +27,6 @@ def gemm_peak(
     On CPUs by torch.mm and by oneDNN with its own weight layout: which of them is faster depends on the
     processor.
     """
-    import torch
-
-    from effir_ray.encoding.projections import OneDnnProjection, has_one_dnn
-
     device = torch.device(device)
     side = _PEAK_SIZE[device.type]
     a = torch.randn(side, side, device=device, dtype=dtype or torch.float32)
@@ -49,10 +44,11 @@ def gemm_peak(
     with torch.inference_mode():
         for product in products:
             product()
-        return 2 * side**3 / min(_seconds(work, clock) for _ in range(_PEAK_REPEATS) for work in products)
+        return 2 * side**3 / min(seconds_of(work, clock) for _ in range(_PEAK_REPEATS) for work in products)
 
 
-def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long one call takes."""
     started = clock()
     work()
     return clock() - started

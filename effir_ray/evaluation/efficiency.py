@@ -10,20 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from effir_ray.config import Config
 from effir_ray.data.datasets import Dataset, load_dataset
-from effir_ray.encoding.gemm_peak import _seconds, gemm_peak
+from effir_ray.encoding.encoder import Encoder, as_encoder
+from effir_ray.encoding.gemm_peak import gemm_peak, seconds_of
 from effir_ray.errors import InputError
 from effir_ray.evaluation.index import exact_search
+from effir_ray.models.accounting import flops
 from effir_ray.progress import progress
-
-if TYPE_CHECKING:
-    from effir_ray.encoding.encoder import Encoder
 
 _SEARCH_DEPTH = 100
 
@@ -67,8 +65,6 @@ def measure(
     All models are in memory together. Raises InputError for a model that is given twice, and for what
     ``load_dataset``, ``load_retriever`` and ``measure_efficiency`` refuse.
     """
-    from effir_ray.encoding.encoder import as_encoder
-
     names = [str(model) for model in models]
     if len(set(names)) < len(names):
         raise InputError(f"models are {', '.join(names)}; give every model once")
@@ -89,16 +85,20 @@ def measure_efficiency(
     *,
     rounds: int = 5,
     reference: str,
+    query_max_length: int | None = None,
+    document_max_length: int | None = None,
 ) -> dict[str, Efficiency]:
     """Figures of every model, by name; ``reference`` names the one that speed-ups are relative to.
 
+    Texts are cut to ``*_max_length`` tokens, by default to what each model's own settings say.
     Raises InputError for a reference that is not among the models and for empty inputs.
     """
     if reference not in models:
         raise InputError(f"reference '{reference}' is not measured; measured: {', '.join(models)}")
     if not queries or not documents or rounds < 1:
         raise InputError("measuring needs at least one query, one document and one round")
-    runs = {name: _Run(encoder, queries, documents) for name, encoder in models.items()}
+    cut = {"query": query_max_length, "document": document_max_length}
+    runs = {name: _Meter(encoder, queries, documents, cut) for name, encoder in models.items()}
     names = list(runs)
     with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
         for number in range(rounds):
@@ -113,21 +113,29 @@ def measure_efficiency(
     return {name: run.figures(runs[reference], peaks[run.place]) for name, run in runs.items()}
 
 
-class _Run:
+class _Meter:
     """One model's measurements, a row a round."""
 
-    def __init__(self, encoder: Encoder, queries: Sequence[str], documents: Sequence[str]) -> None:
-        from effir_ray.models.accounting import flops
-
-        self._encoder, self._queries, self._documents = encoder, queries, documents
+    def __init__(
+        self,
+        encoder: Encoder,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        cut: Mapping[str, int | None],
+    ) -> None:
+        self._queries, self._documents = queries, documents
+        self._encode_query = partial(encoder.encode, kind="query", max_length=cut["query"])
+        self._encode_document = partial(encoder.encode, kind="document", max_length=cut["document"])
         retriever = encoder.retriever
-        lengths = [len(ids) for ids in retriever.tokenize(documents, "document")]
+        lengths = [len(ids) for ids in retriever.tokenize(documents, "document", cut["document"])]
         self._tokens = sum(lengths)
         by_length = {n: flops(retriever.model.config, retriever.plan, n) for n in set(lengths)}
         self._flops = sum(by_length[n] for n in lengths)
-        self._embeddings, self._memory = peak_memory(encoder, documents)  # also warms up
+        self._embeddings, self._memory = peak_memory(
+            encoder, documents, max_length=cut["document"]
+        )  # warms up
         for query in queries:  # a GPU records a pass for every class of lengths at its first text
-            encoder.encode([query], "query")
+            self._encode_query([query])
         self._search()  # the first one loads a library
         self._query_seconds: list[list[float]] = []
         self._search_seconds: list[float] = []
@@ -138,16 +146,16 @@ class _Run:
 
     def round(self) -> None:
         self.peak = max(self.peak, gemm_peak(*self.place))
-        alone = [_seconds(partial(self._encoder.encode, [query], "query")) for query in self._queries]
+        alone = [seconds_of(partial(self._encode_query, [query])) for query in self._queries]
         self._query_seconds.append(alone)
-        seconds = _seconds(lambda: self._encoder.encode(self._documents, "document"))
+        seconds = seconds_of(partial(self._encode_document, self._documents))
         self._document_seconds.append(seconds)
-        self._search_seconds.append(_seconds(self._search))
+        self._search_seconds.append(seconds_of(self._search))
 
     def _search(self) -> object:
         return exact_search(self._embeddings[:1], self._embeddings, k=_SEARCH_DEPTH)
 
-    def figures(self, reference: _Run, peak: float) -> Efficiency:
+    def figures(self, reference: _Meter, peak: float) -> Efficiency:
         latencies = np.median(self._query_seconds, axis=0)  # (queries,): the median over rounds of each
         seconds = float(np.median(self._document_seconds))
         query_ratios = np.sum(reference._query_seconds, axis=1) / np.sum(self._query_seconds, axis=1)
@@ -179,7 +187,9 @@ def isotropy(embeddings: npt.NDArray[np.float32]) -> float:
     return float((np.square(units.sum(axis=0)).sum() - n) / (n * (n - 1)))
 
 
-def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray[np.float32], int]:
+def peak_memory(
+    encoder: Encoder, documents: Sequence[str], *, max_length: int | None = None
+) -> tuple[npt.NDArray[np.float32], int]:
     """Encode ``documents``: (their embeddings, the most bytes in use, see ``Efficiency``)."""
     import torch
 
@@ -188,10 +198,10 @@ def peak_memory(encoder: Encoder, documents: Sequence[str]) -> tuple[npt.NDArray
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
         before = torch.cuda.memory_allocated(model.device)
-        embeddings = encoder.encode(documents, "document")
+        embeddings = encoder.encode(documents, "document", max_length=max_length)
         return embeddings, held + int(torch.cuda.max_memory_allocated(model.device)) - before
     before = _resident("VmRSS", reset=True)
-    embeddings = encoder.encode(documents, "document")
+    embeddings = encoder.encode(documents, "document", max_length=max_length)
     return embeddings, held + max(0, _resident("VmHWM") - before)
 
 

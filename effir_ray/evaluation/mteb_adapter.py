@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from effir_ray.encoding.encoder import as_encoder
+from effir_ray.encoding.encoder import Encoder, as_encoder
+from effir_ray.models.retriever import Retriever
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
-
-    from effir_ray.encoding.encoder import Encoder
-    from effir_ray.models.retriever import Retriever
 
 Floats = npt.NDArray[np.float32]
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # in an ordinary one of a compressed model also "place", see ``ordinary.place_in_backbone``.
 OWN_FILE = "effir.json"
 
+TextKind = Literal["query", "document"]
+
 
 class RetrieverSpec(Config):
     """pooling "last" takes the last real token (with ``append_eos`` the EOS token, as in the paper, section

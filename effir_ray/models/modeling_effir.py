@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 # Reason: the classes below subclass transformers' own, which are untyped, and the file must run without
 # effir-ray.
-"""Models with dropped attention or MLP sublayers and narrowed MLPs, for transformers >= 5.17.
+"""Models with dropped attention or MLP sublayers and narrowed MLPs, for transformers >= 5.21.
 
 This one file is copied into every compressed checkpoint, so that ``AutoModel.from_pretrained(folder,
 trust_remote_code=True)`` and ``SentenceTransformer(folder, trust_remote_code=True)`` need nothing else.

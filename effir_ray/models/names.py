@@ -21,7 +21,7 @@ _PACKAGED = {
 }
 PACKAGED = frozenset(_PACKAGED)
 _SEED = re.compile("[0-9]{1,9}")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name without an owner is more often a slip than a model
 # No pickles, no other frameworks' weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
 
@@ -42,6 +42,17 @@ def resolve(name: str) -> Source:
 
     Raises InputError that says what was looked for.
     """
+    found = _here(name)
+    return found or Source(kind="folder", path=_from_hub(name))
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a name that leads nowhere. A hub id is not asked for: nothing is fetched."""
+    _here(name)
+
+
+def _here(name: str) -> Source | None:
+    """What can be found on this machine; None for a hub id."""
     if name.startswith("random:"):
         return _random(name)
     if name in _PACKAGED:
@@ -56,7 +67,7 @@ def resolve(name: str) -> Source:
         return Source(kind="gguf", path=path)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"{name}: no such folder or .gguf file; {_known_names()}")
-    return Source(kind="folder", path=_from_hub(name))
+    return None
 
 
 def backbone_fingerprint(name_or_path: str | Path) -> str:
@@ -115,4 +126,5 @@ def _from_hub(name: str) -> Path:
 
 def _known_names() -> str:
     packaged = ", ".join(_PACKAGED)
-    return f"known without files: {packaged}, random:<model>; else give a folder, a .gguf file or a hub id"
+    given = "else give a folder, a .gguf file or a hub id (owner/name)"
+    return f"known without files: {packaged}, random:<model>; {given}"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from effir_ray.models import family as families
 from effir_ray.models import loading
-from effir_ray.models.folder import RetrieverSpec
+from effir_ray.models.folder import RetrieverSpec, TextKind
 from effir_ray.models.plan import Plan
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Retriever:
         return families.get(self.model.config.model_type)
 
     def tokenize(
-        self, texts: Sequence[str], kind: Literal["query", "document"], max_length: int | None = None
+        self, texts: Sequence[str], kind: TextKind, max_length: int | None = None
     ) -> list[list[int]]:
         """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding.
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from effir_ray.files import whole
 from effir_ray.results.pareto import on_front
 from effir_ray.results.schema import Direction
+from effir_ray.results.selection import chosen_rows, with_test_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,6 @@ def draw_front(table: pa.Table, out: Path) -> Path:
     """
     import matplotlib
     from matplotlib.figure import Figure
-
-    from effir_ray.results.selection import chosen_rows, with_test_scores
 
     rows = chosen_rows(table)
     objectives: dict[str, Direction] = {"ndcg_at_10": "max", "parameters": "min"}

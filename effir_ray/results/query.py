@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     import duckdb
 
 
-def query(folders: Iterable[Path | str], sql: str) -> pa.Table:
+def query(folders: store.Folders, sql: str) -> pa.Table:
     """The result of one SELECT over ``rows`` (those of ``folders``) and ``published`` (the paper's figures).
 
     The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL

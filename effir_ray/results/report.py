@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ import pyarrow as pa
 
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
+from effir_ray.pages import render
 from effir_ray.results import store
+from effir_ray.results.picture import draw_front
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
 
@@ -46,7 +46,7 @@ _SHOWN = (
 )
 
 
-def report(folders: Iterable[Path | str], out: Path | str) -> Path:
+def report(folders: store.Folders, out: Path | str) -> Path:
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
     The page needs no network: plotly.js, data and styles are inside. Raises InputError for another suffix or
@@ -55,8 +55,6 @@ def report(folders: Iterable[Path | str], out: Path | str) -> Path:
     target = Path(out)
     table = store.latest(store.read(folders))
     if target.suffix in (".svg", ".png"):
-        from effir_ray.results.picture import draw_front
-
         return draw_front(table, target)
     if target.suffix != ".html":
         raise InputError(f"{target}: a report is written as .html, .svg or .png")
@@ -67,24 +65,19 @@ def report(folders: Iterable[Path | str], out: Path | str) -> Path:
 
 def page(table: pa.Table) -> str:
     """The HTML of a report. Rows of a table hold only text and numbers, and are escaped."""
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # slow, and a picture needs none of it
 
     data = page_data(table)
     if not data["rows"]:
         raise InputError(f"no successful trial among the {len(table)} rows; nothing to report")
     studies = ", ".join(dict.fromkeys(row["study"] for row in data["rows"]))
-    parts = {
-        "title": _escape(f"Pareto front of {studies}"),
-        "css": _asset("report.css"),
-        "script": _asset("report.js"),
-        "plotly": get_plotlyjs(),
-        "data": json.dumps(data, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c"),
-    }
-    html, *pieces = _asset("report.html").split("{{")
-    for piece in pieces:
-        name, _, rest = piece.partition("}}")
-        html += parts[name] + rest
-    return html
+    return render(
+        "effir_ray.results",
+        "page/report.html",
+        title=f"Pareto front of {studies}",
+        plotly=get_plotlyjs(),
+        data=data,
+    )
 
 
 def page_data(table: pa.Table) -> dict[str, Any]:
@@ -135,11 +128,3 @@ def _provenance(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _packages(versions: str | None) -> str:
     return ", ".join(f"{name} {version}" for name, version in json.loads(versions or "{}").items())
-
-
-def _asset(name: str) -> str:
-    return files("effir_ray.results").joinpath("page", name).read_text(encoding="utf-8")
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from effir_ray.config import Config
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -71,6 +71,10 @@ class TrialRow(Config):
     dataset: str
     split: Literal["train", "dev", "test"]
     seed: int = 0
+    contents: JsonText = Field(
+        default="{}", description="fingerprints of what was read: backbone, data sets, teachers, JSON"
+    )
+    attempt: Count = Field(default=1, description="1 at the first try on this split, 2 at the next")
     status: Literal["ok", "failed"] = "ok"
     reason: str = Field(default="", description="why the trial failed")
     ndcg_at_10: Score | None = Field(default=None, description="nDCG@10, mean over queries, 0 to 1")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ TEST_COLUMN = "test_ndcg_at_10"
 
 
 def pareto(
-    folders: Iterable[Path | str],
+    folders: store.Folders,
     *,
     where: str | None = None,
     pick: str | None = None,
@@ -34,7 +33,7 @@ def pareto(
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one. ``where`` is an SQL condition, ``objectives`` are columns (by default
     the search's), ``pick`` leaves one row: see ``pick_row``. Raises InputError when the rows are of
-    more than one data set or sample of it (their scores cannot be compared) or none is left.
+    more than one data set, version of it or sample of it (their scores cannot be compared) or none is left.
     """
     table = store.latest(store.read(folders))
     if where:
@@ -58,6 +57,7 @@ def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
             f"choose one, for example --where \"dataset = '{datasets[0]}'\""
         )
     _check_one_sample(chosen)
+    _check_one_content(chosen)
     return chosen
 
 
@@ -78,6 +78,20 @@ def _check_one_sample(rows: pa.Table) -> None:
         f"the rows are of {len(found)} samples of {first['dataset']} ({one}; {other}): no comparison; "
         f"choose one, for example {fix}"
     )
+
+
+def _check_one_content(rows: pa.Table) -> None:
+    """A data set that was written anew keeps its name. Rows before schema 3 do not say what they read."""
+    studies = {
+        contents["dataset"]: study
+        for study, text in zip(rows["study"].to_pylist(), rows["contents"].to_pylist(), strict=True)
+        if "dataset" in (contents := json.loads(text or "{}"))
+    }
+    if len(studies) > 1:
+        raise InputError(
+            f"the rows are of {len(studies)} versions of {rows['dataset'][0].as_py()}, which changed in "
+            "between: no comparison; choose the folder of one study"
+        )
 
 
 def _sample(record: dict[str, Any]) -> str:

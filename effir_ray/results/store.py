@@ -39,13 +39,18 @@ def append(folder: Path | str, rows: Sequence[TrialRow]) -> Path:
     return target / name
 
 
-def read(folders: Iterable[Path | str]) -> pa.Table:
-    """All rows of the given study folders, ``rows`` folders or Parquet files, oldest first.
+Folders = Path | str | Iterable[Path | str]
+"""One study folder, ``rows`` folder or Parquet file, or several."""
+
+
+def read(folders: Folders) -> pa.Table:
+    """All rows of the given folders or files, oldest first.
 
     Files of older schema versions are accepted; their missing columns are null. Raises InputError when there
     is nothing to read, a file is no table of rows, or it was written by a newer effir-ray.
     """
-    files = [file for folder in folders for file in _files(Path(folder))]
+    places = [folders] if isinstance(folders, Path | str) else folders
+    files = [file for folder in places for file in _files(Path(folder))]
     table = pa.concat_tables([_read_file(file) for file in dict.fromkeys(files)])
     begun = pa.scalar(datetime.fromtimestamp(0, UTC), ARROW_SCHEMA.field("created_at").type)
     return table.take(pc.sort_indices(table["created_at"].fill_null(begun)))
@@ -61,10 +66,17 @@ def trial_rows(table: pa.Table) -> list[TrialRow]:
 
 
 def latest(table: pa.Table) -> pa.Table:
-    """The last row of every (study, trial, data set, split): a trial run again replaces its earlier row."""
-    keys = zip(*(table[name].to_pylist() for name in ("study", "trial_id", "dataset", "split")), strict=True)
-    last = {key: index for index, key in enumerate(keys)}
-    return table.take(pa.array(sorted(last.values()), pa.int64()))
+    """One row of every (study, trial, data set, split): a success before any failure, then the last attempt.
+
+    Clocks of machines differ: only between equal attempts does the later row win.
+    """
+    names = ("study", "trial_id", "dataset", "split", "status", "attempt")
+    best: dict[tuple[str, ...], tuple[tuple[bool, int], int]] = {}
+    for index, (*key, status, attempt) in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
+        rank = (status == "ok", attempt or 1)  # no attempt is written in rows of schema 2
+        if tuple(key) not in best or rank >= best[tuple(key)][0]:
+            best[tuple(key)] = (rank, index)
+    return table.take(pa.array(sorted(index for _, index in best.values()), pa.int64()))
 
 
 def _files(place: Path) -> list[Path]:

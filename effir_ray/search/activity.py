@@ -34,7 +34,7 @@ class Activity:
     detail: str = ""
 
 
-class Reporter:
+class ActivityWriter:
     """The trial's side: call it with the name of each stage that begins."""
 
     def __init__(self, file: Path, trial: str, split: str) -> None:
@@ -47,20 +47,20 @@ class Reporter:
 
 
 @contextmanager
-def reporting(out: Path, trial: str, split: str) -> Iterator[Reporter]:
+def reporting(out: Path, trial: str, split: str) -> Iterator[ActivityWriter]:
     """Within this context the trial's progress lines go to its file; afterwards the files are gone."""
     file = out / FOLDER / f"{trial}-{split}-{os.getpid()}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
     try:
         with log.open("a", buffering=1) as stream, show_progress(stream):
-            yield Reporter(file, trial, split)
+            yield ActivityWriter(file, trial, split)
     finally:
         file.unlink(missing_ok=True)
         log.unlink(missing_ok=True)
 
 
-def forget(out: Path) -> None:
+def remove_leftovers(out: Path) -> None:
     """Remove what a killed run left."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 

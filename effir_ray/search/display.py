@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from effir_ray.progress import duration, progress_stream
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.activity import Activity, current
-from effir_ray.search.outlook import Outlook
-from effir_ray.search.proposals import Proposals, Work
+from effir_ray.search.proposals import Proposals, TrialRequest
+from effir_ray.search.time_estimate import TimeEstimate
+from effir_ray.search.trial_stages import titles
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,24 +27,12 @@ _LIVE_INTERVAL = 0.5  # seconds
 _LINE_INTERVAL = 20.0
 _IDLE = "starting a trial process"
 
-STAGE_WORDS = {
-    "backbone": "loading the backbone",
-    "base": "fine-tuning the full model",
-    "importance": "measuring importance",
-    "neurons": "ranking neurons",
-    "pruned": "pruning",
-    "recovered": "fine-tuning the pruned model",
-    "embeddings": "encoding documents",
-    "scores": "searching and scoring",
-    "timing": "measuring speed",
-}
-
 
 class StudyDisplay:
     """``with display:`` shows the study on the stream chosen by ``show_progress``; nothing without one."""
 
-    def __init__(self, proposals: Proposals, outlook: Outlook, out: Path) -> None:
-        self.proposals, self.outlook, self.out = proposals, outlook, out
+    def __init__(self, proposals: Proposals, estimate: TimeEstimate, out: Path) -> None:
+        self.proposals, self.estimate, self.out = proposals, estimate, out
         self.stream = progress_stream()
         self.started = time.monotonic()
         self.rows: deque[TrialRow] = deque(maxlen=_LATEST_ROWS)
@@ -61,7 +50,7 @@ class StudyDisplay:
         if self.stream is not None:
             self._thread.join()
 
-    def changed(self, work: Work, row: TrialRow | None) -> None:
+    def changed(self, request: TrialRequest, row: TrialRow | None) -> None:
         """A trial started (no row) or ended."""
         if row is not None:
             self.rows.append(row)
@@ -112,7 +101,7 @@ class StudyDisplay:
     def _seconds_left(self) -> float:
         known, unknown, tests = self.proposals.to_come()
         running = [(activity.stage, activity.since) for activity in current(self.out)]
-        return self.outlook.seconds_left(known, unknown, tests, running)
+        return self.estimate.seconds_left(known, unknown, tests, running)
 
     def _render(self) -> RenderableType:
         from rich.console import Group
@@ -130,7 +119,7 @@ class StudyDisplay:
 
 
 def _activity_line(activity: Activity) -> str:
-    what = STAGE_WORDS.get(activity.stage, activity.stage)
+    what = titles()[activity.stage]
     since = duration(max(0.0, time.time() - activity.since))
     split = " (test)" if activity.split == "test" else ""
     return f"{activity.trial}{split}: {what} for {since}" + (

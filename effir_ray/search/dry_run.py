@@ -9,10 +9,16 @@ import numpy as np
 from effir_ray.compression.planning import ImportanceScores, make_plan, narrow_plan, within
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
+from effir_ray.data.download import check_name
 from effir_ray.errors import InputError
+from effir_ray.models import accounting
+from effir_ray.models.folder import present_plan
+from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
-from effir_ray.search.recipe import Sources, recipe
 from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.stage_graph import Sources
+from effir_ray.search.trial_stages import trial_stages
+from effir_ray.training.identity import check_names, training_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -53,9 +59,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 
     Raises InputError for a schedule that cannot be built, naming it.
     """
-    from effir_ray.models import accounting
-    from effir_ray.models.loading import load_config
-
+    _check_sources(space)
     backbone = load_config(space.backbone, first_blocks=space.first_blocks)
     full = Plan.full(backbone.num_hidden_layers)
     tokens = space.document_max_length
@@ -68,7 +72,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         plan = expected_plan(config, backbone)
         parameters = accounting.count_parameters(backbone, plan)
         flops = accounting.flops(backbone, plan, tokens)
-        stages = recipe(config, named_sources(config), "dev").stages()
+        stages = trial_stages(config, named_sources(config), "dev")
         trials.append(
             TrialPreview(
                 trial_id=config.id,
@@ -94,15 +98,22 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     )
 
 
+def _check_sources(space: SearchSpace) -> None:
+    """Raise InputError for a name in the space that leads nowhere; what is only a path is not looked for."""
+    check_name(space.dataset)
+    for field, training in space.trainings.items():
+        try:
+            check_names(training)
+        except InputError as error:
+            raise InputError(f"{field}.{error}") from None
+
+
 def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:
     """A plan of the size the trial will have: which layers and neurons go is not known yet, how many is.
 
     Of a backbone that is compressed already, what is gone counts as least important, as it does in trials.
     Raises InputError when the schedule cannot be built on this backbone.
     """
-    from effir_ray.models import accounting
-    from effir_ray.models.folder import present_plan
-
     present = present_plan(backbone)
     scores = ImportanceScores(
         criterion="none",
@@ -133,6 +144,11 @@ def _check_names(schedule: Schedule) -> None:
 
 def named_sources(config: TrialConfig) -> Sources:
     """Names in place of fingerprints: enough to see which stages are shared, without reading anything."""
-    trainings = [training for training in (config.base_training, config.recovery) if training is not None]
-    names = {config.dataset, *(training.dataset for training in trainings)}
-    return Sources(backbone=config.backbone, datasets={name: name for name in names})
+    return Sources(
+        backbone=config.backbone,
+        dataset=config.dataset,
+        trainings={
+            name: training_identity(training, data=str, model=str)
+            for name, training in config.trainings.items()
+        },
+    )

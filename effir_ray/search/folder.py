@@ -9,7 +9,8 @@ OUT/tune/           Ray Tune's own logs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,26 +20,35 @@ from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import available_cores
+from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.space import SearchSpace
 
 STUDY_FILE = "study.json"
-STAGES = "stages"
+STAGES_FOLDER = "stages"
 
 
 class StudyRecord(Config):
-    """``threads``: compute threads of a trial, fixed for the whole study because sums depend on it."""
+    """What a study was started with.
+
+    threads: compute threads of a trial, fixed for the whole study because sums depend on it
+    contents: role -> fingerprint of what its trials read (``stage_graph.Sources``)
+    effir_ray: version of effir-ray
+    """
 
     space: SearchSpace
     threads: int
+    contents: dict[str, str]
+    effir_ray: str
 
 
-def find(out: Path, space: SearchSpace, *, resume: bool) -> StudyRecord | None:
+def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool) -> StudyRecord | None:
     """What ``out`` says of this study; None for a new folder. Writes nothing.
 
-    Raises InputError when the folder holds something else, or this study already and ``resume`` is False.
+    Raises InputError when the folder holds something else, this study already and ``resume`` is False, or
+    rows of other ``contents`` than there are now: their scores would stand on one front.
     """
     file = out / STUDY_FILE
     if not file.exists():
@@ -53,26 +63,35 @@ def find(out: Path, space: SearchSpace, *, resume: bool) -> StudyRecord | None:
         )
     if not resume:
         raise InputError(f"{out} holds this study already; add --resume to go on, or choose another --out")
+    changed = [role for role, content in record.contents.items() if contents.get(role) != content]
+    if changed:
+        raise InputError(
+            f"{out}: what the study reads has changed since it began ({', '.join(changed)}); "
+            "put it back to go on, or choose another --out"
+        )
     return record
 
 
-def claim(out: Path, space: SearchSpace, *, resume: bool) -> SearchSpace:
-    """Make ``out`` the folder of ``space``, or check that it is; returns the space with its threads fixed.
+def claim(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool) -> StudyRecord:
+    """Make ``out`` the folder of ``space``, or check that it is; returns what it was started with.
 
     Raises InputError as ``find`` does.
     """
-    record = find(out, space, resume=resume)
+    record = find(out, space, contents, resume=resume)
     if record is None:
         out.mkdir(parents=True, exist_ok=True)
         record = StudyRecord(
-            space=space, threads=space.threads or max(1, available_cores() // space.concurrency)
+            space=space,
+            threads=space.threads or max(1, available_cores() // space.concurrency),
+            contents=dict(contents),
+            effir_ray=__version__,
         )
         write_whole(out / STUDY_FILE, record.model_dump_json(indent=1) + "\n")
-    return space.model_copy(update={"threads": record.threads})
+    return record
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     """Only one search works in a folder. The system frees the lock of a killed one."""
     lock = FileLock(out / ".lock")
     try:
@@ -91,6 +110,14 @@ def finished_rows(out: Path) -> list[TrialRow]:
         return []
     table = store.latest(store.read([out]))
     return [row for row in store.trial_rows(table) if row.status == "ok"]
+
+
+def attempts(out: Path) -> Counter[tuple[str, str]]:
+    """(trial id, split) -> how often it was tried, whatever came of it."""
+    if not any((out / store.ROWS_FOLDER).glob("*.parquet")):
+        return Counter()
+    rows = store.read([out]).select(["trial_id", "split"]).to_pylist()
+    return Counter((row["trial_id"], row["split"]) for row in rows)
 
 
 def _read(file: Path) -> StudyRecord:

@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import optuna
+import pyarrow as pa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from sqlalchemy import URL
+
 from effir_ray.errors import InputError
+from effir_ray.results.pareto import on_front
 from effir_ray.results.schema import ARROW_SCHEMA, TrialRow
 from effir_ray.search.dry_run import expected_plan
-from effir_ray.search.recipe import Split
-from effir_ray.search.sampling import distribution, open_study
-from effir_ray.search.space import OBJECTIVES, Candidate, SearchSpace, TrialConfig
+from effir_ray.search.space import OBJECTIVES, Axis, Candidate, SearchSpace, TrialConfig
+from effir_ray.search.stage_graph import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
-_STUBBORN = 10  # proposals in a row that are known already, before an untried combination is taken instead
+_STUBBORN = 10  # useless proposals in a row, before an untried combination is taken instead
+_DRAWS = 500  # random combinations looked at where they cannot be listed, before the study gives up
+_STORAGE = "optuna.db"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class TrialRequest:
     """One thing to do: measure ``config`` on ``split``."""
 
     config: TrialConfig
@@ -42,22 +50,33 @@ class Work:
 
 
 class Proposals:
-    """``next()`` until it gives no more work; ``finished()`` for every row that comes back."""
+    """``next()`` until it gives no more requests; ``finished()`` for every row that comes back."""
 
     def __init__(
         self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbone: PreTrainedConfig
     ) -> None:
         self.space, self.backbone = space, backbone
         self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
-        self.running: dict[tuple[str, str], Work] = {}
-        self.study = open_study(space, out)
-        self.distributions = {name: distribution(axis) for name, axis in space.parameters.axes.items()}
+        self.running: dict[tuple[str, str], TrialRequest] = {}
+        self.study = _open_study(space, out)
+        self.distributions = {name: _distribution(axis) for name, axis in space.parameters.axes.items()}
         self.listed = deque(space.trial(candidate) for candidate in space.listed())
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.sampled: set[str] = set()
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         self._reconcile()
-        self.spent = self._lacking > 0 and self._countable and self._unseen() is None
+        self.spent = self._lacking > 0 and self._countable and self._untried() is None
+
+    @property
+    def shortfall(self) -> str:
+        """Why fewer trials were sampled than asked for; empty when they were not."""
+        found, asked = len(self.sampled), self.space.trials
+        if found >= asked or not self.spent:
+            return ""
+        why = "every combination of 'parameters' that can be built has been tried"
+        if not self._countable:
+            why = f"{_DRAWS} random combinations of 'parameters' were all tried before or cannot be built"
+        return f"{found} of {asked} trials were sampled: {why}"
 
     @property
     def planned(self) -> int:
@@ -67,24 +86,23 @@ class Proposals:
     def done(self, split: Split) -> int:
         return sum(1 for _, place in list(self.rows) if place == split)
 
-    def next(self) -> Work | None:
-        """The next piece of work; None when there is none now. ``exhausted`` tells whether one may come
-        later."""
+    def next(self) -> TrialRequest | None:
+        """The next request; None when there is none now. ``exhausted`` tells whether one may come later."""
         config = self._next_dev()
         if config is not None:
-            return self._start(Work(config=config, split="dev"))
+            return self._start(TrialRequest(config=config, split="dev"))
         if any(split == "dev" for _, split in self.running):
             return None
         for best in self.front():
             if (best.id, "test") not in self.rows and (best.id, "test") not in self.running:
-                return self._start(Work(config=best, split="test"))
+                return self._start(TrialRequest(config=best, split="test"))
         return None
 
     def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
         """Dev trials known but without a row, how many the sampler will add, and the test scores still to
         come (None while the front is open)."""
         known = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
-        known += [work.config for work in list(self.running.values()) if work.split == "dev"]
+        known += [request.config for request in list(self.running.values()) if request.split == "dev"]
         unknown = self._lacking
         if known or unknown:
             return known, unknown, None
@@ -117,10 +135,6 @@ class Proposals:
 
     def front(self) -> list[TrialConfig]:
         """The configurations no other dev trial beats, best quality first."""
-        import pyarrow as pa
-
-        from effir_ray.results.pareto import on_front
-
         dev = [row for row in list(self.rows.values()) if row.split == "dev" and row.status == "ok"]
         if not dev:
             return []
@@ -129,9 +143,9 @@ class Proposals:
         best.sort(key=lambda row: -(row.ndcg_at_10 or 0.0))
         return [TrialConfig.model_validate_json(row.trial) for row in best]
 
-    def _start(self, work: Work) -> Work:
-        self.running[work.key] = work
-        return work
+    def _start(self, request: TrialRequest) -> TrialRequest:
+        self.running[request.key] = request
+        return request
 
     def _known(self, trial_id: str) -> bool:
         return (trial_id, "dev") in self.rows or (trial_id, "dev") in self.running
@@ -148,11 +162,11 @@ class Proposals:
             proposed = self._ask()
             if proposed is not None:
                 return proposed
-        unseen = self._unseen()
-        if unseen is None:
+        untried = self._untried()
+        if untried is None:
             self.spent = True
             return None
-        self.study.enqueue_trial(unseen)
+        self.study.enqueue_trial(untried)
         return self._ask()
 
     @property
@@ -160,25 +174,28 @@ class Proposals:
         """Whether the combinations can be listed: no range is continuous."""
         return all(axis.values() for axis in self.space.parameters.axes.values())
 
-    def _unseen(self) -> dict[str, Any] | None:
-        """Parameters of a combination that was never tried, the first in a seeded order; None when there is
-        none (or they cannot be listed)."""
-        if not self._countable:
-            return None
-        axes = self.space.parameters.axes
-        combinations = list(itertools.product(*(axis.values() for axis in axes.values())))
-        random.Random(self.space.seed).shuffle(combinations)
-        for values in combinations:
-            params = dict(zip(axes, values, strict=True))
+    def _untried(self) -> dict[str, Any] | None:
+        """Parameters of a combination that was never tried and can be built, the first in a seeded order;
+        None when there is none (or, of endlessly many, none among ``_DRAWS``)."""
+        for params in self._combinations():
             config = self.space.trial(Candidate(**params))
             if not self._known(config.id) and self._possible(config):
                 return params
         return None
 
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        axes = self.space.parameters.axes
+        if self._countable:
+            everything = list(itertools.product(*(axis.values() for axis in axes.values())))
+            random.Random(self.space.seed).shuffle(everything)
+            yield from (dict(zip(axes, values, strict=True)) for values in everything)
+            return
+        draw = random.Random(f"{self.space.seed}:{len(self.sampled)}")
+        for _ in range(_DRAWS):
+            yield {name: _drawn(axis, draw) for name, axis in axes.items()}
+
     def _ask(self) -> TrialConfig | None:
         """One proposal of the sampler; None when it is known already or cannot be built."""
-        import optuna
-
         trial = self.study.ask(self.distributions)
         candidate = Candidate(**trial.params).canonical()
         config = self.space.trial(candidate)
@@ -205,8 +222,6 @@ class Proposals:
     def _tell(self, row: TrialRow) -> None:
         """Give Optuna the values of a dev row: to the trial it asked for, or as a new one it can learn
         from."""
-        import optuna
-
         failed = row.status == "failed"
         state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
         values = None if failed else _values(row)
@@ -241,8 +256,6 @@ class Proposals:
 
     def _reconcile(self) -> None:
         """After a kill: which of Optuna's trials have rows, which still have to run."""
-        import optuna
-
         told: set[str] = set()
         listed = {config.id for config in self.listed}
         for trial in self.study.get_trials(deepcopy=False):
@@ -273,3 +286,47 @@ class Proposals:
 
 def _values(row: TrialRow) -> list[float]:
     return [float(getattr(row, name)) for name in OBJECTIVES]
+
+
+def _drawn(axis: Axis, draw: random.Random) -> Any:
+    values = axis.values()
+    if values:
+        return draw.choice(values)
+    assert axis.low is not None and axis.high is not None
+    return draw.uniform(axis.low, axis.high)
+
+
+def _open_study(space: SearchSpace, out: Path) -> optuna.Study:
+    """The Optuna study in ``out``; optuna-dashboard opens it as ``sqlite:///OUT/optuna.db``."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    study = optuna.create_study(
+        # Not pasted together: what follows a "?" in a path would be read as options.
+        storage=URL.create("sqlite", database=str(out.resolve() / _STORAGE)).render_as_string(),
+        study_name=space.name,
+        directions=["maximize" if direction == "max" else "minimize" for direction in OBJECTIVES.values()],
+        load_if_exists=True,
+    )
+    study.set_metric_names(list(OBJECTIVES))
+    # A resumed sampler must not begin again with the draws it made before.
+    study.sampler = _sampler(space, space.seed + len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def _sampler(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
+    if space.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, space.trials // 4)))
+    if space.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed)
+    if space.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _distribution(axis: Axis) -> Any:
+    if axis.choices is not None:
+        return CategoricalDistribution(axis.choices)
+    if axis.integral:
+        return IntDistribution(axis.low, axis.high, step=axis.step or 1)
+    return FloatDistribution(axis.low, axis.high, step=axis.step)

@@ -116,9 +116,7 @@ class StudySettings(Config):
 
     @model_validator(mode="after")
     def _training_is_the_studys(self) -> StudySettings:
-        for name, training in (("base_training", self.base_training), ("recovery", self.recovery)):
-            if training is None:
-                continue
+        for name, training in self.trainings.items():
             if training.model is not None:
                 raise ValueError(f"{name} trains the study's own models: leave 'model' out")
             if training.held_out != self.dataset:
@@ -126,9 +124,10 @@ class StudySettings(Config):
         return self
 
     @property
-    def trainings(self) -> list[TrainConfig]:
-        """What is trained, the full model's training first."""
-        return [training for training in (self.base_training, self.recovery) if training is not None]
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Field -> the training that stands there."""
+        named = {"base_training": self.base_training, "recovery": self.recovery}
+        return {name: training for name, training in named.items() if training is not None}
 
     @property
     def calibration(self) -> Calibration:

@@ -1,28 +1,34 @@
-"""Running a study: Ray Tune works through the proposals, rows are its memory."""
+"""Running a study, here or as a job of a cluster: Ray Tune works through the proposals, rows are its
+memory."""
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.jobs import submit
 from effir_ray.config import Config, load_yaml
+from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError
 from effir_ray.models.loading import load_config
+from effir_ray.progress import progress_stream
+from effir_ray.provenance import __version__
 from effir_ray.results import store
-from effir_ray.search.activity import forget, reporting
+from effir_ray.search.activity import remove_leftovers, reporting
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
-from effir_ray.search.folder import STAGES, alone, claim, find, finished_rows
-from effir_ray.search.outlook import Outlook
+from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.recipe import Split
 from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.stage_graph import Sources, Split
+from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, run_trial, sources_of
 from effir_ray.stages import StageStore
 
+_SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
 """A trial only drives; its training and encoding workers ask for the CPUs. A whole CPU for the driver would
 leave two training workers on a 2-core machine waiting for ever."""
@@ -31,13 +37,15 @@ _ALL = 10**9  # Tune's number of samples: the searcher says when the study is fi
 
 
 class StudyResult(Config):
-    """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first."""
+    """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first;
+    ``shortfall``: why the sampler found fewer trials than were asked for, else empty."""
 
     out: Path
     study: str
     trials: int
     failed: int
     front: tuple[str, ...]
+    shortfall: str = ""
 
 
 def search(
@@ -53,19 +61,42 @@ def search(
     folder = Path(out).resolve()
     _check_address(address)
     dry_run(space)
-    _check_splits(space)
-    if find(folder, space, resume=resume) is None:
+    sources = _checked_sources(space)
+    if find(folder, space, sources.contents, resume=resume) is None:
         connect(address)  # before anything is written: a mistyped address leaves no claimed folder
-    space = claim(folder, space, resume=resume)
-    with alone(folder):
-        forget(folder)
+    record = claim(folder, space, sources.contents, resume=resume)
+    _say_other_version(record)
+    space = space.model_copy(update={"threads": record.threads})
+    with exclusive(folder):
+        remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
         if not proposals.complete:
-            outlook = Outlook(StageStore(folder / STAGES), backbone, sources_of(space))
+            estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
             connect(address)
-            _run(proposals, folder, StudyDisplay(proposals, outlook, folder))
+            _run(proposals, folder, StudyDisplay(proposals, estimate, folder))
         return _result(proposals, folder)
+
+
+def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
+    """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
+
+    ``out`` and data sets must be paths that the cluster sees. Raises InputError for a space that cannot run,
+    for a relative ``out`` and when no job server answers.
+    """
+    loaded = load_yaml(space, SearchSpace)
+    dry_run(loaded)
+    if not PurePosixPath(out).is_absolute():
+        raise InputError(
+            f"--out {out}: a job's own folder is gone when it ends; give the absolute path of a folder that "
+            "every node of the cluster sees"
+        )
+    return submit(
+        ["search", _SPACE_FILE, "--out", out, *(["--resume"] if resume else [])],
+        name=f"effir-ray-{loaded.name}",
+        files={_SPACE_FILE: space.read_text(encoding="utf-8")},
+        address=address,
+    )
 
 
 def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
@@ -107,12 +138,19 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
     folder = Path(out)
     with reporting(folder, trial.name, split) as listener:
         try:
-            row = run_trial(trial, StageStore(folder / STAGES), split=split, study=study, listener=listener)
+            row = run_trial(
+                trial,
+                StageStore(folder / STAGES_FOLDER),
+                split=split,
+                study=study,
+                attempt=config["attempt"],
+                listener=listener,
+            )
         except InputError as error:  # wrong for every trial: schedules were checked before
             tune.report({ABORT: str(error)})
             return
         except Exception as error:
-            row = failed_row(trial, split, study, error)
+            row = failed_row(trial, split, study, error, attempt=config["attempt"])
     store.append(folder, [row])
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
     tune.report({**numbers, ROW: row.model_dump_json()})
@@ -140,13 +178,23 @@ def _check_address(address: str | None) -> None:
         )
 
 
-def _check_splits(space: SearchSpace) -> None:
-    from effir_ray.data.datasets import load_dataset
+def _say_other_version(record: StudyRecord) -> None:
+    stream = progress_stream()
+    if stream is not None and record.effir_ray != __version__:
+        print(
+            f"This study was started with effir-ray {record.effir_ray}, and goes on with {__version__}: "
+            "stages that changed since are built again.",
+            file=stream,
+        )
 
-    sources_of(space)
+
+def _checked_sources(space: SearchSpace) -> Sources:
+    """What the study reads. Raises InputError for what is not there, dev and test splits included."""
+    sources = sources_of(space)
     dataset = load_dataset(space.dataset)
     dataset.qrels("dev")
     dataset.qrels("test")
+    return sources
 
 
 def _result(proposals: Proposals, out: Path) -> StudyResult:
@@ -157,4 +205,5 @@ def _result(proposals: Proposals, out: Path) -> StudyResult:
         trials=len(dev),
         failed=sum(row.status == "failed" for row in dev),
         front=tuple(config.id for config in proposals.front()),
+        shortfall=proposals.shortfall,
     )

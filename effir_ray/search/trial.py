@@ -1,59 +1,37 @@
-"""One trial: run the stages of its recipe that do not exist yet, and make its row of what they left."""
+"""One trial: run the stages that do not exist yet, and make its row of what they left; or do so again."""
 
 from __future__ import annotations
 
 import json
+import platform
 import time
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from filelock import FileLock
+
+from effir_ray import hardware
+from effir_ray.cluster.connection import connect
+from effir_ray.config import parse
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import detect
-from effir_ray.models import accounting
-from effir_ray.models.loading import load_config
+from effir_ray.evaluation.rows import make_row
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.models.plan import Plan
-from effir_ray.provenance import git_commit, package_versions
+from effir_ray.readers import parse_json
+from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
-from effir_ray.search.recipe import Recipe, Sources, Split, Stage, recipe
+from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
-from effir_ray.search.steps import RESUMABLE, SCORES, STEPS, TIMING, read_plan
+from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
+from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
+from effir_ray.training.identity import training_identity
 
 Listener = Callable[[str], None]
-
-
-class _Kitchen:
-    """Builds stages of one trial, parents only when they are really needed; adds up the device seconds."""
-
-    def __init__(self, config: TrialConfig, split: Split, store: StageStore, listener: Listener) -> None:
-        self.config, self.split, self.store, self.listener = config, split, store, listener
-        self.device_seconds = 0.0
-
-    def make(self, stage: Stage) -> Path:
-        place = self.store.path(stage.name, stage.inputs)
-        if (place / "stage.json").exists():
-            return place
-        parents = {role: self.make(parent) for role, parent in stage.parents.items()}
-        build = partial(self._build, stage, parents)
-        return self.store.run(stage.name, stage.inputs, build, resumable=stage.name in RESUMABLE)
-
-    def _build(self, stage: Stage, parents: Mapping[str, Path], out: Path) -> None:
-        self.listener(stage.name)
-        started = time.monotonic()
-        STEPS[stage.name](self.config, self.split, parents, out, self.store)
-        self.device_seconds += (time.monotonic() - started) * workers(stage.name, self.config)
-
-
-def workers(stage: str, config: TrialConfig) -> int:
-    """How many workers a stage keeps busy."""
-    training = {"base": config.base_training, "recovered": config.recovery}.get(stage)
-    if training is not None:
-        return training.workers
-    return config.encoding_workers if stage == "embeddings" else 1
 
 
 def run_trial(
@@ -62,6 +40,7 @@ def run_trial(
     *,
     split: Split = "dev",
     study: str = "",
+    attempt: int = 1,
     listener: Listener = lambda stage: None,
 ) -> TrialRow:
     """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run.
@@ -69,42 +48,90 @@ def run_trial(
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
     """
-    import torch
-
-    torch.set_num_threads(config.threads or detect().threads)
+    torch.set_num_threads(config.threads or hardware.detect().threads)
     torch.manual_seed(config.seed)
     started = time.monotonic()
-    plan = recipe(config, sources_of(config), split)
-    kitchen = _Kitchen(config, split, stages, listener)
-    for last in (plan.scores, plan.timing):  # they pull in the rest
-        kitchen.make(last)
-    measured = _measured(config, plan, stages)
-    return TrialRow(
-        **describe(config, split, study),
+    sources = sources_of(config)
+    runner = StageRunner(config, split, stages, listener)
+    measured: dict[str, Any] = {}
+    for stage in trial_stages(config, sources, split):
+        if stage.stage.columns is not None:  # an end; it pulls in the rest
+            runner.make(stage)
+            measured |= stage.stage.columns(runner.task(stage, stage.path(stages)))
+    return make_row(
+        **_known_columns(config, split, study, attempt),
         **measured,
+        contents=json.dumps(sources.contents),
         wall_seconds=time.monotonic() - started,
-        device_seconds=kitchen.device_seconds,
+        device_seconds=runner.device_seconds,
     )
 
 
-def failed_row(config: TrialConfig, split: Split, study: str, error: BaseException | str) -> TrialRow:
+class StageRunner:
+    """Builds stages of one trial, parents only when they are really needed; adds up the device seconds."""
+
+    def __init__(self, config: TrialConfig, split: Split, store: StageStore, listener: Listener) -> None:
+        self.config, self.split, self.store, self.listener = config, split, store, listener
+        self.device_seconds = 0.0
+
+    def make(self, keyed: KeyedStage) -> Path:
+        """The folder of the stage, built if it is not there."""
+        place = keyed.path(self.store)
+        if (place / "stage.json").exists():
+            return place
+        for parent in keyed.parents.values():
+            self.make(parent)
+        stage = keyed.stage
+        build = partial(self._build, keyed)
+        return self.store.run(
+            stage.name, keyed.inputs, build, version=stage.version, resumable=stage.resumable
+        )
+
+    def task(self, keyed: KeyedStage, out: Path) -> StageTask:
+        """What the stage's functions get, with ``out`` as its folder."""
+        parents = {role: parent.path(self.store) for role, parent in keyed.parents.items()}
+        return StageTask(config=self.config, split=self.split, parents=parents, out=out, store=self.store)
+
+    def _build(self, keyed: KeyedStage, out: Path) -> None:
+        self.listener(keyed.name)
+        with self._exclusive(keyed.stage):
+            started = time.monotonic()
+            keyed.stage.build(self.task(keyed, out))
+            self.device_seconds += (time.monotonic() - started) * keyed.stage.workers(self.config)
+
+    @contextmanager
+    def _exclusive(self, stage: Stage) -> Iterator[None]:
+        """Exclusive stages of a study's trials take turns on a machine."""
+        if not stage.exclusive:
+            yield
+            return
+        with FileLock(self.store.root / f"{platform.node()}.lock"):
+            yield
+
+
+def failed_row(
+    config: TrialConfig, split: Split, study: str, error: BaseException | str, *, attempt: int = 1
+) -> TrialRow:
     """The row of a trial that could not be measured."""
     reason = error if isinstance(error, str) else _reason(error)
-    return TrialRow(**describe(config, split, study), status="failed", reason=reason)
+    return make_row(**_known_columns(config, split, study, attempt), status="failed", reason=reason)
 
 
 def sources_of(config: StudySettings) -> Sources:
     """Fingerprints of everything from outside that a trial or a whole study reads. Raises InputError for
     what is not there."""
-    trainings = [training for training in (config.base_training, config.recovery) if training is not None]
-    names = {config.dataset, *(training.dataset for training in trainings)}
+    here = hardware.detect()
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
-        datasets={name: source_fingerprint(name) for name in sorted(names)},
+        dataset=source_fingerprint(config.dataset),
+        trainings={name: training_identity(training) for name, training in config.trainings.items()},
+        device=here.device,
+        dtype=here.dtype,
+        machine=here.name,
     )
 
 
-def describe(config: TrialConfig, split: Split, study: str) -> dict[str, Any]:
+def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) -> Mapping[str, Any]:
     """The columns that are known before anything ran."""
     return {
         "study": study,
@@ -115,51 +142,11 @@ def describe(config: TrialConfig, split: Split, study: str) -> dict[str, Any]:
         "dataset": config.dataset,
         "split": split,
         "seed": config.seed,
+        "attempt": attempt,
         "recovered": config.recovery is not None,
-        "git_commit": git_commit(),
-        "versions": json.dumps(package_versions()),
-        "hardware": detect().name,
     }
 
 
-_TIMED = (
-    *("document_ms", "document_speedup", "query_speedup", "query_ms_p95"),
-    *("tokens_per_s", "mfu", "peak_memory_bytes", "isotropy"),
-)
-
-
-def sizes(config: TrialConfig, plan: Plan) -> dict[str, Any]:
-    """The columns that follow from backbone and plan alone: no weights are needed."""
-    model = load_config(config.backbone, first_blocks=config.first_blocks)
-    parameters = accounting.count_parameters(model, plan)
-    full = accounting.count_parameters(model, Plan.full(len(plan.layers)))
-    return {
-        "plan": json.dumps(plan.per_layer_config()),
-        "parameters": parameters,
-        "parameter_ratio": parameters / full,
-        "flops_per_document": accounting.flops(model, plan, config.document_max_length) or None,
-        "bytes": accounting.model_bytes(model, plan, detect().dtype),
-    }
-
-
-def _measured(config: TrialConfig, plan: Recipe, store: StageStore) -> dict[str, Any]:
-    def folder(stage: Stage) -> Path:
-        return store.path(stage.name, stage.inputs)
-
-    scores = json.loads((folder(plan.scores) / SCORES).read_text())
-    timing = json.loads((folder(plan.timing) / TIMING).read_text())
-    return {
-        **sizes(config, read_plan(folder(plan.model))),
-        "ndcg_at_10": scores["ndcg@10"],
-        "recall_at_100": scores["recall@100"],
-        "mrr_at_10": scores["mrr@10"],
-        "map_at_100": scores["map@100"],
-        **{name: timing[name] for name in _TIMED},
-        "query_ms": timing["query_ms_p50"],
-    }
-
-
-@lru_cache(maxsize=16)
 def _reason(error: BaseException) -> str:
     """One line. Our own errors speak for themselves; others are named by their class, and of a traceback
     that came from another process only its last line, the error there, is kept."""
@@ -167,3 +154,52 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, InputError | TrialFailure):
         return " ".join(lines)
     return f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"
+
+
+def repeat(
+    results: store.Folders,
+    trial: str,
+    out: Path | str,
+    *,
+    split: str | None = None,
+    address: str | None = None,
+) -> list[tuple[TrialRow, TrialRow]]:
+    """Do the trial of these rows once more, every stage anew in ``out``: (row then, row now) for each split.
+
+    ``trial`` is a trial id, which may be shortened as long as one trial matches. Scores come out the same;
+    speeds are measured anew. Raises InputError when there is no such row, it failed, or ``out`` is not empty.
+    """
+    folder = Path(out).resolve()
+    originals = _rows_of(store.read(results), trial, split)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
+    connect(address)
+    stages = StageStore(folder / STAGES_FOLDER)
+    pairs = []
+    for original in originals:
+        place = f"the row of trial {original.trial_id}"
+        config = parse(parse_json(original.trial, place), TrialConfig, source=place)
+        repeated = run_trial(
+            config, stages, split="test" if original.split == "test" else "dev", study=original.study
+        )
+        store.append(folder, [repeated])
+        pairs.append((original, repeated))
+    return pairs
+
+
+def _rows_of(table: Any, trial: str, split: str | None) -> list[TrialRow]:
+    rows = [
+        row
+        for row in store.trial_rows(store.latest(table))
+        if row.trial_id.startswith(trial) and split in (None, row.split)
+    ]
+    if not rows:
+        where = f" on split {split}" if split else ""
+        raise InputError(f"there is no trial '{trial}'{where}; effir-ray pareto shows the ids there are")
+    found = sorted({row.trial_id for row in rows})
+    if len(found) > 1:
+        raise InputError(f"'{trial}' fits {len(found)} trials ({', '.join(found)}); give more digits")
+    failed = [row for row in rows if row.status == "failed"]
+    if failed:
+        raise InputError(f"trial {found[0]} failed ({failed[0].reason}): there are no scores to compare with")
+    return rows

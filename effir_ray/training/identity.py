@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from effir_ray.data import download
 from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.errors import InputError
+from effir_ray.models import names
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.training.config import TrainConfig
 
@@ -43,6 +46,18 @@ def training_identity(
         "settings": settings,
         "contents": {role: content(name) for role, (content, name) in read.items()},
     }
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raise InputError for a data set, miner or teacher whose name leads nowhere, naming the field; fetches
+    and reads nothing."""
+    roles = [(role, name, download.check_name) for role, name in _data_read(config).items()]
+    roles += [(role, name, names.check_name) for role, name in _models_read(config).items()]
+    for role, name, check in roles:
+        try:
+            check(name)
+        except InputError as error:
+            raise InputError(f"{role}: {error}") from None
 
 
 def _data_read(config: TrainConfig) -> dict[str, str]:

@@ -23,7 +23,7 @@ import pytest
 from effir_ray.cluster.jobs import list_jobs
 from effir_ray.errors import InputError
 from effir_ray.results import store
-from effir_ray.search.submit import submit_search
+from effir_ray.search.study import submit_search
 
 _ATTEMPTS = 3
 

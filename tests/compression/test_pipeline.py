@@ -192,11 +192,10 @@ def test_weights_are_needed_only_where_layers_differ(
 ) -> None:
     """Of random:gemma2 every other layer sees no further than 16 tokens."""
     loaded: list[str] = []
-    load = load_retriever
     monkeypatch.setattr(
         pipeline,
         "load_retriever",
-        lambda name, **options: loaded.append(name) or load(name, **options),
+        lambda name, **options: loaded.append(name) or load_retriever(name, **options),
     )
     result = compress(
         "random:gemma2",

@@ -115,6 +115,20 @@ def test_with_multiple_one_the_ranking_is_the_papers() -> None:
         assert plan.layers[layer].neurons == tuple(np.flatnonzero(values >= threshold))
 
 
+def widths(plan: Plan, full: int) -> list[int]:
+    return [full if layer.neurons is None else len(layer.neurons) for layer in plan.layers]
+
+
+def test_equal_scores_narrow_all_layers_alike() -> None:
+    schedule = Schedule(width_reduction=0.3)
+    equal = narrow_plan(Plan.full(4), schedule, {layer: np.full(1536, 0.1) for layer in range(4)})
+    assert widths(equal, 1536) == [1080, 1080, 1072, 1072]
+    scores = {layer: np.ones(64) for layer in range(3)}
+    scores[0] = np.r_[np.full(32, 2.0), np.ones(32)]  # what is clearly better stays; the rest is shared
+    plan = narrow_plan(Plan.full(3), Schedule(width_reduction=0.5, width_multiple=8), scores)
+    assert widths(plan, 64) == [48, 24, 24]
+
+
 @pytest.mark.parametrize(
     ("schedule", "scores", "message"),
     [

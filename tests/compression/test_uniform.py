@@ -33,7 +33,7 @@ SCORES = ImportanceScores(
         (
             Schedule(drop_mlp=4, drop_attention=(1,)),
             [3],
-        ),  # 3 blocks' worth of parameters; layer 1 goes anyway
+        ),  # the weight of 3 blocks; layer 1 first
         (Schedule(drop_mlp=2, drop_attention=2), [2, 3]),
         (Schedule(drop_block=(1,), drop_mlp=(0,), drop_attention=(0,)), [2, 3]),
         (Schedule(drop_attention=1), [0, 1, 2, 3]),  # less than half a block

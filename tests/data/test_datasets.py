@@ -11,7 +11,7 @@ from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.data.pairs import load_pairs
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluate import evaluate
 
 HEADER = "query-id\tcorpus-id\tscore\n"
 WriteFolder = Callable[..., Path]

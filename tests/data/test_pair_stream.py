@@ -15,7 +15,7 @@ from effir_ray.data.pairs import load_pairs
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.supervision.held_out import training_pairs
+from effir_ray.training.supervision.training_data import training_pairs
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_rows_of_one_query_are_no_negatives_of_each_other_in_a_batch(tmp_path: P
     config = TrainConfig(dataset=str(tmp_path), batch_size=4)
     (batch,) = Batches(PairStream(str(tmp_path)), config, lambda texts, kind: [[1] for _ in texts]).run()
     known = set(batch.document_ids.flatten().tolist())
-    assert len(known) == 4
+    assert len(known) == 8  # of four documents, by id and by text
     assert [set(ids.tolist()) for ids in batch.positive_ids] == [known] * 4
 
 

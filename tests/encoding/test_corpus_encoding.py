@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding import corpus_encoding
@@ -56,7 +57,7 @@ def forbidden(*arguments, **options):
     raise AssertionError("a finished encoding must not start any work")
 
 
-def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_folder, tmp_path):
+def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_folder, tmp_path, monkeypatch):
     dataset, folder = load_dataset(beir_folder), ShardFolder(tmp_path)
     encoding = Encoding(
         model=MODEL,
@@ -87,6 +88,19 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
     assert folder.record(2).computed_in == "float32"
     figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, computed_in="bfloat16")(rows)
     assert "were computed in bfloat16" in figures["problem"][0]
+    assert figures["error"] == ["InputError"]
+
+    worker = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, None)
+    monkeypatch.setattr(worker._encoder, "_forward", no_memory)
+    figures = worker(rows)
+    assert figures["error"] == ["TrialFailure"] and "out of memory" in figures["problem"][0]
+
+
+def no_memory(tokens):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+no_memory.padded = True
 
 
 @pytest.mark.integration

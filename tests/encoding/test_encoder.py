@@ -9,10 +9,9 @@ import torch
 from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.encoding import encoder as encoder_module
-from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedForward
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
@@ -207,18 +206,6 @@ def test_packed_on_cuda_is_near_the_padded_pass(family):
     assert float((single * encoder.encode(texts[:1] + texts[5:6], "query")[:1]).sum()) > 0.999
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_batches_hold_every_text_once_within_the_budget(padded):
-    lengths = [3, 9, 1, 40, 7, 7, 2, 12, 5]
-    batches = token_budget_batches(lengths, 20, padded=padded)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
-    for batch in batches:
-        sizes = [lengths[i] for i in batch]
-        cost = max(sizes) * len(sizes) if padded else sum(sizes)
-        assert cost <= 20 or len(sizes) == 1
-    assert token_budget_batches([], 20) == []
-
-
 def test_windows_keep_the_input_order(monkeypatch):
     retriever = load_retriever("random:llama")
     whole = Encoder(retriever).encode(TEXTS, "document")
@@ -249,7 +236,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on():
     assert encoder.token_budget <= 200
 
 
-def test_one_text_that_does_not_fit_is_an_input_error():
+def test_one_text_that_does_not_fit_is_the_models_failure():
     encoder = Encoder(load_retriever("random:llama"))
 
     class Full:
@@ -259,7 +246,7 @@ def test_one_text_that_does_not_fit_is_an_input_error():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     encoder._forward = Full()
-    with pytest.raises(InputError, match="out of memory with a single text"):
+    with pytest.raises(TrialFailure, match="out of memory with a single text"):
         encoder.encode(["the study"], "query")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from effir_ray.data.datasets import load_dataset
-from effir_ray.evaluation.evaluation import evaluate
+from effir_ray.evaluation.evaluate import evaluate
 
 mteb = pytest.importorskip("mteb")
 

@@ -1,8 +1,8 @@
-"""Gives every file of one kind of bad input to the part of effir-ray that reads it.
+"""Gives every bad input to the part of effir-ray that reads it.
 
-Started by ``test_bad_inputs.py``: ``python bad_input_worker.py KIND SCRATCH``, many files a process, because
-a start takes longer than most readers. Prints one JSON line a file: {"file", "code", "lines", "seconds",
-"gib", "error"}; ``code`` is the exit code of a command.
+Started by ``test_bad_inputs.py``: ``python bad_input_worker.py SCRATCH KIND...``, all in one process, because
+a start takes longer than most readers. Prints one JSON line a file: {"kind", "file", "code", "lines",
+"seconds", "gib", "error"}; ``code`` is the exit code of a command.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def in_dataset(scratch: Path, name: str) -> Try:
             (folder / "corpus.jsonl").unlink()
         target = folder / name
         target.unlink(missing_ok=True)
-        file.rename(target) if file.is_fifo() else shutil.copyfile(file, target)
+        bad_files.pipe(target) if file.is_fifo() else shutil.copyfile(file, target)
         return command("evaluate", "--model", "random:bert", "--dataset", folder)
 
     return attempt
@@ -155,10 +155,11 @@ def rows(scratch: Path) -> Try:
 
 def sql(scratch: Path) -> Try:
     def attempt(file: Path) -> Any:
-        from effir_ray.results.query import query
+        from effir_ray.results import query as queries
 
+        queries._SECONDS = 1.0  # what never ends need not be waited for longer
         statement = file.read_text()
-        return _Result(lambda: query([_results(scratch)], statement))
+        return _Result(lambda: queries.query([_results(scratch)], statement))
 
     return attempt
 
@@ -243,18 +244,19 @@ def pipes(scratch: Path) -> Iterator[tuple[Path, Try]]:
 
 
 def main() -> None:
-    kind, scratch = sys.argv[1], Path(sys.argv[2])
+    scratch, chosen = Path(sys.argv[1]), sys.argv[2:]
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     signal.signal(signal.SIGALRM, _late)
-    if kind == "pipes":
-        cases = list(pipes(scratch))
-    else:
-        source, attempt = kinds(scratch)[kind]
-        cases = [(file, attempt) for file in files(source, scratch)]
-    with contextlib.suppress(Exception):
-        cases[0][1](cases[0][0])  # imports are not the file's fault
-    for file, attempt in cases:
-        print(json.dumps(_outcome(file, attempt)), flush=True)
+    for kind in chosen:
+        if kind == "pipes":
+            cases = list(pipes(scratch))
+        else:
+            source, attempt = kinds(scratch)[kind]
+            cases = [(file, attempt) for file in files(source, scratch)]
+        with contextlib.suppress(Exception):
+            cases[0][1](cases[0][0])  # imports are not the file's fault
+        for file, attempt in cases:
+            print(json.dumps({"kind": kind, **_outcome(file, attempt)}), flush=True)
 
 
 def _outcome(file: Path, attempt: Try) -> dict[str, Any]:

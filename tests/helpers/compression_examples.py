@@ -1,10 +1,8 @@
 """Texts, pairs and a slow, obviously right way to embed them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
+from effir_ray.data.pairs import Pair
 from effir_ray.models.retriever import Retriever
 
 TEXTS = [
@@ -16,13 +14,7 @@ TEXTS = [
 QUERIES = ["which cells have been used", "what is a list"]
 
 
-@dataclass(frozen=True)
-class Example:
-    query: str
-    positives: Sequence[str]
-
-
-PAIRS = [Example(f"what is {text[:12]}", (text,)) for text in TEXTS]
+PAIRS = [Pair(f"q{i}", f"what is {text[:12]}", (text,)) for i, text in enumerate(TEXTS)]
 
 
 def vectors(retriever: Retriever, texts: list[str], kind: str = "document") -> torch.Tensor:

@@ -17,19 +17,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from effir_ray.compression.sparsity.patterns import parse_pattern
-from effir_ray.compression.sparsity.sparsity import sparsify
+from effir_ray.compression.sparsity.methods import parse_pattern
+from effir_ray.compression.sparsity.sparsify import sparsify
 from effir_ray.data.pairs import Pair
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.training.config import LoraConfig, TrainConfig
 from effir_ray.training.run.loop import hollow, prepare, write_checkpoint
 from effir_ray.training.step.batches import Batches
 from effir_ray.training.step.elastic import ElasticStep
-from effir_ray.training.step.engine import Engine
+from effir_ray.training.step.engine import Engine, learning_rate
 from effir_ray.training.step.gradcache import ContrastiveStep, encode_rows
 from effir_ray.training.step.ladder import make_ladder
 from effir_ray.training.step.losses import build_objective
-from effir_ray.training.step.optim import learning_rate
 
 MODEL = "random:llama:3"
 STEPS = 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
 from effir_ray.models import checkpoint
@@ -253,7 +254,7 @@ def peak(dtype, field):
             seen.append(memory(field))
             time.sleep(0.005)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     retriever = load_retriever(sys.argv[1], dtype=dtype)
     total = sum(float(parameter.sum()) for parameter in retriever.model.parameters())  # touches every page
@@ -295,3 +296,12 @@ def test_loading_needs_the_memory_of_the_model_once(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     for ratio in map(float, run.stdout.split()):
         assert 0.9 < ratio < 1.2
+
+
+def test_a_quantised_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    quantised = quantize(load_retriever("random:bert"), "int8")
+    with pytest.raises(
+        InputError, match="is quantised and cannot be saved as a checkpoint; save the model first"
+    ):
+        save_checkpoint(quantised, tmp_path / "model")
+    assert not list(tmp_path.iterdir())

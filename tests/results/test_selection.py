@@ -7,6 +7,8 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.results.query import query
+from effir_ray.results.report import report
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import TEST_COLUMN, pareto
 
@@ -123,6 +125,15 @@ def test_samples_of_a_data_set_are_not_mixed(tmp_path: Path, changes: dict[str, 
     assert names(tmp_path, where="trial LIKE '%: 50%'") == ["b"]
 
 
+def test_versions_of_a_data_set_are_not_mixed(tmp_path: Path) -> None:
+    for study, version in (("a", "1"), ("b", "1"), ("c", "2")):
+        contents = json.dumps({"backbone": study, "dataset": version})
+        store.append(tmp_path / study, [row("full", 0.6, 100, study=study, contents=contents)])
+    assert len(pareto([tmp_path / "a", tmp_path / "b"])) == 2
+    with pytest.raises(InputError, match="2 versions of stdlib, which changed in between"):
+        pareto([tmp_path / "a", tmp_path / "c"])
+
+
 def test_another_seed_draws_another_sample_but_only_of_samples(tmp_path: Path) -> None:
     def trial(seed: int, queries: int | None) -> str:
         return json.dumps({"dev": {"queries": queries, "documents": queries}, "seed": seed})
@@ -133,3 +144,11 @@ def test_another_seed_draws_another_sample_but_only_of_samples(tmp_path: Path) -
     assert names(tmp_path / "None") == ["0", "1"]
     with pytest.raises(InputError, match="seed = 0"):
         pareto([tmp_path / "8"])
+
+
+def test_one_folder_need_not_be_a_list(study: Path, tmp_path: Path) -> None:
+    """A string is a path, not a list of letters."""
+    for place in (study, str(study)):
+        assert pareto(place).equals(pareto([study]))
+        assert query(place, "SELECT count(*) AS n FROM rows")["n"].to_pylist() == [7]
+        assert report(place, tmp_path / "report.html").is_file()

@@ -108,6 +108,14 @@ def test_latest_keeps_the_last_row_of_a_trial_and_split(tmp_path: Path) -> None:
     ]
 
 
+def test_attempts_count_more_than_clocks(tmp_path: Path) -> None:
+    early, late = (datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2))
+    store.append(tmp_path, [row("a", attempt=2, ndcg_at_10=0.2, created_at=early)])
+    store.append(tmp_path, [row("a", attempt=1, ndcg_at_10=0.1, created_at=late)])
+    store.append(tmp_path, [row("a", attempt=3, status="failed", reason="no luck", ndcg_at_10=None)])
+    assert store.latest(store.read(tmp_path))["ndcg_at_10"].to_pylist() == [0.2]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from effir_ray.progress import progress
-from effir_ray.search.activity import current, forget, reporting
+from effir_ray.search.activity import current, remove_leftovers, reporting
 
 
 def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path) -> None:
@@ -21,9 +21,9 @@ def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path)
     assert current(tmp_path) == []
 
 
-def test_leftovers_of_a_killed_run_are_forgotten(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     killed = reporting(tmp_path, "2M", "dev")
     killed.__enter__()("base")
     assert len(current(tmp_path)) == 1
-    forget(tmp_path)
+    remove_leftovers(tmp_path)
     assert current(tmp_path) == []

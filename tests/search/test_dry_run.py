@@ -9,8 +9,8 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.dry_run import dry_run, named_sources
-from effir_ray.search.recipe import recipe
 from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.trial_stages import trial_stages
 from tests.helpers.search_examples import small_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
@@ -20,7 +20,7 @@ TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 def stages(space: SearchSpace, split: str = "dev", **schedule: object) -> dict[str, str]:
     """Stage name -> key."""
     config = space.trial(Candidate(**schedule))
-    return {stage.name: stage.key for stage in recipe(config, named_sources(config), split).stages()}
+    return {stage.name: stage.key for stage in trial_stages(config, named_sources(config), split)}
 
 
 def test_the_papers_grid_has_the_papers_sizes() -> None:
@@ -117,3 +117,25 @@ def test_the_number_of_pairs_belongs_to_the_importance_that_is_measured_on_pairs
 def test_counted_blocks_beside_named_layers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"drop_block is a count \(2\) beside layers named in {name}"):
         dry_run(small_space(schedules=[{"drop_block": 2, name: [0]}]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backbone": "base"}, r"^base: no such folder or .gguf file; known without files: smollm2-135m"),
+        ({"dataset": "scifcat"}, "^data set 'scifcat': .* did you mean 'scifact'"),
+        (
+            {"recovery": TRAINING | {"distillation": {"teacher": "base", "similarity": 1.0}}},
+            r"^recovery.distillation.teacher: base: no such folder",
+        ),
+        ({"base_training": TRAINING | {"negatives": "bm52"}}, "^base_training.negatives: bm52: no such"),
+        ({"base_training": TRAINING | {"dataset": "msmacro"}}, "^base_training.dataset: .*'msmarco'"),
+    ],
+)
+def test_names_that_lead_nowhere_are_told_before_anything_runs(
+    settings: dict[str, object], message: str
+) -> None:
+    """Not taken for hub ids, which would be found out after hours of training."""
+    with pytest.raises(InputError, match=message) as refused:
+        dry_run(small_space(**settings))
+    assert "\n" not in str(refused.value)

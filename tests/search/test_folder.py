@@ -6,35 +6,50 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
-from effir_ray.search.folder import alone, claim, finished_rows
+from effir_ray.search.folder import attempts, claim, exclusive, finished_rows
 from effir_ray.search.space import Candidate
 from effir_ray.search.study import search
+from effir_ray.search.trial import sources_of
 from tests.helpers.search_examples import row, small_space, write_corpus
+
+CONTENTS = {"backbone": "b1", "dataset": "d1"}
 
 
 def test_a_study_is_resumed_only_when_asked_and_keeps_its_threads(tmp_path: Path) -> None:
     space = small_space(threads=0)
-    first = claim(tmp_path / "study", space, resume=False)
+    first = claim(tmp_path / "study", space, CONTENTS, resume=False)
     assert first.threads >= 1
-    assert claim(tmp_path / "study", space, resume=True) == first
+    assert claim(tmp_path / "study", space, CONTENTS, resume=True) == first
     with pytest.raises(InputError, match="--resume"):
-        claim(tmp_path / "study", space, resume=False)
+        claim(tmp_path / "study", space, CONTENTS, resume=False)
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
-    claim(tmp_path / "study", small_space(), resume=False)
+    claim(tmp_path / "study", small_space(), CONTENTS, resume=False)
     with pytest.raises(InputError, match=r"another study \('tiny', which differs in seed\)"):
-        claim(tmp_path / "study", small_space(seed=1), resume=True)
+        claim(tmp_path / "study", small_space(seed=1), CONTENTS, resume=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(InputError, match="holds no study"):
-        claim(tmp_path / "notes", small_space(), resume=True)
+        claim(tmp_path / "notes", small_space(), CONTENTS, resume=True)
+
+
+def test_a_resumed_study_reads_what_it_read_before(tmp_path: Path) -> None:
+    """Rows of two corpora would stand on one front."""
+    data = write_corpus(tmp_path / "data")
+    space = small_space(dataset=str(data), dev={}, test={})
+    claim(tmp_path / "study", space, sources_of(space).contents, resume=False)
+    corpus = data / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("here is", "there is no"))
+    with pytest.raises(InputError, match=r"has changed since it began \(dataset\)"):
+        search(space, tmp_path / "study", resume=True)
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(InputError, match="another search is running"), alone(tmp_path):
+    refused = pytest.raises(InputError, match="another search is running")
+    with exclusive(tmp_path), refused, exclusive(tmp_path):
         pass
-    with alone(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
@@ -44,8 +59,17 @@ def test_the_last_row_of_a_trial_counts_and_failed_ones_run_again(tmp_path: Path
     store.append(tmp_path, [row(config, 0.1)])
     store.append(tmp_path, [row(config, 0.2)])
     assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
+    other = small_space().trial(Candidate(drop_mlp=1))
+    store.append(tmp_path, [row(other, None)])
+    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
+    assert attempts(tmp_path) == {(config.id, "dev"): 2, (other.id, "dev"): 1}
+
+
+def test_a_failure_with_a_later_clock_hides_no_success(tmp_path: Path) -> None:
+    config = small_space().trial(Candidate())
+    store.append(tmp_path, [row(config, 0.3)])
     store.append(tmp_path, [row(config, None)])
-    assert finished_rows(tmp_path) == []
+    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.3]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from effir_ray.models.loading import load_config
-from effir_ray.search.proposals import Proposals, Work
+from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace
 from tests.helpers.search_examples import row, small_space
 
@@ -19,17 +19,17 @@ def proposals(space: SearchSpace, out: Path, rows: Any = ()) -> Proposals:
     return Proposals(space, out, list(rows), load_config(space.backbone))
 
 
-def score(work: Work) -> Any:
+def score(request: TrialRequest) -> Any:
     """Fewer dropped sublayers score better and are larger: every trial is on the front but equal ones."""
-    dropped = int(work.config.schedule.drop_mlp) + int(work.config.schedule.drop_attention)
-    return row(work.config, 0.9 - 0.1 * dropped, split=work.split, parameters=100 - dropped)
+    dropped = int(request.config.schedule.drop_mlp) + int(request.config.schedule.drop_attention)
+    return row(request.config, 0.9 - 0.1 * dropped, split=request.split, parameters=100 - dropped)
 
 
-def finish(study: Proposals, *, stop_after: int | None = None) -> list[Work]:
+def finish(study: Proposals, *, stop_after: int | None = None) -> list[TrialRequest]:
     done = []
-    while (stop_after is None or len(done) < stop_after) and (work := study.next()) is not None:
-        done.append(work)
-        study.finished(score(work))
+    while (stop_after is None or len(done) < stop_after) and (request := study.next()) is not None:
+        done.append(request)
+        study.finished(score(request))
     return done
 
 
@@ -37,18 +37,18 @@ def finish(study: Proposals, *, stop_after: int | None = None) -> list[Work]:
 def test_listed_schedules_then_samples_then_the_front(tmp_path: Path, sampler: str) -> None:
     space = small_space(sampler=sampler, parameters=AXES, trials=6, schedules=[{"drop_block": 2}])
     study = proposals(space, tmp_path)
-    work = finish(study)
-    dev, test = ([w for w in work if w.split == split] for split in ("dev", "test"))
+    request = finish(study)
+    dev, test = ([w for w in request if w.split == split] for split in ("dev", "test"))
     assert [w.config.name for w in dev[:2]] == ["full", "2B"]
     assert len({w.config.id for w in dev}) == len(dev) == 8
     assert [w.config.id for w in test] == [config.id for config in study.front()]
-    assert work == dev + test
+    assert request == dev + test
     assert study.complete
 
 
 def test_a_small_space_is_exhausted_not_repeated(tmp_path: Path) -> None:
     study = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path)
-    names = [work.config.name for work in finish(study) if work.split == "dev"]
+    names = [request.config.name for request in finish(study) if request.split == "dev"]
     assert sorted(names) == ["1M", "2M", "full"]
     assert study.complete
     assert study.planned == 3
@@ -69,15 +69,15 @@ def test_test_scores_wait_for_running_trials_and_front_is_chosen_on_dev(tmp_path
     assert not study.exhausted
     study.finished(row(pruned.config, 0.1, parameters=200))  # worse and larger: not on the front
     final = study.next()
-    assert final == Work(config=full.config, split="test")
+    assert final == TrialRequest(config=full.config, split="test")
 
 
 def test_failed_trials_teach_nothing_and_are_not_repeated(tmp_path: Path) -> None:
     study = proposals(small_space(parameters=AXES, trials=3, schedules=[{"drop_mlp": 2}]), tmp_path)
     seen = []
-    while (work := study.next()) is not None and work.split == "dev":
-        seen.append(work.config.id)
-        study.finished(row(work.config, None))
+    while (request := study.next()) is not None and request.split == "dev":
+        seen.append(request.config.id)
+        study.finished(row(request.config, None))
     assert len(seen) == len(set(seen)) == 5
     assert study.front() == []
 
@@ -86,10 +86,10 @@ def test_a_resumed_study_tries_failed_samples_again_and_no_others(tmp_path: Path
     """What the sampler only proposed (known, impossible) is not among them."""
     space = small_space(parameters={"drop_mlp": {"low": 0, "high": 5}}, trials=4)
     first, failed = proposals(space, tmp_path), ""
-    while (work := first.next()) is not None and work.split == "dev":
-        lost = work.config.name != "full" and not failed
-        failed = work.config.id if lost else failed
-        first.finished(row(work.config, None) if lost else score(work))
+    while (request := first.next()) is not None and request.split == "dev":
+        lost = request.config.name != "full" and not failed
+        failed = request.config.id if lost else failed
+        first.finished(row(request.config, None) if lost else score(request))
     for retry_fails in (True, False):
         rows = [kept for kept in first.rows.values() if kept.status == "ok"]
         second = proposals(space, tmp_path, rows)
@@ -98,8 +98,8 @@ def test_a_resumed_study_tries_failed_samples_again_and_no_others(tmp_path: Path
         assert again.config.id == failed
         assert second.planned == first.planned
         second.finished(row(again.config, None) if retry_fails else score(again))
-        work = second.next()
-        assert work is None or work.split == "test"
+        request = second.next()
+        assert request is None or request.split == "test"
     told = [trial.state.name for trial in second.study.get_trials() if trial.user_attrs.get("handed_out")]
     assert sorted(told) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
 
@@ -111,14 +111,53 @@ def test_resume_runs_every_trial_exactly_once(tmp_path: Path, kill_at: int, row_
     first = proposals(space, tmp_path)
     done = finish(first, stop_after=kill_at)
     interrupted = first.next()
-    rows = [score(work) for work in done]
+    rows = [score(request) for request in done]
     if row_written and interrupted is not None:  # the process died between the row and telling Optuna
         rows.append(score(interrupted))
     second = proposals(space, tmp_path, rows)
     later = finish(second)
-    ran = [work.key for work in done + ([interrupted] if row_written and interrupted else []) + later]
+    ran = [request.key for request in done + ([interrupted] if row_written and interrupted else []) + later]
     assert len(ran) == len(set(ran))
     assert sum(split == "dev" for _, split in ran) == 7
     assert second.complete
     states = [trial.state.name for trial in second.study.get_trials()]
     assert "RUNNING" not in states
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+def test_a_continuous_axis_is_sampled_to_the_end(tmp_path: Path, sampler: str) -> None:
+    """Though most of what a sampler proposes here cannot be built: one MLP is left, which needs a neuron."""
+    axes = {"drop_mlp": {"low": 3, "high": 4}, "width_reduction": {"low": 0.9, "high": 0.999}}
+    study = proposals(small_space(parameters=axes, trials=6, sampler=sampler), tmp_path)
+    dev = [request for request in finish(study) if request.split == "dev"]
+    assert len(dev) == 7
+    assert study.shortfall == ""
+
+
+def test_known_proposals_in_a_row_do_not_end_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sampler that has settled on one end of a range."""
+    axes = {"width_reduction": {"low": 0.0, "high": 0.5}}
+    study = proposals(small_space(parameters=axes, trials=5), tmp_path)
+    ask = study.study.ask
+
+    def settled(distributions: Any) -> Any:
+        if not any(trial.state.name == "WAITING" for trial in study.study.get_trials()):
+            study.study.enqueue_trial({"width_reduction": 0.5})
+        return ask(distributions)
+
+    monkeypatch.setattr(study.study, "ask", settled)
+    assert sum(request.split == "dev" for request in finish(study)) == 6
+
+
+def test_a_study_that_finds_no_new_trial_says_so(tmp_path: Path) -> None:
+    for name in ("one", "few"):
+        (tmp_path / name).mkdir()
+    one = {"width_reduction": {"low": 0.5, "high": 0.5}}
+    study = proposals(small_space(parameters=one, trials=3), tmp_path / "one")
+    finish(study)
+    assert "1 of 3 trials were sampled: 500 random combinations" in study.shortfall
+    few = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path / "few")
+    finish(few)
+    assert few.shortfall == (
+        "2 of 9 trials were sampled: every combination of 'parameters' that can be built has been tried"
+    )

@@ -17,9 +17,9 @@ from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
-from effir_ray.search.folder import STAGES
-from effir_ray.search.repeat import repeat
+from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.study import search
+from effir_ray.search.trial import repeat
 from tests.helpers.search_examples import small_space, write_corpus
 
 TRAINING = {
@@ -34,7 +34,9 @@ TRAINING = {
 
 def builds(out: Path) -> list[str]:
     """``stage key`` of every stage that was ever finished, in order."""
-    return [" ".join(line.split()[:2]) for line in (out / STAGES / "runs.log").read_text().splitlines()]
+    return [
+        " ".join(line.split()[:2]) for line in (out / STAGES_FOLDER / "runs.log").read_text().splitlines()
+    ]
 
 
 @pytest.mark.integration
@@ -104,7 +106,7 @@ def test_a_killed_study_resumes_without_doing_anything_twice(tmp_path: Path) -> 
 def _run_until(command: list[str], out: Path, rows: int) -> None:
     """Start the study and kill it hard once it has written a stage more after ``rows`` rows."""
     process = subprocess.Popen(command, start_new_session=True)
-    log, before = out / STAGES / "runs.log", 0
+    log, before = out / STAGES_FOLDER / "runs.log", 0
     try:
         deadline = time.monotonic() + 300
         while len(list(out.glob("rows/*.parquet"))) < rows or not log.exists():

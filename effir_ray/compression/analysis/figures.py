@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec
 
-from effir_ray.compression.analysis.summary import UNITS, Analysis, Unit
-from effir_ray.compression.schedule import Criterion
+from effir_ray.compression.analysis.summary import Analysis
+from effir_ray.compression.schedule import UNITS, Criterion, Unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from html import escape
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
-from effir_ray.compression.analysis import figures as figures
-from effir_ray.compression.analysis.summary import UNITS, Analysis
+from effir_ray.compression.analysis import figures
+from effir_ray.compression.analysis.summary import Analysis
+from effir_ray.compression.schedule import UNITS
 from effir_ray.files import write_whole
+from effir_ray.pages import render
 from effir_ray.provenance import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """``data``: the SVG in base64."""
+
+    name: str
+    caption: str
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """A table as it is shown."""
+
+    header: list[str]
+    rows: list[tuple[str, ...]]
 
 
 def write_page(analysis: Analysis, out: Path) -> None:
     """``out/analysis.html``, and every figure of it as ``out/<name>.svg``."""
-    parts = []
+    drawn = []
     for name, (caption, svg) in _figures(analysis).items():
         write_whole(out / f"{name}.svg", svg.encode())
-        data = base64.b64encode(svg.encode()).decode()
-        parts.append(
-            f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(caption)}">'
-            f'<figcaption>{escape(caption)} <a download href="{name}.svg">SVG</a></figcaption></figure>'
-        )
-    template = Template(
-        files("effir_ray.compression.analysis").joinpath("page.html").read_text(encoding="utf-8")
-    )
-    page = template.substitute(
-        backbone=escape(analysis.backbone),
+        drawn.append(Figure(name=name, caption=caption, data=base64.b64encode(svg.encode()).decode()))
+    page = render(
+        "effir_ray.compression.analysis",
+        "page.html",
+        backbone=analysis.backbone,
         version=__version__,
         facts=_facts(analysis),
-        figures="\n".join(parts),
+        figures=drawn,
         sublayers=_sublayers(analysis),
         sizes=_sizes(analysis),
     )
@@ -66,8 +77,8 @@ def _figures(analysis: Analysis) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _facts(analysis: Analysis) -> str:
-    facts = {
+def _facts(analysis: Analysis) -> dict[str, str]:
+    return {
         "Layers": str(analysis.layers),
         "Parameters, without LM head": _short(analysis.parameters),
         f"FLOPs a query ({analysis.query_tokens} tokens)": _short(analysis.query_flops),
@@ -75,12 +86,9 @@ def _facts(analysis: Analysis) -> str:
         "Calibration texts": f"{analysis.calibration_texts:,}",
         "Criteria": ", ".join(analysis.criteria),
     }
-    return "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()
-    )
 
 
-def _sublayers(analysis: Analysis) -> str:
+def _sublayers(analysis: Analysis) -> Cells:
     header = ["Layer"]
     columns: list[list[str]] = [[str(layer) for layer in range(analysis.layers)]]
     for criterion in analysis.criteria:
@@ -95,10 +103,10 @@ def _sublayers(analysis: Analysis) -> str:
             [f"{100 * row.parameter_share:.2f}" for row in group],
             [f"{100 * row.document_flop_share:.2f}" for row in group],
         ]
-    return _table(header, list(zip(*columns, strict=True)))
+    return Cells(header=header, rows=list(zip(*columns, strict=True)))
 
 
-def _sizes(analysis: Analysis) -> str:
+def _sizes(analysis: Analysis) -> Cells:
     """By the first criterion; they differ between criteria only where layers differ in size."""
     header, columns = ["k"], [[str(k) for k in range(analysis.layers + 1)]]
     for unit in UNITS:
@@ -110,13 +118,7 @@ def _sizes(analysis: Analysis) -> str:
             [_short(row.document_flops) for row in rows],
             [f"{100 * row.document_flop_ratio:.1f}" for row in rows],
         ]
-    return _table(header, list(zip(*columns, strict=True)))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return Cells(header=header, rows=list(zip(*columns, strict=True)))
 
 
 def _short(number: int) -> str:

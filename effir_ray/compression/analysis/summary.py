@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from effir_ray.compression.planning import ImportanceScores, make_plan, within
-from effir_ray.compression.schedule import Criterion, Schedule
+from effir_ray.compression.schedule import UNITS, Criterion, Schedule, Unit
 from effir_ray.config import Config
 from effir_ray.models.accounting import count_parameters, flops, model_bytes
 from effir_ray.models.folder import present_plan
@@ -16,17 +16,10 @@ from effir_ray.models.plan import LayerPlan, Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-
-Unit = Literal["attention", "mlp", "block"]
-
-
-UNITS: tuple[Unit, ...] = get_args(Unit)
-
-
 Cost = Callable[[Plan], int]
 
 
-class Sublayer(Config):
+class SublayerFigures(Config):
     """``order``: 1 is dropped first in its group. Shares are fractions of the full model's."""
 
     criterion: Criterion
@@ -39,7 +32,7 @@ class Sublayer(Config):
     document_flop_share: float
 
 
-class Size(Config):
+class SizeAtK(Config):
     """The model without the ``k`` least important sublayers of one group. FLOPs are those of one text."""
 
     criterion: Criterion
@@ -64,14 +57,14 @@ class Analysis(Config):
     query_flops: int
     document_flops: int
     calibration_texts: int
-    sublayers: tuple[Sublayer, ...]
-    sizes: tuple[Size, ...]
+    sublayers: tuple[SublayerFigures, ...]
+    sizes: tuple[SizeAtK, ...]
 
     @property
     def criteria(self) -> tuple[Criterion, ...]:
         return tuple(dict.fromkeys(row.criterion for row in self.sublayers))
 
-    def group(self, criterion: Criterion, unit: Unit) -> list[Sublayer]:
+    def group(self, criterion: Criterion, unit: Unit) -> list[SublayerFigures]:
         """The rows of one group, by layer."""
         return [row for row in self.sublayers if (row.criterion, row.unit) == (criterion, unit)]
 
@@ -129,7 +122,9 @@ def summarize(
     )
 
 
-def _sublayers(criterion: Criterion, unit: Unit, scores: ImportanceScores, costs: _Costs) -> list[Sublayer]:
+def _sublayers(
+    criterion: Criterion, unit: Unit, scores: ImportanceScores, costs: _Costs
+) -> list[SublayerFigures]:
     values: tuple[float, ...] = getattr(scores, unit)
     full = Plan.full(len(values))
     order = _dropping_order(unit, scores)
@@ -137,7 +132,7 @@ def _sublayers(criterion: Criterion, unit: Unit, scores: ImportanceScores, costs
     for layer, importance in enumerate(values):
         without = _without(full, unit, layer)
         rows.append(
-            Sublayer(
+            SublayerFigures(
                 criterion=criterion,
                 unit=unit,
                 layer=layer,
@@ -151,10 +146,10 @@ def _sublayers(criterion: Criterion, unit: Unit, scores: ImportanceScores, costs
     return rows
 
 
-def _size(criterion: Criterion, unit: Unit, k: int, scores: ImportanceScores, costs: _Costs) -> Size:
+def _size(criterion: Criterion, unit: Unit, k: int, scores: ImportanceScores, costs: _Costs) -> SizeAtK:
     full = Plan.full(len(scores.block))
     plan = make_plan(Schedule.model_validate({f"drop_{unit}": k}), len(scores.block), scores)
-    return Size(
+    return SizeAtK(
         criterion=criterion,
         unit=unit,
         k=k,

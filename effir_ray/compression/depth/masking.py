@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effir_ray.compression.schedule import Unit
 from effir_ray.models.family import Family, part
 from effir_ray.models.retriever import Retriever
 
-Unit = Literal["attention", "mlp", "block"]
-UNITS: tuple[Unit, ...] = ("attention", "mlp", "block")
-Sublayer = tuple[Unit, int]
+Sublayer = tuple[Unit, int]  # what, and of which layer
 
 
 def sublayers(retriever: Retriever, unit: Unit) -> list[int]:

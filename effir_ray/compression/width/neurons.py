@@ -104,7 +104,7 @@ def _permute(retriever: Retriever, mlp: nn.Module, order: Tensor) -> None:
     down, up, gate = family.down(mlp), family.up(mlp), family.gate(mlp)
     down.weight.copy_(down.weight[:, order])
     rows = torch.cat([order, order + len(order)]) if family.fused else order
-    for linear in {up, gate or up}:
+    for linear in dict.fromkeys((gate or up, up)):
         linear.weight.copy_(linear.weight[rows])
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[rows])

@@ -13,8 +13,7 @@ from typing import Any
 from ray.train import UserCallback
 
 from effir_ray.progress import Progress, progress
-from effir_ray.training.run.monitoring import TensorBoard
-from effir_ray.training.run.trackers import Board
+from effir_ray.training.run.trackers import Board, TensorBoard
 
 HISTORY = "history.jsonl"
 _POLL_SECONDS = 0.3

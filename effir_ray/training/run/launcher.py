@@ -22,9 +22,12 @@ from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.identity import training_identity
+from effir_ray.training.run.fault_tolerance import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
-from effir_ray.training.run.survival import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
+from effir_ray.training.run.loop import train_worker
+from effir_ray.training.run.rendezvous import torch_config
 from effir_ray.training.run.trackers import Board, check_installed, tracked
+from effir_ray.training.supervision.training_data import prepare
 
 _SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
@@ -76,7 +79,7 @@ def train(
         return _finished(out)
     began = time.monotonic()
     connect(address)
-    job |= _prepare_data(config, stages)
+    job |= prepare(config, stages)
     with tracked(
         track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
     ) as boards:
@@ -168,40 +171,6 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return names + [place] * (before["config"].get(place) != after["config"][place])
 
 
-def _prepare_data(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
-    """Mine negatives and run the teacher where the settings ask for it; workers then only read files."""
-    from effir_ray.training.supervision.embedding_stage import encoder_dtype
-    from effir_ray.training.supervision.held_out import held_out_by, survey_stream, training_pairs
-
-    held_out, dtype = held_out_by(config), encoder_dtype()
-    pairs = config.dataset
-    if config.negatives != "given" and config.hard_negatives:
-        from effir_ray.training.supervision.negatives import mine
-
-        count = config.hard_negatives
-        pairs = str(
-            mine(config.dataset, by=config.negatives, stages=stages, split=config.split, negatives=count)
-        )
-    if config.distillation.teacher is not None:
-        from effir_ray.training.supervision.distillation import embeddings_for
-
-        found, _ = training_pairs(pairs, _split_of(pairs, config), held_out)
-        embeddings_for(config, found, stages, dtype)
-    return {
-        "pairs": pairs,
-        "split": _split_of(pairs, config),
-        "held_out": held_out,
-        "survey": survey_stream(pairs, held_out),
-        "stages": str(stages.root),
-        "teacher_dtype": dtype,
-    }
-
-
-def _split_of(pairs: str, config: TrainConfig) -> str:
-    """A file of mined pairs is all training data, whatever the split it was made from."""
-    return "train" if pairs != config.dataset else config.split
-
-
 def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]) -> dict[str, Any]:
     """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
@@ -257,9 +226,6 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
-
-    from effir_ray.training.run.loop import train_worker
-    from effir_ray.training.run.rendezvous import torch_config
 
     scaling, backend = _scaling(config)
     best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}

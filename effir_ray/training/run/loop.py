@@ -8,35 +8,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from effir_ray.compression.sparsity.sparsity import mask_gradients
+from effir_ray.compression.sparsity.sparsify import mask_gradients
 from effir_ray.config import parse
+from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.hardware import detect
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.stages import StageStore
 from effir_ray.storage import upload
 from effir_ray.training.config import TrainConfig
-from effir_ray.training.run import survival
-from effir_ray.training.run.dev import DevScore
-from effir_ray.training.run.monitoring import CollapseDetector, Utilization
+from effir_ray.training.run import fault_tolerance
+from effir_ray.training.run.monitoring import CollapseDetector, DevScore, Utilization
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.step.distributed import rank, total, world_size
 from effir_ray.training.step.elastic import ElasticStep, choose
-from effir_ray.training.step.engine import Engine, build_engine
+from effir_ray.training.step.engine import Engine, build_engine, learning_rate, rank, total, world_size
 from effir_ray.training.step.gradcache import ContrastiveStep, StepOutcome
 from effir_ray.training.step.lora import add_lora, plain_weights
 from effir_ray.training.step.losses import build_objective
-from effir_ray.training.step.optim import learning_rate
-from effir_ray.training.supervision.distillation import embeddings_for
-from effir_ray.training.supervision.held_out import dev_dataset, training_pairs
-
-if TYPE_CHECKING:
-    from effir_ray.data.datasets import Dataset
-    from effir_ray.training.supervision.distillation import TeacherEmbeddings
+from effir_ray.training.supervision.distillation import TeacherEmbeddings, embeddings_for
+from effir_ray.training.supervision.training_data import dev_dataset, training_pairs
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -48,18 +43,18 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
-        return Run(job).train()
+        return Worker(job).train()
     except (InputError, TrialFailure) as error:
         return {"error": type(error).__name__, "message": str(error)}
 
 
-class Run:
+class Worker:
     """One rank's part of one run."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
-        survival.note_reservation(self.run)
+        fault_tolerance.note_reservation(self.run)
         device, bfloat16 = _device(config)
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
@@ -77,7 +72,7 @@ class Run:
             job["pairs"], job["split"], job["held_out"], survey=job["survey"]
         )
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
-        self.halved = survival.halved_budget(self.run)
+        self.halved = fault_tolerance.halved_budget(self.run)
         teacher = embeddings_for(config, pairs, StageStore(Path(job["stages"])), job["teacher_dtype"])
         self.step = self._step(teacher)
         self.dev_score = self._dev(dev)
@@ -114,8 +109,8 @@ class Run:
         )
 
     def train(self) -> dict[str, Any]:
-        reporter = survival.Reporter(self.engine, self.config)
-        step = start = survival.restore(self.engine)
+        reporter = fault_tolerance.StepReports(self.engine, self.config)
+        step = start = fault_tolerance.restore(self.engine)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),
             grace=start + max(10, int(self.config.warmup * self.batches.steps)),
@@ -125,7 +120,7 @@ class Run:
             reporter(row)
             step = row["step"]
         if self.dev_score is not None:
-            step = survival.restore_best(self.engine) or step
+            step = fault_tolerance.restore_best(self.engine) or step
         write_checkpoint(self.engine, self.skeleton, self.saved)
         return {"engine": self.engine.name, "step": step}
 
@@ -139,7 +134,7 @@ class Run:
             )
             torch.manual_seed(config.seed + 1 + rank() + world_size() * done)  # dropout, also after a restart
             budget = self.step.token_budget or batch.n_tokens
-            with survival.halving(self.run, budget):
+            with fault_tolerance.halving(self.run, budget):
                 outcome = self.step(batch)
                 norm = self.engine.step(rate)
             seconds = time.monotonic() - began
@@ -150,8 +145,8 @@ class Run:
                 row["note"] = note
             dev = config.dev
             if self.dev_score is not None and dev and ((done + 1) % dev.every == 0 or done + 1 == steps):
-                with survival.halving(self.run, budget):
-                    row[survival.DEV_SCORE] = self.dev_score()
+                with fault_tolerance.halving(self.run, budget):
+                    row[fault_tolerance.DEV_SCORE] = self.dev_score()
             yield row
             began = time.monotonic()
 
@@ -218,8 +213,6 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
 
     if ray.get_gpu_ids():
         from ray.train.torch import get_device
-
-        from effir_ray.hardware import detect
 
         wanted = detect().dtype if config.precision == "auto" else config.precision
         return get_device(), wanted == "bfloat16"

@@ -1,45 +1,82 @@
-"""What is watched while a model trains: curves in TensorBoard, MFU, and a stop when training has failed."""
+"""What is watched while a model trains: dev scores, MFU, and a stop when training has failed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from effir_ray.compression.planning import within
+from effir_ray.data.datasets import Dataset
+from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import TrialFailure
-from effir_ray.training.run.trackers import numbers
+from effir_ray.evaluation.index import exact_search
+from effir_ray.evaluation.metrics import score_run
+from effir_ray.models.accounting import flops
+from effir_ray.models.retriever import Retriever
+from effir_ray.training.config import DevConfig
+from effir_ray.training.step.batches import Tokenize
+from effir_ray.training.step.engine import Engine, gather_rows, rank, world_size
+from effir_ray.training.step.gradcache import common_chunks, encode_rows
+from effir_ray.training.step.ladder import Rung
 
-if TYPE_CHECKING:
-    import torch
 
-    from effir_ray.models.retriever import Retriever
-    from effir_ray.training.step.ladder import Rung
+class DevScore:
+    """Scores the weights as they are. Every rank calls it at the same steps and gets the same number."""
 
-
-class TensorBoard:
-    """Event files that ``tensorboard --logdir`` shows while training runs. A context manager."""
-
-    def __init__(self, folder: Path, *, purge_from: int | None = None) -> None:
-        """``purge_from``: a resumed run hides the events from this step on that a killed run had written."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
-
-    def on_row(self, row: Mapping[str, Any]) -> None:
-        for name, value in numbers(row).items():
-            self._writer.add_scalar(f"train/{name}", value, row["step"])
-        self._writer.flush()
-
-    def __enter__(self) -> TensorBoard:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        engine: Engine,
+        tokenize: Tokenize,
+        dataset: Dataset,
+        dev: DevConfig,
+        *,
+        seed: int,
+        token_budget: int | None = None,
     ) -> None:
-        self._writer.close()
+        """``token_budget``: at most so many tokens a pass, as in training."""
+        sample = dataset.sample("dev", queries=dev.queries, documents=dev.documents, seed=seed)
+        queries = sample.queries("dev")
+        self._engine, self._token_budget = engine, token_budget
+        self._query_ids, self._document_ids = list(queries), sample.corpus.ids
+        self._queries = tokenize(list(queries.values()), "query")
+        self._documents = tokenize(
+            [document.document_text for document in sample.corpus.iter_documents()], "document"
+        )
+        self._qrels = sample.qrels("dev")
+
+    def __call__(self) -> float:
+        self._engine.encoder.eval()
+        queries, documents = (self._encode(texts).cpu().numpy() for texts in (self._queries, self._documents))
+        self._engine.encoder.train()
+        scores, found = exact_search(queries, documents, k=min(10, len(documents)), backend="torch")
+        run = {
+            query: {
+                self._document_ids[index]: float(score)
+                for score, index in zip(*row, strict=True)
+                if index >= 0
+            }
+            for query, row in zip(self._query_ids, zip(scores, found, strict=True), strict=True)
+        }
+        return score_run(run, self._qrels).mean["ndcg@10"]
+
+    @torch.no_grad()
+    def _encode(self, tokens: Sequence[list[int]]) -> Tensor:
+        """(len(tokens), d): each rank encodes every world-th text, in equally many passes."""
+        world = world_size()
+        padding = -len(tokens) % world
+        mine = [*tokens, *[tokens[0]] * padding][rank() :: world]
+        chunks = common_chunks([len(ids) for ids in mine], self._engine, self._token_budget)
+        pieces = [encode_rows(self._engine, [mine[row] for row in rows]) for rows in chunks]
+        order = torch.tensor([row for rows in chunks for row in rows], device=self._engine.device)
+        gathered = gather_rows(torch.cat(pieces)[order.argsort()])
+        # Row i of rank r is text i * world + r.
+        whole = gathered.view(world, len(mine), -1).transpose(0, 1).reshape(world * len(mine), -1)
+        return whole[: len(tokens)]
 
 
 class Utilization:
@@ -54,10 +91,6 @@ class Utilization:
     def __init__(
         self, retriever: Retriever, device: torch.device, dtype: torch.dtype, *, frozen: bool = False
     ) -> None:
-        from effir_ray.compression.planning import within
-        from effir_ray.encoding.gemm_peak import gemm_peak
-        from effir_ray.models.accounting import flops
-
         config, plan = retriever.model.config, retriever.plan
         widths = [retriever.family.width(layer) for layer in retriever.family.layers(retriever.model)]
 

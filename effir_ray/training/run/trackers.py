@@ -1,4 +1,4 @@
-"""A run's rows in MLflow and Weights & Biases, through Ray's integrations; both are optional packages.
+"""A run's rows in TensorBoard, MLflow and Weights & Biases; the last two are optional, by Ray's integrations.
 
 They run where the rows are read, on the driver's machine, so workers need neither package nor credentials.
 Where the trackers keep things is theirs to know: MLFLOW_TRACKING_URI, ``wandb login``, WANDB_MODE.
@@ -7,17 +7,20 @@ Where the trackers keep things is theirs to know: MLFLOW_TRACKING_URI, ``wandb l
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
 from typing import Any, Protocol
 
 from effir_ray.errors import InputError
 
 _PROJECT = "effir-ray"
-
+_PATIENCE = 60.0  # seconds that the end of a run waits for a tracker
 
 Log = Callable[[dict[str, float], int], object]  # values, step
 
@@ -57,35 +60,64 @@ def tracked(
         yield boards
 
 
+class TensorBoard:
+    """Event files that ``tensorboard --logdir`` shows while training runs. A context manager."""
+
+    def __init__(self, folder: Path, *, purge_from: int | None = None) -> None:
+        """``purge_from``: a resumed run hides the events from this step on that a killed run had written."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_from)
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        for name, value in numbers(row).items():
+            self._writer.add_scalar(f"train/{name}", value, row["step"])
+        self._writer.flush()
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+
 class _Logged:
     """Sends rows in a thread of its own, since a server may take its time; training goes on without a tracker
-    that stops answering.
+    that stops answering, and ends without it.
     """
 
     def __init__(self, tracker: str, log: Log) -> None:
         self._tracker, self._log = tracker, log
-        self._works = True
-        self._thread = ThreadPoolExecutor(1)
+        self._rows: SimpleQueue[tuple[dict[str, float], int] | None] = SimpleQueue()
+        # A daemon: a server that never answers must not keep the process.
+        self._thread = threading.Thread(target=self._send, daemon=True)
 
     def on_row(self, row: Mapping[str, Any]) -> None:
-        self._thread.submit(self._send, numbers(row), row["step"])
+        self._rows.put((numbers(row), row["step"]))
 
-    def _send(self, values: dict[str, float], step: int) -> None:
-        if not self._works:
-            return
-        try:
-            self._log(values, step)
-        except Exception as error:
-            self._works = False
-            warnings.warn(
-                f"{self._tracker} gets no more rows: {_reason(error)}", RuntimeWarning, stacklevel=1
-            )
+    def _send(self) -> None:
+        while (row := self._rows.get()) is not None:
+            try:
+                self._log(*row)
+            except Exception as error:  # each tracker has its own
+                _warn(f"{self._tracker} gets no more rows: {_reason(error)}")
+                return
 
     def __enter__(self) -> _Logged:
+        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown()
+        self._rows.put(None)
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            _warn(f"{self._tracker} took no rows for {_PATIENCE:g} s: the last ones are not there")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _reason(error: BaseException) -> str:
@@ -117,7 +149,16 @@ def _wandb(name: str, run_id: str, settings: Mapping[str, Any]) -> Iterator[Log]
 
     project = os.environ.get("WANDB_PROJECT", _PROJECT)
     run: Any = setup_wandb(dict(settings), trial_id=run_id, trial_name=name, project=project)
-    with _ended("wandb", lambda ok: run.finish(exit_code=0 if ok else 1)):
+
+    def finish(ok: bool) -> None:
+        """It talks to a process of W&B's own, for as long as that takes."""
+        thread = threading.Thread(target=run.finish, kwargs={"exit_code": 0 if ok else 1}, daemon=True)
+        thread.start()
+        thread.join(_PATIENCE)
+        if thread.is_alive():
+            raise TimeoutError(f"no answer in {_PATIENCE:g} s")
+
+    with _ended("wandb", finish):
         yield lambda values, step: run.log(values, step=step)
 
 
@@ -132,9 +173,7 @@ def _ended(tracker: str, end: Callable[[bool], object]) -> Iterator[None]:
         try:
             end(ok)
         except Exception as error:
-            warnings.warn(
-                f"{tracker} was not told of the end: {_reason(error)}", RuntimeWarning, stacklevel=2
-            )
+            _warn(f"{tracker} was not told of the end: {_reason(error)}")
 
 
 _OPENERS = {"mlflow": _mlflow, "wandb": _wandb}

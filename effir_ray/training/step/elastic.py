@@ -27,7 +27,7 @@ from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.training.step.batches import Batch
 from effir_ray.training.step.engine import Passes
-from effir_ray.training.step.gradcache import ContrastiveStep, StepOutcome, TeacherEmbeddings
+from effir_ray.training.step.gradcache import ContrastiveStep, StepOutcome, Teacher
 from effir_ray.training.step.ladder import Ladder, Rung
 from effir_ray.training.step.losses import Objective, SimilarityDistillation
 
@@ -95,7 +95,7 @@ class ElasticStep:
         config: TrainConfig,
         *,
         token_budget: int | None = None,
-        teacher: TeacherEmbeddings | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         """``teacher``: for terms of ``objective`` that need one; they apply to the largest network."""
         self._retriever, self._ladder, self._seed = retriever, config.elastic, config.seed

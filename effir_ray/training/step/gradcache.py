@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.training.step.batches import Batch
-from effir_ray.training.step.distributed import gather_rows, largest, rank, world_size
-from effir_ray.training.step.engine import Passes
+from effir_ray.training.step.engine import Passes, gather_rows, largest, rank, world_size
 from effir_ray.training.step.losses import Objective, Targets
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
@@ -31,7 +31,7 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
 WORTHWHILE_TOKENS = {"cpu": 256, "cuda": 8192}
 """A pass with so many tokens is efficient by itself: a much shorter text is better in the next one."""
 
-TeacherEmbeddings = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
+Teacher = Callable[[Batch], tuple[Tensor, Tensor]]  # queries (b, t), documents (b * k, t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ContrastiveStep:
         objective: Objective,
         *,
         token_budget: int | None = None,
-        teacher: TeacherEmbeddings | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self._engine, self._objective = engine, objective
         self._teacher = teacher
@@ -172,7 +172,8 @@ def common_chunks(lengths: Sequence[int], engine: Passes, token_budget: int | No
         return sum(tokens) + sum(again) + len(chunks) * worthwhile / 4
 
     plans = [
-        plan_chunks(lengths, max(1, limit), worthwhile=worthwhile, padded=engine.padded) for limit in limits
+        token_budget_batches(lengths, max(1, limit), padded=engine.padded, worthwhile=worthwhile)
+        for limit in limits
     ]
     chunks = min(plans, key=cost)
     return split_chunks(chunks, int(largest(len(chunks), engine.device)))
@@ -192,26 +193,6 @@ def kept_passes(tokens: Sequence[int], token_budget: int | None) -> int:
             break
         kept += 1
     return max(1, kept)
-
-
-def plan_chunks(lengths: Sequence[int], limit: int, *, worthwhile: int, padded: bool) -> list[list[int]]:
-    """Row numbers in groups of similar length, each a pass of at most ``limit`` tokens (or one text).
-
-    A group of ``worthwhile`` tokens takes no text that would be a quarter padding.
-    """
-    chunks: list[list[int]] = []
-    longest = tokens = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if chunks:
-            together = longest * (len(chunks[-1]) + 1) if padded else tokens + lengths[row]
-            alike = not padded or lengths[row] >= 0.75 * longest or together <= worthwhile
-            if alike and together <= limit:
-                chunks[-1].append(row)
-                tokens += lengths[row]
-                continue
-        chunks.append([row])
-        longest = tokens = lengths[row]
-    return chunks
 
 
 def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:

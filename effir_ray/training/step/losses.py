@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from effir_ray.contrastive import cosine, info_nce
 from effir_ray.errors import InputError
 from effir_ray.training.config import TrainConfig
 
@@ -42,18 +43,18 @@ Term = Callable[[Tensor, Tensor, Targets], Tensor]  # queries (b, d), documents 
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """-1/b sum_i log( exp(s_ip / T) / sum_{j allowed} exp(s_ij / T) ), s the cosine, p the positive of i.
-
-    van den Oord et al. 2018 (arXiv 1807.03748), eq. 4, with in-batch and hard negatives; T = 0.02 in the
-    paper, section 4.
-    """
+    """``contrastive.info_nce`` over all documents of the batch; T = 0.02 in the paper, section 4."""
 
     temperature: float
 
     def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
-        logits = cosine(queries, documents) / self.temperature
-        logits = logits.masked_fill(~targets.allowed, float("-inf"))
-        return functional.cross_entropy(logits, targets.listed[:, 0])
+        return info_nce(
+            queries,
+            documents,
+            positives=targets.listed[:, 0],
+            allowed=targets.allowed,
+            temperature=self.temperature,
+        )
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,6 @@ def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objecti
         nested = config.matryoshka
         terms = {name: (weight, Matryoshka(term, nested)) for name, (weight, term) in terms.items()}
     return Objective(terms)
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(b, d), (n, d) -> (b, n)"""
-    return functional.normalize(a, dim=-1) @ functional.normalize(b, dim=-1).T
 
 
 def _masked_log_softmax(logits: Tensor, known: Tensor) -> Tensor:

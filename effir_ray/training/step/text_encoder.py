@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from effir_ray.encoding.padded import embed, pad
 from effir_ray.encoding.varlen_attention import Packing, attend, has_flash, pool
 from effir_ray.models.retriever import Retriever
 
@@ -31,7 +32,7 @@ class TextEncoder(nn.Module):
     def __init__(self, retriever: Retriever) -> None:
         super().__init__()
         self.model = retriever.model
-        self._spec, self._pool_padded = retriever.spec, retriever.pool
+        self._retriever = retriever
         self._window: int | None = getattr(retriever.model.config, "sliding_window", None)
         self.padded = retriever.family.packing is None or _slow_when_packed(retriever)
         if not self.padded:
@@ -68,14 +69,11 @@ class TextEncoder(nn.Module):
             output = self.model(
                 input_ids=ids[None], position_ids=packing.positions_t[None], packing=packing, use_cache=False
             )
-        return pool(output.last_hidden_state[0], packing, self._spec).float()
+        return pool(output.last_hidden_state[0], packing, self._retriever.spec).float()
 
     def _forward_padded(self, ids: Tensor, sizes: list[int]) -> Tensor:
         texts: tuple[Tensor, ...] = torch.split(ids, sizes)
-        together = nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-        hidden = self.model(input_ids=together, attention_mask=mask, use_cache=False).last_hidden_state
-        return self._pool_padded(hidden, mask).float()
+        return embed(self._retriever, pad(texts)).float()
 
 
 def _slow_when_packed(retriever: Retriever) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs
+from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.errors import InputError
+from effir_ray.hardware import detect
 from effir_ray.models.weights import quiet_transformers
 from effir_ray.stages import StageStore, fingerprint
-from effir_ray.training.supervision.chunks import Process, in_chunks
+from effir_ray.training.supervision.resumable import Process, in_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,8 +57,6 @@ class CrossEncoder:
     """A sequence classifier read as a relevance score."""
 
     def __init__(self, name: str, *, max_length: int, token_budget: int) -> None:
-        from effir_ray.hardware import detect
-
         self._model, self._tokenizer = _load(name)
         self._device = detect().device
         self._model.to(self._device)
@@ -75,7 +75,7 @@ class CrossEncoder:
         )
         lengths = [len(ids) for ids in encoded["input_ids"]]
         scores = [0.0] * len(pairs)
-        for batch in budget_batches(lengths, self._token_budget):
+        for batch in token_budget_batches(lengths, self._token_budget):
             rows = [{name: values[index] for name, values in encoded.items()} for index in batch]
             tensors = self._tokenizer.pad(rows, return_tensors="pt").to(self._device)
             logits = self._model(**tensors).logits.float()  # (batch, 1 or 2)
@@ -83,21 +83,6 @@ class CrossEncoder:
             for index, value in zip(batch, relevance.tolist(), strict=True):
                 scores[index] = value
         return scores
-
-
-def budget_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in batches whose longest row x rows stays within ``budget`` (at least one row), longest first.
-
-    Rows of like length share a batch, so little is padding.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _annotated(pairs: Sequence[Pair], scorer: CrossEncoder) -> list[Pair]:

@@ -22,24 +22,27 @@ from torch import Tensor
 from effir_ray.data.pair_stream import PairStream
 from effir_ray.data.pairs import Pair
 from effir_ray.errors import InputError
+from effir_ray.models.folder import TextKind
+from effir_ray.models.names import backbone_fingerprint
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.batches import Batch
-from effir_ray.training.supervision import embedding_stage
-from effir_ray.training.supervision.embedding_stage import Kind
+from effir_ray.training.supervision import resumable
+from effir_ray.training.supervision.resumable import Shards
 
 _DIGEST_BYTES = 16  # too many for two texts ever to share a digest by chance
 _DIGESTS, _ROWS, _FIRSTS = "digests.npy", "rows.npy", "firsts.npy"
 
 
 @dataclass(frozen=True)
-class Table:
-    """Embeddings by text: shard i holds rows ``i * shard_size`` on. ``rows[j]``: of the text of
-    ``digests[j]``, which are sorted. All of it is memory-mapped."""
+class EmbeddingTable:
+    """Embeddings by text: row ``rows[j]`` of ``shards`` is that of the text of ``digests[j]``, which are
+    sorted. All of it is memory-mapped.
+    """
 
     digests: npt.NDArray[np.bytes_]
     rows: npt.NDArray[np.int64]
-    shards: list[npt.NDArray[np.float32]]
+    shards: Shards
 
     def lookup(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """(len(texts), d). Raises InputError for a text the teacher has not seen."""
@@ -50,16 +53,15 @@ class Table:
             raise InputError(
                 f"the teacher has not encoded this training text: '{texts[int(unknown[0])][:80]}'"
             )
-        size = len(self.shards[0])
-        return np.stack([self.shards[row // size][row % size] for row in self.rows[places]])
+        return self.shards.rows(self.rows[places])
 
 
 @dataclass(frozen=True)
 class TeacherEmbeddings:
     """What the teacher says of every query and document of the training pairs."""
 
-    queries: Table
-    documents: Table
+    queries: EmbeddingTable
+    documents: EmbeddingTable
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What ``ContrastiveStep`` asks of a teacher: queries (b, t) and documents (b * k, t) of a batch."""
@@ -103,7 +105,7 @@ def teacher_embeddings(
     A second call, on this or another process that shares ``stages``, only maps files; a killed one resumes.
     ``dtype``: what the first call computed in, where that was on another machine.
     """
-    dtype = dtype or embedding_stage.encoder_dtype()
+    dtype = dtype or resumable.encoder_dtype()
     return TeacherEmbeddings(
         _table(teacher, pairs, "query", query_max_length, stages, dtype),
         _table(teacher, pairs, "document", document_max_length, stages, dtype),
@@ -113,26 +115,24 @@ def teacher_embeddings(
 def _table(
     teacher: str | Path,
     pairs: Sequence[Pair] | PairStream,
-    kind: Kind,
+    kind: TextKind,
     max_length: int | None,
     stages: StageStore,
     dtype: str,
-) -> Table:
-    from effir_ray.models.names import backbone_fingerprint
-
+) -> EmbeddingTable:
     data = _fingerprint(pairs, kind)
     index = stages.run("teacher_texts", {"data": data, "kind": kind}, partial(_write_index, pairs, kind))
-    shards = embedding_stage.encode_texts(
+    shards = resumable.encode_texts(
         stages,
         {"model": backbone_fingerprint(teacher), "dtype": dtype, "data": data},
-        lambda: embedding_stage.load_encoder(teacher),
+        lambda: resumable.load_encoder(teacher),
         _DistinctTexts(pairs, kind, np.load(index / _FIRSTS, mmap_mode="r")),
         kind,
         description=f"Teacher, {kind} texts",
         max_length=max_length,
     )
     digests, rows = (np.load(index / name, mmap_mode="r") for name in (_DIGESTS, _ROWS))
-    return Table(digests, rows, shards)
+    return EmbeddingTable(digests, rows, shards)
 
 
 class _DistinctTexts:
@@ -141,7 +141,9 @@ class _DistinctTexts:
     ``firsts``: among all texts of the kind, where every distinct one appears first, ascending.
     """
 
-    def __init__(self, pairs: Sequence[Pair] | PairStream, kind: Kind, firsts: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, pairs: Sequence[Pair] | PairStream, kind: TextKind, firsts: npt.NDArray[np.int64]
+    ) -> None:
         self._pairs, self._kind, self._firsts = pairs, kind, firsts
         self._ahead, self._next = self._read(), 0
 
@@ -157,12 +159,17 @@ class _DistinctTexts:
         return found
 
     def _read(self) -> Iterator[str]:
-        texts = enumerate(_texts(self._pairs, self._kind))
-        for first in self._firsts:
-            yield next(text for place, text in texts if place == first)
+        firsts = iter(self._firsts)
+        wanted = next(firsts, None)
+        for place, text in enumerate(_texts(self._pairs, self._kind)):
+            if place == wanted:
+                yield text
+                wanted = next(firsts, None)
+        if wanted is not None:
+            raise InputError("the training pairs changed while the teacher read them; start again")
 
 
-def _write_index(pairs: Sequence[Pair] | PairStream, kind: Kind, folder: Path) -> None:
+def _write_index(pairs: Sequence[Pair] | PairStream, kind: TextKind, folder: Path) -> None:
     """The digests of all distinct texts, sorted, the row of each, and what ``_DistinctTexts`` needs."""
     digests, firsts = np.unique(_digests(_texts(pairs, kind)), return_index=True)
     ascending = np.sort(firsts)
@@ -171,7 +178,7 @@ def _write_index(pairs: Sequence[Pair] | PairStream, kind: Kind, folder: Path) -
     np.save(folder / _FIRSTS, ascending)
 
 
-def _texts(pairs: Sequence[Pair] | PairStream, kind: Kind) -> Iterator[str]:
+def _texts(pairs: Sequence[Pair] | PairStream, kind: TextKind) -> Iterator[str]:
     for pair in pairs.read() if isinstance(pairs, PairStream) else pairs:
         yield from (pair.query,) if kind == "query" else pair.positives + pair.negatives
 
@@ -184,7 +191,7 @@ def _digests(texts: Iterable[str]) -> npt.NDArray[np.bytes_]:
     return np.frombuffer(found, dtype=f"S{_DIGEST_BYTES}")
 
 
-def _fingerprint(pairs: Sequence[Pair] | PairStream, kind: Kind) -> str:
+def _fingerprint(pairs: Sequence[Pair] | PairStream, kind: TextKind) -> str:
     """Of what determines the texts; a stream is not read for it."""
     if isinstance(pairs, PairStream):
         return pairs.fingerprint

@@ -17,17 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
+from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pair_layouts import normalised
 from effir_ray.data.pair_stream import is_stream, source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs, shared_positives
 from effir_ray.errors import InputError
+from effir_ray.evaluation.index import exact_search
+from effir_ray.models.names import backbone_fingerprint
 from effir_ray.stages import StageStore
-from effir_ray.training.supervision.chunks import in_chunks
+from effir_ray.training.supervision.resumable import encode_texts, encoder_dtype, in_chunks, load_encoder
 
 MARGIN = 0.05  # NV-Retriever, table 3: 95 % is its best threshold
 DEPTH = 100  # documents looked at for each query
 
-Texts = Callable[[Sequence[str]], list[str]]
 Rank = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 """Queries -> scores (queries, depth) float, best first, and document indices (queries, depth) int."""
 
@@ -37,7 +39,7 @@ class Collection:
     """What negatives are drawn from. ``documents`` streams (id, text); ``texts`` looks ids up."""
 
     ids: list[str]
-    texts: Texts
+    texts: Callable[[Sequence[str]], list[str]]
     documents: Callable[[], Iterator[tuple[str, str]]]
     fingerprint: str
 
@@ -64,9 +66,6 @@ def mine(
         raise InputError(f"negatives is {negatives}; expected 1 to depth ({depth})")
     if not 0 <= margin < 1:
         raise InputError(f"margin is {margin:g}; expected a fraction of the positive's score, 0 to 1")
-    from effir_ray.models.names import backbone_fingerprint
-    from effir_ray.training.supervision.embedding_stage import encoder_dtype
-
     pairs = load_pairs(source, split=split)
     collection = collect(source, pairs)
     inputs = {
@@ -110,8 +109,6 @@ def collect(source: str | Path, pairs: Sequence[Pair]) -> Collection:
             lambda: iter(known.items()),
             source_fingerprint(str(source)),
         )
-    from effir_ray.data.datasets import load_dataset
-
     dataset = load_dataset(source)
     return Collection(
         dataset.corpus.ids,
@@ -140,10 +137,6 @@ def bm25(collection: Collection, depth: int) -> Rank:
 
 def dense(model: str, collection: Collection, depth: int, stages: StageStore) -> Rank:
     """Exact inner-product search by ``model``; the corpus is encoded once, as stages of its own."""
-    from effir_ray.evaluation.index import exact_search
-    from effir_ray.models.names import backbone_fingerprint
-    from effir_ray.training.supervision.embedding_stage import encode_texts, encoder_dtype, load_encoder
-
     encoder = load_encoder(model)
     inputs = {
         "data": collection.fingerprint,

@@ -8,35 +8,52 @@ from xml.etree import ElementTree
 import pytest
 from pyarrow import feather
 
+import effir_ray
 from effir_ray.compression.analysis.analyze import analyze
+from effir_ray.compression.analysis.page import write_page
 from effir_ray.compression.analysis.summary import Analysis, summarize
+from effir_ray.compression.calibration import draw_pairs
 from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.planning import ImportanceScores, make_plan
 from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError
 from effir_ray.models.accounting import count_parameters, flops
 from effir_ray.models.loading import load_config
 from effir_ray.models.retriever import load_retriever
-from tests.helpers.compression_examples import PAIRS, QUERIES, TEXTS
+from tests.helpers.beir_folders import HEADER, write_lines
+from tests.helpers.compression_examples import QUERIES, TEXTS
 
 
 @pytest.fixture(scope="module")
-def analysed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Analysis, Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of the example texts, half of them asked for by dev queries."""
+    folder = tmp_path_factory.mktemp("data") / "examples"
+    (folder / "qrels").mkdir(parents=True)
+    write_lines(folder / "corpus.jsonl", *({"_id": f"d{i}", "text": text} for i, text in enumerate(TEXTS)))
+    write_lines(folder / "queries.jsonl", *({"_id": f"q{i}", "text": text} for i, text in enumerate(QUERIES)))
+    (folder / "qrels/dev.tsv").write_text(HEADER + "q0\td0\t1\nq1\td3\t1\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Analysis, Path]:
     out = tmp_path_factory.mktemp("analysis") / "new"
-    criteria = ("cosine", "pooled", "dev-loss")
-    analysis = analyze(
-        "random:gemma2", out, texts=TEXTS, queries=QUERIES, pairs=PAIRS, criteria=criteria, document_tokens=64
-    )
-    return analysis, out
+    return analyze(
+        "random:gemma2", out, criteria=("cosine", "pooled", "dev-loss"), dataset=str(folder), texts=len(TEXTS)
+    ), out
 
 
-def test_scores_and_orders_are_those_of_the_library(analysed: tuple[Analysis, Path]) -> None:
+def test_scores_and_orders_are_those_of_the_library(analysed: tuple[Analysis, Path], folder: Path) -> None:
     analysis, _ = analysed
+    data, pairs = load_dataset(folder), draw_pairs(str(folder), 4, 0, split="dev")
+    queries = list(data.queries("dev").values())
+    assert sorted(queries) == sorted(QUERIES)
     retriever = load_retriever("random:gemma2")
     assert analysis.criteria == ("cosine", "pooled", "dev-loss")
     for criterion in analysis.criteria:
-        scores = measure_importance(retriever, TEXTS, criterion=criterion, queries=QUERIES, pairs=PAIRS)
+        scores = measure_importance(retriever, TEXTS, criterion=criterion, queries=queries, pairs=pairs)
         for unit in ("attention", "mlp", "block"):
             group = analysis.group(criterion, unit)
             values = [row.importance for row in group]
@@ -54,7 +71,7 @@ def test_sizes_are_those_of_the_plans(analysed: tuple[Analysis, Path]) -> None:
         if row.criterion == "cosine":
             plan = make_plan(Schedule(**{f"drop_{row.unit}": row.k}), 4, scores)
             assert row.parameters == count_parameters(config, plan)
-            assert row.document_flops == flops(config, plan, 64)
+            assert row.document_flops == flops(config, plan, 512)
     assert analysis.parameters == sum(p.numel() for p in retriever.model.parameters())
     shares = {
         unit: sum(row.parameter_share for row in analysis.group("cosine", unit))
@@ -128,8 +145,22 @@ def test_of_a_compressed_model_only_what_is_left_counts(tmp_path: Path) -> None:
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no importance criterion"):
-        analyze("random:llama", tmp_path, texts=TEXTS, criteria=())
+        analyze("random:llama", tmp_path, criteria=())
+    with pytest.raises(InputError, match="unknown importance criterion 'cosin'"):
+        analyze("random:llama", tmp_path, criteria=("cosin",))
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(InputError, match="cannot be used as the output folder"):
-        analyze("random:llama", file, texts=TEXTS)
+        analyze("random:llama", file)
+
+
+def test_a_name_cannot_become_markup(analysed: tuple[Analysis, Path], tmp_path: Path) -> None:
+    analysis, _ = analysed
+    write_page(analysis.model_copy(update={"backbone": "<script>alert(1)</script>"}), tmp_path)
+    page = (tmp_path / "analysis.html").read_text()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") == 2  # the title and the heading
+
+
+def test_the_public_function_is_the_commands() -> None:
+    assert effir_ray.analyze is analyze

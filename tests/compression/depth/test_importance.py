@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from effir_ray.compression.calibration import make_batches
 from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.planning import ImportanceScores
 from effir_ray.compression.surgery import apply_plan
@@ -186,28 +185,3 @@ def test_a_broken_model_is_a_failed_trial() -> None:
     next(retriever.model.parameters()).data.fill_(float("nan"))
     with pytest.raises(TrialFailure, match="not a finite number"):
         measure_importance(retriever, TEXTS)
-
-
-def test_batches_hold_every_text_once_within_the_budget() -> None:
-    retriever = load_retriever("random:llama")
-    texts = TEXTS * 5
-    batches = list(make_batches(retriever, texts, token_budget=40))
-    assert sum(len(batch) for batch in batches) == len(texts)
-    assert all(batch.input_ids.numel() <= 40 or len(batch) == 1 for batch in batches)
-    lengths = sorted(int(row.sum()) for batch in batches for row in batch.attention_mask)
-    assert lengths == sorted(len(tokens) for tokens in retriever.tokenize(texts, "document"))
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("criterion", ["cosine", "greedy"])
-def test_one_and_two_workers_agree_to_the_last_bit(criterion: str) -> None:
-    retriever = load_retriever("random:gemma2:5")
-    results = [
-        measure_importance(
-            retriever, TEXTS * 3, criterion=criterion, pairs=PAIRS * 20, token_budget=60, workers=workers
-        )
-        for workers in (1, 2)
-    ]
-    assert results[0] == results[1]
-    here = measure_importance(retriever, TEXTS * 3, criterion=criterion, pairs=PAIRS * 20, token_budget=60)
-    np.testing.assert_allclose(groups(results[0]), groups(here), atol=1e-5)

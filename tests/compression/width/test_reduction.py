@@ -9,8 +9,14 @@ import torch
 from effir_ray.compression.calibration import pair_batch
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.width.neurons import fresh_gates, frozen, mlps, sort_neurons
-from effir_ray.compression.width.reduction import activation_function, rank_neurons
-from effir_ray.compression.width.slimming import SlimmingConfig, slimming_loss, sparsity_penalty, train_gates
+from effir_ray.compression.width.reduction import (
+    SlimmingConfig,
+    activation_function,
+    rank_neurons,
+    slimming_loss,
+    sparsity_penalty,
+    train_gates,
+)
 from effir_ray.errors import InputError
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import Retriever, load_retriever

@@ -10,19 +10,25 @@ import torch
 
 from effir_ray.compression.planning import within
 from effir_ray.compression.surgery import apply_plan
-from effir_ray.encoding import gemm_peak
+from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import TrialFailure
 from effir_ray.models.accounting import flops
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import load_retriever
-from effir_ray.training.run.monitoring import CollapseDetector, TensorBoard, Utilization
+from effir_ray.training.config import DevConfig, TrainConfig
+from effir_ray.training.run import monitoring
+from effir_ray.training.run.monitoring import CollapseDetector, DevScore, Utilization
+from effir_ray.training.run.trackers import TensorBoard
+from effir_ray.training.step.engine import PlainEngine
 from effir_ray.training.step.ladder import Rung
+from effir_ray.training.step.text_encoder import TextEncoder
+from tests.helpers.beir_folders import write_graded_folder
 
 
 def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gemm_peak, "gemm_peak", lambda device, dtype: 4e9)
+    monkeypatch.setattr(monitoring, "gemm_peak", lambda device, dtype: 4e9)
     retriever = load_retriever("random:llama")
     plan = Plan(
         layers=(LayerPlan(mlp=False), LayerPlan(neurons=tuple(range(64))), *retriever.plan.layers[2:])
@@ -37,7 +43,7 @@ def test_mfu_counts_the_texts_of_a_step_and_a_backward_as_two_forwards(
 
 
 def test_mfu_counts_every_network_of_an_elastic_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gemm_peak, "gemm_peak", lambda device, dtype: 4e9)
+    monkeypatch.setattr(monitoring, "gemm_peak", lambda device, dtype: 4e9)
     retriever = apply_plan(
         load_retriever("random:llama"), Plan(layers=(LayerPlan(attention=False), *[LayerPlan()] * 3))
     )
@@ -93,3 +99,18 @@ def test_tensorboard_files_read_back(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/dev_ndcg_at_10"}
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize("budget", [None, 64])
+def test_no_pass_is_larger_than_the_budget(budget: int | None, tmp_path: Path) -> None:
+    retriever = load_retriever("random:llama")
+    config = TrainConfig(dataset="unused", lora=None)
+    engine = PlainEngine(TextEncoder(retriever), config, torch.device("cpu"), False)
+    sizes: list[int] = []
+    engine.encoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].numel()))
+    dev = DevConfig(every=1, queries=10, documents=30)
+    dataset = load_dataset(write_graded_folder(tmp_path / "data"))
+    score = DevScore(engine, retriever.tokenize, dataset, dev, seed=0, token_budget=budget)
+    assert 0 <= score() <= 1
+    assert max(sizes) <= (budget or 2048)
+    assert (len(sizes) > 4) == (budget is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,9 @@ def test_wandb_has_the_curve_and_the_settings(tmp_path: Path, monkeypatch: pytes
         for row in ROWS:
             board.on_row(row)
     (written,) = tmp_path.glob("wandb/offline-run-*/run-abc.wandb")
-    content = written.read_bytes()
+    deadline = time.monotonic() + 60
+    while b"loss" not in (content := written.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # offline, W&B's own process still writes when the run has finished
     assert b"learning_rate" in content and b"loss" in content and b"engine" not in content
 
 
@@ -72,6 +76,17 @@ def test_training_goes_on_without_a_tracker_that_stops_answering() -> None:
         for row in ROWS:
             board.on_row(row)
     assert seen == [1]
+
+
+def test_training_ends_without_a_tracker_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.2)
+    answer = threading.Event()
+    with (
+        pytest.warns(RuntimeWarning, match="mlflow took no rows for 0.2 s"),
+        trackers._Logged("mlflow", lambda values, step: answer.wait()) as board,
+    ):
+        board.on_row(ROWS[0])
+    answer.set()
 
 
 def test_a_tracker_that_is_gone_at_the_end_costs_no_result() -> None:

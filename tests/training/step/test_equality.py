@@ -17,9 +17,8 @@ from torch.nn import functional
 
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.step.batches import Batches
-from effir_ray.training.step.engine import PlainEngine
+from effir_ray.training.step.engine import PlainEngine, learning_rate
 from effir_ray.training.step.lora import add_lora
-from effir_ray.training.step.optim import learning_rate
 from effir_ray.training.step.text_encoder import TextEncoder
 from tests.helpers import equality_worker as worker
 from tests.helpers.equality_worker import Combination

@@ -17,8 +17,6 @@ from effir_ray.training.step.gradcache import (
     common_chunks,
     kept_passes,
     mean_cosine,
-    pass_tokens,
-    plan_chunks,
     split_chunks,
 )
 from effir_ray.training.step.losses import build_objective
@@ -114,15 +112,9 @@ def test_copies_of_a_positive_under_other_ids_are_no_negatives() -> None:
     assert left["three"] == {"The same.", "the  same.", "other", "more", "third"}
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_chunks_hold_every_row_once_within_the_limit(padded: bool) -> None:
-    lengths = [5, 100, 7, 7, 30, 1, 64, 64, 64]
-    chunks = plan_chunks(lengths, 128, worthwhile=32, padded=padded)
-    assert sorted(row for rows in chunks for row in rows) == list(range(9))
-    costs = [pass_tokens([lengths[row] for row in rows], padded=padded) for rows in chunks]
-    for rows, cost in zip(chunks, costs, strict=True):
-        assert len(rows) == 1 or cost <= 128
-    assert sum(costs) <= (sum(lengths) / 0.75 + 32 if padded else sum(lengths))
+def test_chunks_are_halved_until_ranks_have_equally_many() -> None:
+    chunks = [[1], [7, 8], [4, 0, 2, 3], [5, 6]]
+    assert split_chunks(chunks, 5) == [[1], [7, 8], [4, 0], [2, 3], [5, 6]]
     assert len(split_chunks(chunks, 9)) == 9
     assert sorted(row for rows in split_chunks(chunks, 8) for row in rows) == list(range(9))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from effir_ray.contrastive import cosine
 from effir_ray.errors import InputError
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.step.losses import (
@@ -18,7 +19,6 @@ from effir_ray.training.step.losses import (
     SimilarityDistillation,
     Targets,
     build_objective,
-    cosine,
 )
 
 

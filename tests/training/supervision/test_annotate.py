@@ -15,7 +15,7 @@ from effir_ray.data.pairs import load_pairs
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import load_retriever
 from effir_ray.stages import StageStore
-from effir_ray.training.supervision.annotate import annotate, budget_batches
+from effir_ray.training.supervision.annotate import annotate
 
 
 def cross_encoder(folder: Path, labels: int) -> Path:
@@ -89,15 +89,6 @@ def test_parquet_pairs_are_scored_as_their_lines_are(pairs_file: Path, tmp_path:
     by, stages = str(cross_encoder(tmp_path / "reranker", 1)), StageStore(tmp_path / "stages")
     expected, found = (load_pairs(annotate(file, by=by, stages=stages)) for file in (pairs_file, other))
     assert found == expected
-
-
-def test_batches_keep_the_budget_and_lose_nothing() -> None:
-    lengths = [5, 90, 12, 12, 30, 1, 64, 7]
-    batches = list(budget_batches(lengths, 64))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= 64
-    assert len(batches) < len(lengths)
 
 
 def test_what_cannot_be_scored_is_named(pairs_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from effir_ray.data.pairs import load_pairs, write_pairs
 from effir_ray.errors import InputError
 from effir_ray.stages import StageStore
-from effir_ray.training.supervision import chunks, negatives
+from effir_ray.training.supervision import negatives, resumable
 from effir_ray.training.supervision.negatives import hard_negatives, mine
 
 TOPICS = ("copper mines", "river boats", "winter wheat", "glass bottles", "night trains", "paper kites")
@@ -121,7 +121,7 @@ def test_parquet_and_folders_of_pairs_are_mined_as_their_lines_are(
 def test_a_killed_run_resumes_at_the_last_chunk_and_a_second_run_does_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "SIZE", 10)  # 36 pairs: 4 chunks
+    monkeypatch.setattr(resumable, "CHUNK", 10)  # 36 pairs: 4 chunks
     stages = StageStore(tmp_path / "stages")
     whole = negatives.mine_pairs
     calls: list[int] = []
@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_at_the_last_chunk_and_a_second_run_does_nothing(
     assert calls == [10, 10, 10, 10, 6]  # the third chunk again, then the fourth
     assert mine(source, stages=stages, negatives=3) == resumed
     assert len(calls) == 5
-    monkeypatch.setattr(chunks, "SIZE", 100)
+    monkeypatch.setattr(resumable, "CHUNK", 100)
     unbroken = mine(source, stages=StageStore(tmp_path / "other"), negatives=3)
     assert resumed.read_bytes() == unbroken.read_bytes()
 

@@ -1,0 +1,415 @@
+"""The stages of a trial, each declared once; a new stage is a declaration in this file and nothing else.
+
+    backbone -> base -> importance -> neurons -> pruned -> recovered -> embeddings -> scores
+                                                                    \\-> timing
+
+A stage reads the folders of its parents and writes its own. Model folders hold ``checkpoint`` and
+``plan.json``. Ray is imported where it is used: a dry run reads these declarations without it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from effir_ray import hardware
+from effir_ray.compression.pipeline import (
+    cut,
+    depth_plan,
+    importance_scores,
+    load_to_measure,
+    neuron_scores,
+)
+from effir_ray.compression.planning import ImportanceScores, narrow_plan, needs_scores
+from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import Dataset, load_dataset
+from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
+from effir_ray.encoding.encoder import Encoder
+from effir_ray.errors import InputError, TrialFailure
+from effir_ray.evaluation.corpus_search import search_corpus
+from effir_ray.evaluation.efficiency import measure_efficiency
+from effir_ray.evaluation.metrics import score_run
+from effir_ray.evaluation.rows import score_columns, size_columns
+from effir_ray.models import accounting, folder
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.loading import load_config
+from effir_ray.models.names import resolve
+from effir_ray.models.plan import Plan
+from effir_ray.models.retriever import load_retriever
+from effir_ray.search.space import TrialConfig
+from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
+from effir_ray.training.config import TrainConfig
+
+CHECKPOINT = "checkpoint"
+PLAN = "plan.json"
+IMPORTANCE = "importance.json"
+NEURONS = "neurons.npz"
+SHARDS = "shards"
+SCORES = "scores.json"
+TIMING = "timing.json"
+
+_FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
+_MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
+_DEPTH = {"drop_attention", "drop_mlp", "drop_block", "drop_last_blocks"}
+
+
+# -- models -------------------------------------------------------------------------------------------
+
+
+def _backbone(task: StageTask) -> None:
+    """The uncompressed model as a checkpoint folder; a folder that is used whole is linked, not read."""
+    name, first_blocks = task.config.backbone, task.config.first_blocks
+    source = resolve(name)
+    if source.kind == "folder" and source.path is not None and first_blocks is None:
+        (task.out / CHECKPOINT).symlink_to(source.path.resolve(), target_is_directory=True)
+        _write_plan(task.out, folder.read_plan(source.path, load_config(name)))
+        return
+    retriever = load_retriever(name, dtype="auto", first_blocks=first_blocks)
+    save_checkpoint(retriever, task.out / CHECKPOINT)
+    _write_plan(task.out, retriever.plan)
+
+
+def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[StageTask], None]:
+    """Fine-tuning of the parent with the settings that ``choose`` takes from a trial."""
+
+    def build(task: StageTask) -> None:
+        from effir_ray.training.run.launcher import train
+
+        training = choose(task.config)
+        assert training is not None
+        train(task.parents["model"] / CHECKPOINT, training, task.out, stages=task.store)
+        _write_plan(task.out, read_plan(task.parents["model"]))
+
+    return build
+
+
+def _importance(task: StageTask) -> None:
+    model = load_to_measure(task.parents["model"] / CHECKPOINT)
+    scores = importance_scores(model, task.config.schedule, task.config.calibration)
+    (task.out / IMPORTANCE).write_text(scores.model_dump_json())
+
+
+def _neurons(task: StageTask) -> None:
+    """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
+    model = load_to_measure(task.parents["model"] / CHECKPOINT)
+    plan = _depth_plan(task)
+    scores = neuron_scores(model, plan, task.config.schedule, task.config.calibration)
+    arrays: dict[str, Any] = {str(layer): values for layer, values in scores.items()}
+    np.savez(task.out / NEURONS, **arrays)
+
+
+def _pruned(task: StageTask) -> None:
+    plan = _depth_plan(task)
+    if "neurons" in task.parents:
+        with np.load(task.parents["neurons"] / NEURONS) as file:
+            ranked = {int(layer): file[layer] for layer in file.files}
+        with _only_this_trial():
+            plan = narrow_plan(plan, task.config.schedule, ranked)
+    save_checkpoint(cut(task.parents["model"] / CHECKPOINT, plan), task.out / CHECKPOINT)
+    _write_plan(task.out, plan)
+
+
+def _depth_plan(task: StageTask) -> Plan:
+    scores = None
+    if "importance" in task.parents:
+        scores = ImportanceScores.model_validate_json((task.parents["importance"] / IMPORTANCE).read_text())
+    with _only_this_trial():
+        return depth_plan(task.config.schedule, read_plan(task.parents["model"]), scores)
+
+
+@contextmanager
+def _only_this_trial() -> Iterator[None]:
+    """A schedule that its own measurements do not fit is no reason to end the study."""
+    try:
+        yield
+    except InputError as error:
+        raise TrialFailure(str(error)) from None
+
+
+def _write_plan(out: Path, plan: Plan) -> None:
+    (out / PLAN).write_text(plan.model_dump_json())
+
+
+def read_plan(model: Path) -> Plan:
+    """The plan of a model stage's folder."""
+    return Plan.model_validate_json((model / PLAN).read_text())
+
+
+# -- measurements -------------------------------------------------------------------------------------
+
+
+def _embeddings(task: StageTask) -> None:
+    from effir_ray.encoding.corpus_encoding import encode_corpus
+
+    encode_corpus(
+        task.parents["model"] / CHECKPOINT,
+        _sampled(task.config, task.split),
+        task.out / SHARDS,
+        workers=task.config.encoding_workers,
+        max_length=task.config.document_max_length,
+    )
+
+
+def _scores(task: StageTask) -> None:
+    """Encode the queries, search the embedded corpus exactly, score."""
+    dataset = _sampled(task.config, task.split)
+    queries = dataset.queries(task.split)
+    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
+    length = task.config.query_max_length
+    vectors = encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
+    embedded = CorpusEmbeddings(ShardFolder(task.parents["embeddings"] / SHARDS))
+    run = search_corpus(list(queries), vectors, embedded)
+    (task.out / SCORES).write_text(json.dumps(score_run(run, dataset.qrels(task.split)).mean, indent=1))
+
+
+def _score_columns(task: StageTask) -> dict[str, Any]:
+    config = task.config
+    backbone = load_config(config.backbone, first_blocks=config.first_blocks)
+    plan = read_plan(task.parents["model"])
+    return {
+        **score_columns(json.loads((task.out / SCORES).read_text())),
+        **size_columns(backbone, plan, document_tokens=config.document_max_length),
+    }
+
+
+def _timing(task: StageTask) -> None:
+    """Speed of this model and of the full one, taking turns on the same texts in the same process."""
+    config, here = task.config, hardware.detect()
+    dataset = _sampled(config, "dev")
+    models = {"full": task.parents["reference"], "trial": task.parents["model"]}
+    if models["trial"] == models["full"]:
+        del models["trial"]
+    measured = measure_efficiency(
+        {name: Encoder(load_to_measure(place / CHECKPOINT)) for name, place in models.items()},
+        list(dataset.queries("dev").values())[: config.timing.queries],
+        dataset.corpus.texts(dataset.corpus.ids[: config.timing.documents]),
+        rounds=config.timing.rounds,
+        reference="full",
+        query_max_length=config.query_max_length,
+        document_max_length=config.document_max_length,
+    )
+    figures = measured[list(models)[-1]].model_dump()
+    record = {"hardware": here.name, "dtype": here.dtype, **figures}
+    (task.out / TIMING).write_text(json.dumps(record, indent=1))
+
+
+_TIMED = {
+    **{name: name for name in ("document_ms", "document_speedup", "query_speedup", "query_ms_p95")},
+    **{name: name for name in ("tokens_per_s", "mfu", "peak_memory_bytes", "isotropy", "hardware")},
+    "query_ms": "query_ms_p50",
+}
+
+
+def _timing_columns(task: StageTask) -> dict[str, Any]:
+    """Speeds, the machine that had them, and the size of the weights as they were in its memory."""
+    timing = json.loads((task.out / TIMING).read_text())
+    backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
+    size = accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"])
+    return {"bytes": size, **{column: timing[name] for column, name in _TIMED.items()}}
+
+
+def _sampled(config: TrialConfig, split: Split) -> Dataset:
+    """The part of ``split`` that the study uses."""
+    dataset, sample = load_dataset(config.dataset), getattr(config, split)
+    if sample.queries is None:
+        return dataset
+    return dataset.sample(split, queries=sample.queries, documents=sample.documents, seed=config.seed)
+
+
+# -- what determines them, and what they cost ---------------------------------------------------------
+
+
+def _importance_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    criterion = config.schedule.importance
+    return {
+        "data": sources.dataset,
+        "texts": config.calibration_texts,
+        "max_length": config.document_max_length,
+        "criterion": criterion,
+        "seed": config.seed,
+        **({"pairs": config.gates.pairs} if criterion == "dev-loss" else {}),
+    }
+
+
+def _neuron_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    return {
+        "depth": config.schedule.model_dump(mode="json", include=_DEPTH),
+        "method": config.schedule.width_method,
+        "gates": config.gates.model_dump(),
+        "data": sources.dataset,
+        "max_length": config.document_max_length,
+        "seed": config.seed,
+    }
+
+
+def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    schedule = config.schedule
+    depth = schedule.model_dump(mode="json", include=_DEPTH)
+    return {"depth": depth, "width": schedule.width_reduction, "multiple": schedule.width_multiple}
+
+
+def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    return {
+        "data": sources.dataset,
+        "split": split,
+        "sample": getattr(config, split).model_dump(),
+        "seed": config.seed,
+    }
+
+
+def _timing_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    lengths = {"query": config.query_max_length, "document": config.document_max_length}
+    dev = _sample_inputs(config, sources, "dev")
+    return dev | {"lengths": lengths, "timing": config.timing.model_dump()}
+
+
+def _training_tokens(training: TrainConfig | None) -> float:
+    if training is None:
+        return 0.0
+    lengths = training.query_max_length + training.document_max_length
+    return 3.0 * (training.steps or 100) * training.batch_size * lengths
+
+
+def _lengths(config: TrialConfig) -> int:
+    return config.query_max_length + config.document_max_length
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="backbone",
+        title="preparing the backbone",
+        build=_backbone,
+        version=2,
+        inputs=lambda config, sources, split: {
+            "backbone": sources.backbone,
+            "first_blocks": config.first_blocks,
+        },
+        shared=True,
+    ),
+    Stage(
+        name="base",
+        title="fine-tuning the full model",
+        build=_train(lambda config: config.base_training),
+        inputs=lambda config, sources, split: sources.trainings["base_training"],
+        parents={"model": ("backbone",)},
+        needed=lambda config: config.base_training is not None,
+        computed_on="device",
+        workers=lambda config: config.base_training.workers if config.base_training else 1,
+        resumable=True,
+        shared=True,
+        cost=Cost(
+            start_seconds=30.0,  # Ray Train's workers
+            tokens=lambda config: _training_tokens(config.base_training),
+            full_model=True,
+        ),
+    ),
+    Stage(
+        name="importance",
+        title="measuring importance",
+        build=_importance,
+        inputs=_importance_inputs,
+        parents={"model": _FULL},
+        needed=lambda config: needs_scores(config.schedule),
+        computed_on="device",
+        shared=True,
+        cost=Cost(
+            tokens=lambda config: config.calibration_texts * config.document_max_length, full_model=True
+        ),
+    ),
+    Stage(
+        name="neurons",
+        title="ranking neurons",
+        build=_neurons,
+        inputs=_neuron_inputs,
+        parents={"model": _FULL, "importance": ("importance",)},
+        needed=lambda config: config.schedule.width_reduction > 0,
+        computed_on="device",
+        shared=True,
+        cost=Cost(
+            tokens=lambda config: 3.0 * config.gates.steps * config.gates.batch_size * _lengths(config)
+        ),
+    ),
+    Stage(
+        name="pruned",
+        title="pruning",
+        build=_pruned,
+        version=2,
+        inputs=_pruned_inputs,
+        parents={"model": _FULL, "importance": ("importance",), "neurons": ("neurons",)},
+        needed=lambda config: config.schedule != Schedule(),
+    ),
+    Stage(
+        name="recovered",
+        title="fine-tuning the pruned model",
+        build=_train(lambda config: config.recovery),
+        inputs=lambda config, sources, split: sources.trainings["recovery"],
+        parents={"model": ("pruned", *_FULL)},
+        needed=lambda config: config.recovery is not None,
+        computed_on="device",
+        workers=lambda config: config.recovery.workers if config.recovery else 1,
+        resumable=True,
+        cost=Cost(start_seconds=30.0, tokens=lambda config: _training_tokens(config.recovery)),
+    ),
+    Stage(
+        name="embeddings",
+        title="encoding documents",
+        build=_embeddings,
+        inputs=lambda config, sources, split: {
+            **_sample_inputs(config, sources, split),
+            "max_length": config.document_max_length,
+        },
+        parents={"model": _MODEL},
+        computed_on="device",
+        workers=lambda config: config.encoding_workers,
+        resumable=True,
+        cost=Cost(
+            start_seconds=8.0,  # Ray Data's workers
+            tokens=lambda config: (config.dev.documents or 10_000) * config.document_max_length,
+        ),
+    ),
+    Stage(
+        name="scores",
+        title="searching and scoring",
+        build=_scores,
+        columns=_score_columns,
+        inputs=lambda config, sources, split: {"max_length": config.query_max_length},
+        parents={"model": _MODEL, "embeddings": ("embeddings",)},
+        computed_on="device",
+        cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
+    ),
+    Stage(
+        name="timing",
+        title="measuring speed",
+        build=_timing,
+        version=2,
+        columns=_timing_columns,
+        inputs=_timing_inputs,
+        parents={"model": _MODEL, "reference": _FULL},
+        computed_on="machine",
+        exclusive=True,
+        cost=Cost(
+            tokens=lambda config: (
+                2.0
+                * config.timing.rounds
+                * max(config.timing.documents, config.timing.queries)
+                * _lengths(config)
+            )
+        ),
+    ),
+)
+"""Parents before those that read them."""
+
+
+def trial_stages(config: TrialConfig, sources: Sources, split: Split) -> list[KeyedStage]:
+    """The stages of one trial on one split, in an order in which they can run."""
+    return key_stages(STAGES, config, sources, split)
+
+
+def titles() -> Mapping[str, str]:
+    """Stage name -> what the display calls it."""
+    return {stage.name: stage.title for stage in STAGES}

@@ -1,0 +1,163 @@
+"""What lets a run outlive a dead worker, a dead driver or too large a micro-batch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effir_ray import storage
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.step.engine import Engine, largest, rank
+
+REPORT_SECONDS = 1.0
+"""Rows are sent in groups: a report waits until Ray Train's controller has taken the one before."""
+
+CHECKPOINT_SECONDS = 300.0
+"""Checkpoints that nobody asked for are this far apart: writing one can take as long as some steps."""
+
+DEV_SCORE = "dev_ndcg_at_10"
+SMALLEST_BUDGET = 256
+"""Tokens: below this a machine without memory for one pass is out of memory for another reason."""
+
+_PROGRESS, _BUDGET, _RESERVED = "progress.json", "token_budget.json", "placement_group.json"
+
+
+class StepReports:
+    """Sends rows to the driver about once a second; with them a checkpoint where one is due.
+
+    A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
+    score. It holds weights and optimizer state; the place in the data and all random draws follow from the
+    step.
+    """
+
+    def __init__(self, engine: Engine, config: TrainConfig) -> None:
+        self._engine, self._every = engine, config.checkpoint_every
+        self._rows: list[dict[str, Any]] = []
+        self._sent = self._saved = time.monotonic()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Every rank calls it after every step: reporting is a barrier, so rank 0's clock decides for all."""
+        self._rows.append(row)
+        last = row["step"] == row["steps"]
+        due = self._since(self._sent) >= REPORT_SECONDS
+        if DEV_SCORE in row or (self._periodic(row["step"], row["steps"]) and not last):
+            with tempfile.TemporaryDirectory() as scratch:
+                self._engine.save(Path(scratch))
+                if rank() == 0:
+                    (Path(scratch) / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
+                self._report(row, scratch)
+            self._saved = time.monotonic()
+        elif due or last:
+            self._report(row, None)
+
+    def _periodic(self, step: int, steps: int) -> bool:
+        if self._every is not None:
+            return step % self._every == 0
+        return step % max(1, steps // 10) == 0 and self._since(self._saved) >= CHECKPOINT_SECONDS
+
+    def _since(self, moment: float) -> float:
+        """Seconds by rank 0's clock, on every rank."""
+        return largest(time.monotonic() - moment if rank() == 0 else 0.0, self._engine.device)
+
+    def _report(self, row: dict[str, Any], folder: str | None) -> None:
+        import ray.train
+
+        metrics = {"rows": self._rows, DEV_SCORE: row.get(DEV_SCORE, -1.0), "step": row["step"]}
+        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(metrics, checkpoint=checkpoint)
+        self._rows, self._sent = [], time.monotonic()
+
+
+def restore(engine: Engine) -> int:
+    """Load the newest checkpoint of this run into ``engine``; returns how many steps it had done."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    return 0 if checkpoint is None else _load(engine, checkpoint)
+
+
+def restore_best(engine: Engine) -> int | None:
+    """Load the checkpoint with the best dev score; returns its step, None when no checkpoint has one."""
+    import ray.train
+
+    reported = [
+        (entry.metrics[DEV_SCORE], entry.metrics["step"], entry.checkpoint)
+        for entry in ray.train.get_all_reported_checkpoints()
+        if entry.metrics[DEV_SCORE] >= 0
+    ]
+    if not reported:
+        return None
+    _, _, best = max(reported, key=lambda entry: entry[:2])
+    return _load(engine, best)
+
+
+def _load(engine: Engine, checkpoint: Any) -> int:
+    with checkpoint.as_directory() as folder:
+        engine.load(Path(folder))
+        return int(json.loads((Path(folder) / _PROGRESS).read_text())["step"])
+
+
+def note_reservation(run: str) -> None:
+    """Write down in which placement group this worker runs, for ``release``."""
+    from ray.util.placement_group import get_current_placement_group
+
+    group = get_current_placement_group()
+    if group is not None and rank() == 0:
+        storage.write_json(storage.join(run, _RESERVED), {"id": group.id.hex()})
+
+
+def release(run: str) -> None:
+    """Give back what the workers of a failed start had reserved.
+
+    Ray Train's controller does it, unless helpers of its own died with the workers, as they do under Ray's
+    memory monitor: then CPUs and GPUs stay taken until the driver ends, and the next start waits for them.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    found = storage.read_json(storage.join(run, _RESERVED))
+    if found is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(found["id"])))
+
+
+class OutOfMemory(RuntimeError):
+    """A worker ran out of memory; the run starts again from its newest checkpoint with a smaller budget."""
+
+
+@contextmanager
+def halving(run: str, budget: int) -> Iterator[None]:
+    """An out-of-memory error inside halves the token budget that the run's next start reads, and ends this
+    one.
+
+    Other ranks may be waiting inside a collective at that moment, so no rank can simply try again.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        halve(run, budget)
+        raise OutOfMemory(f"out of memory with a token budget of {budget}: {error}") from error
+
+
+def halve(run: str, budget: int) -> None:
+    storage.write_json(storage.join(run, _BUDGET), {"token_budget": budget // 2})
+
+
+def halved_budget(run: str) -> int | None:
+    """The token budget that an earlier start of this run was brought down to; None when it never was."""
+    found = storage.read_json(storage.join(run, _BUDGET))
+    return None if found is None else int(found["token_budget"])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an exception for it on GPUs, and only a message on CPUs."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text

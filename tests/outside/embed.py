@@ -1,0 +1,44 @@
+"""``python tests/outside/embed.py TASKS.json``: embed texts with exported models where there is no effir-ray.
+
+TASKS.json is a list of {"folder", "out", "texts", "remote_code"}. Each ``out`` becomes an .npz file with what
+AutoTokenizer, AutoModel and SentenceTransformer make of the texts: ``ids`` and ``mask`` (texts, tokens),
+``hidden`` (texts, tokens, width), ``query`` and ``document`` (texts, width); with "only": "sentences" just
+the last two.
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
+
+assert importlib.util.find_spec("effir_ray") is None, "effir-ray must not be importable here"
+
+
+def embed(task: dict[str, Any]) -> dict[str, np.ndarray]:
+    folder, texts, trust = task["folder"], task["texts"], task["remote_code"]
+    sentences = SentenceTransformer(folder, trust_remote_code=trust, device="cpu")
+    found = {
+        "query": sentences.encode_query(texts["query"], batch_size=32),
+        "document": sentences.encode_document(texts["document"], batch_size=32),
+    }
+    if task.get("only") == "sentences":
+        return found
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    batch = tokenizer(texts["document"], padding=True, truncation=True, max_length=24, return_tensors="pt")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=trust, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        hidden = model(**inputs).last_hidden_state
+    parts = {"ids": batch["input_ids"], "mask": batch["attention_mask"], "hidden": hidden}
+    return found | {name: part.numpy() for name, part in parts.items()}
+
+
+for task in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+    np.savez(task["out"], **embed(task))
+assert not any(name.split(".")[0] == "effir_ray" for name in sys.modules)

@@ -1,0 +1,194 @@
+"""Running a trial: its stages in order, its row, and what is left of it when it failed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from effir_ray import hardware
+from effir_ray.errors import TrialFailure
+from effir_ray.models.loading import load_config
+from effir_ray.search import trial_stages
+from effir_ray.search.activity import Activity
+from effir_ray.search.display import _activity_line
+from effir_ray.search.dry_run import dry_run, named_sources
+from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.stage_graph import Cost, Stage, StageTask
+from effir_ray.search.time_estimate import TimeEstimate
+from effir_ray.search.trial import StageRunner, failed_row, run_trial
+from effir_ray.stages import StageStore
+from tests.helpers.search_examples import small_space
+
+
+def footprint(task: StageTask) -> None:
+    (task.out / "layers.txt").write_text(str(len(trial_stages.read_plan(task.parents["model"]).layers)))
+
+
+EXTRA = Stage(
+    name="footprint",
+    title="weighing the model",
+    build=footprint,
+    inputs=lambda config, sources, split: {"unit": "layers"},
+    parents={"model": ("pruned", "backbone")},
+    columns=lambda task: {"mfu": float((task.out / "layers.txt").read_text())},
+    workers=lambda config: 3,
+    cost=Cost(start_seconds=1000.0),
+)
+
+
+def built(folder: Path) -> list[str]:
+    log = (folder / "stages" / "runs.log").read_text()
+    return [line.split()[0] for line in log.splitlines()]
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *stages: Stage) -> None:
+    monkeypatch.setattr(trial_stages, "STAGES", stages)
+
+
+DECLARED = {stage.name: stage for stage in trial_stages.STAGES}
+WITHOUT_RAY = tuple(DECLARED[name] for name in ("backbone", "importance", "pruned", "timing"))
+
+
+def fake_scores(task: StageTask) -> None:
+    """What has to be in a row, without encoding a corpus on Ray."""
+    (task.out / "scores.json").write_text("{}")
+
+
+SCORES = replace(
+    DECLARED["scores"],
+    build=fake_scores,
+    parents={"model": ("pruned", "backbone")},
+    columns=lambda task: {"ndcg_at_10": 0.5},
+)
+
+
+def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one is keyed, shared, previewed, built, named, estimated and written to the row."""
+    space = small_space(schedules=[{"drop_mlp": [1]}, {"drop_mlp": [1], "recover": False}])
+    config = space.trial(Candidate(drop_mlp=(1,)))
+    backbone, sources = load_config(space.backbone), named_sources(config)
+    before = TimeEstimate(StageStore(tmp_path / "none"), backbone, sources).seconds_left([config], 0, 0, ())
+    only(monkeypatch, *WITHOUT_RAY, SCORES, EXTRA)
+    assert dry_run(space).stages["footprint"] == 2
+    estimate = TimeEstimate(StageStore(tmp_path / "none"), backbone, sources)
+    assert estimate.seconds_left([config], 0, 0, ()) > before + 900
+    line = _activity_line(Activity(trial="1M", split="dev", stage="footprint", since=0.0))
+    assert "weighing the model" in line
+
+    heard: list[str] = []
+    row = run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
+    assert sorted(heard) == sorted(built(tmp_path)) == ["backbone", "footprint", "pruned", "scores", "timing"]
+    assert row.mfu == 4.0
+    run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
+    assert len(heard) == 5
+
+    only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
+    run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
+    assert heard[5:] == ["footprint"]
+
+
+def test_a_row_names_the_machine_that_measured_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever machine puts a later row together; another kind of machine measures for itself."""
+    only(monkeypatch, *WITHOUT_RAY, SCORES)
+    config, stages = small_space().trial(Candidate()), StageStore(tmp_path / "stages")
+    here = hardware.detect()
+    first = run_trial(config, stages)
+    assert first.hardware == here.name
+    (record,) = (tmp_path / "stages" / "timing").glob("*/timing.json")
+    timing = json.loads(record.read_text())
+    assert (timing["hardware"], timing["dtype"]) == (here.name, here.dtype)
+    record.write_text(json.dumps(timing | {"hardware": "1 x Measuring Machine"}))
+    assert run_trial(config, stages, split="test").hardware == "1 x Measuring Machine"
+
+    monkeypatch.setattr(hardware, "detect", lambda: replace(here, name="another machine"))
+    assert run_trial(config, stages).hardware == "another machine"
+    assert built(tmp_path).count("timing") == 2
+
+
+def test_what_bits_depend_on_is_in_the_key_and_nothing_else(tmp_path: Path) -> None:
+    space = small_space(base_training={"steps": 2, "batch_size": 4, "lora": None})
+    config = space.trial(Candidate(drop_mlp=1, width_reduction=0.5))
+    here = replace(named_sources(config), device="cpu", dtype="float32", machine="a")
+
+    def keys(**changes: str) -> dict[str, str]:
+        found = trial_stages.trial_stages(config, replace(here, **changes), "dev")
+        return {stage.name: stage.key for stage in found}
+
+    def differing(**changes: str) -> set[str]:
+        return {name for name, key in keys().items() if keys(**changes)[name] != key}
+
+    assert differing(machine="b") == {"timing"}
+    assert differing(dtype="bfloat16") == set(keys()) - {"backbone"}
+    untrained = [stage for stage in trial_stages.STAGES if not stage.computed_on]
+    assert {stage.name for stage in untrained} == {"backbone", "pruned"}
+
+
+def test_a_failed_trial_keeps_nothing_alive() -> None:
+    """A worker that is used again would collect the models of its failed trials."""
+
+    class Model(torch.nn.Module):
+        pass
+
+    class Loss(Exception):
+        def __init__(self, model: Model) -> None:
+            super().__init__("the loss is NaN")
+            self.model = model
+
+    def fail() -> weakref.ref[Any]:
+        model = Model()
+        row = failed_row(small_space().trial(Candidate()), "dev", "tiny", Loss(model))
+        assert row.reason == "Loss: the loss is NaN"
+        return weakref.ref(model)
+
+    remembered = fail()
+    gc.collect()
+    assert remembered() is None
+
+
+def test_exclusive_stages_take_turns(tmp_path: Path) -> None:
+    config = small_space().trial(Candidate())
+    runner = StageRunner(config, "dev", StageStore(tmp_path), lambda stage: None)
+    other = StageRunner(config, "dev", StageStore(tmp_path), lambda stage: None)
+    with runner._exclusive(DECLARED["timing"]):
+        with other._exclusive(DECLARED["scores"]):
+            pass
+        assert list(tmp_path.glob("*.lock"))
+
+
+def test_a_model_that_does_not_fit_memory_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an InputError, which would end the whole study."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("effir_ray.encoding.padded.PaddedForward.__call__", full)
+    monkeypatch.setattr("effir_ray.encoding.encoder.packed_forward", lambda *_: None)
+    only(monkeypatch, *WITHOUT_RAY, SCORES)
+    with pytest.raises(TrialFailure, match="out of memory with a single text"):
+        run_trial(small_space().trial(Candidate()), StageStore(tmp_path / "stages"))
+
+
+def test_queries_are_timed_at_their_own_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[int | None]] = {"query": set(), "document": set()}
+    encode = trial_stages.Encoder.encode
+
+    def spy(self: Any, texts: Any, kind: str, *, max_length: int | None = None, **rest: Any) -> Any:
+        seen[kind].add(max_length)
+        return encode(self, texts, kind, max_length=max_length, **rest)
+
+    monkeypatch.setattr(trial_stages.Encoder, "encode", spy)
+    only(monkeypatch, *WITHOUT_RAY, SCORES)
+    space: SearchSpace = small_space(query_max_length=9, document_max_length=21)
+    run_trial(space.trial(Candidate()), StageStore(tmp_path / "stages"))
+    assert seen == {"query": {9}, "document": {21}}

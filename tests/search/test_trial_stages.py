@@ -1,0 +1,186 @@
+"""Stages of a trial, built one by one on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from effir_ray.cluster.connection import connect
+from effir_ray.compression.pipeline import compress
+from effir_ray.compression.planning import ImportanceScores
+from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pairs import Pair, write_pairs
+from effir_ray.errors import TrialFailure
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.loading import load_config
+from effir_ray.models.plan import Plan
+from effir_ray.models.retriever import load_retriever
+from effir_ray.search import trial_stages
+from effir_ray.search.dry_run import expected_plan
+from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.stage_graph import StageTask
+from effir_ray.search.trial import StageRunner, sources_of
+from effir_ray.search.trial_stages import CHECKPOINT, read_plan
+from effir_ray.stages import StageStore
+from effir_ray.training.supervision.training_data import held_out_by, training_pairs
+from tests.helpers.search_examples import small_space, write_corpus
+
+STAGES = {stage.name: stage for stage in trial_stages.STAGES}
+TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
+
+
+def task(space: SearchSpace, out: Path, parents: dict[str, Path], **schedule: object) -> StageTask:
+    config = space.trial(Candidate(**schedule))
+    out.mkdir(parents=True, exist_ok=True)
+    return StageTask(
+        config=config, split="dev", parents=parents, out=out, store=StageStore(out.parent / "stages")
+    )
+
+
+def build(space: SearchSpace, folder: Path, **schedule: object) -> Path:
+    """The folder of the pruned model; all layers are equally important."""
+    model, importance, pruned = (folder / name for name in ("model", "importance", "pruned"))
+    STAGES["backbone"].build(task(space, model, {}))
+    equal = (0.5,) * len(read_plan(model).layers)
+    scores = ImportanceScores(criterion="cosine", attention=equal, mlp=equal, block=equal)
+    importance.mkdir()
+    (importance / "importance.json").write_text(scores.model_dump_json())
+    STAGES["pruned"].build(task(space, pruned, {"model": model, "importance": importance}, **schedule))
+    return pruned
+
+
+def test_a_compressed_checkpoint_is_pruned_further(tmp_path: Path) -> None:
+    done = compress("random:llama", Schedule(drop_mlp=(1,)), tmp_path / "small")
+    space = small_space(backbone=str(tmp_path / "small"))
+    pruned = build(space, tmp_path, drop_attention=[0], drop_mlp=[1])
+    plan = read_plan(pruned)
+    assert [layer.mlp for layer in plan.layers] == [layer.mlp for layer in done.plan.layers]
+    assert [layer.attention for layer in plan.layers] == [False, True, True, True]
+    assert load_retriever(pruned / CHECKPOINT).plan == plan
+    config = space.trial(Candidate(drop_attention=[0], drop_mlp=[1]))
+    assert expected_plan(config, load_config(space.backbone)) == plan
+
+
+def test_a_schedule_that_its_measurements_do_not_fit_fails_alone(tmp_path: Path) -> None:
+    """Equally important blocks: the last ones go, of which one is named again."""
+    with pytest.raises(TrialFailure, match="layer 3, whose whole block is dropped"):
+        build(small_space(), tmp_path, drop_block=2, drop_mlp=[3])
+
+
+def test_trials_share_mined_negatives_and_teacher_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {}
+    monkeypatch.setattr(
+        "effir_ray.training.run.launcher.train", lambda model, config, out, **options: given.update(options)
+    )
+    model, out, stages = tmp_path / "model", tmp_path / "out", StageStore(tmp_path / "stages")
+    model.mkdir()
+    out.mkdir()
+    (model / "plan.json").write_text(Plan.full(4).model_dump_json())
+    space = small_space(base_training=TRAINING)
+    STAGES["base"].build(task(space, out, {"model": model}))
+    assert given["stages"].root == stages.root
+
+
+def test_what_a_study_scores_is_never_trained_on(tmp_path: Path) -> None:
+    """Pairs from elsewhere may ask dev and test queries; what reaches the trainer does not."""
+    data = load_dataset(write_corpus(tmp_path / "data"))
+    pairs = [Pair(name, query, ("a text",), positive_ids=("d0",)) for name, query in data.all_queries.items()]
+    write_pairs(pairs, tmp_path / "pairs.jsonl")
+    recovery = TRAINING | {"dataset": str(tmp_path / "pairs.jsonl")}
+    space = small_space(dataset=str(data.folder), recovery=recovery)
+    config = space.trial(Candidate(drop_mlp=1, recover=True)).recovery
+    assert config is not None
+    kept, left_out = training_pairs(config.dataset, config.split, held_out_by(config))
+    assert {pair.query_id for pair in kept} == set(data.queries("train"))
+    assert left_out == len(data.queries("dev")) + len(data.queries("test")) == 16
+
+
+def test_seconds_count_once_a_worker() -> None:
+    space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
+    config = space.trial(Candidate(drop_mlp=1, recover=True))
+    counted = {name: STAGES[name].workers(config) for name in ("base", "recovered", "embeddings", "scores")}
+    assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 1}
+
+
+@pytest.mark.integration
+def test_training_and_encoding_go_on_in_the_folder_an_interrupted_run_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the last moment, before the stage was renamed: nothing is computed again."""
+    data = write_corpus(tmp_path / "data")
+    training = TRAINING | {"negatives": "bm25", "hard_negatives": 1, "query_max_length": 16}
+    space = small_space(dataset=str(data), dev={}, test={}, base_training=training)
+    stages = StageStore(tmp_path / "stages")
+    model = tmp_path / "model"
+    STAGES["backbone"].build(task(space, model, {}))
+
+    def step(name: str, *, killed: bool) -> Callable[[Path], None]:
+        def build(out: Path) -> None:
+            STAGES[name].build(replace(task(space, out, {"model": model}), store=stages))
+            if killed:
+                raise KeyboardInterrupt
+
+        return build
+
+    connect(num_cpus=2)
+    try:
+        for name in ("base", "embeddings"):
+            with pytest.raises(KeyboardInterrupt):
+                stages.run(name, {}, step(name, killed=True), resumable=True)
+    finally:
+        ray.shutdown()
+    monkeypatch.setattr("ray.init", None)
+    for name in ("base", "embeddings"):
+        place = stages.run(name, {}, step(name, killed=False), resumable=True)
+        assert not any(".tmp" in path.name for path in place.rglob("*"))
+    assert list((tmp_path / "stages" / "negatives").glob("*/stage.json"))
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("from_folder", [True, False])
+@pytest.mark.parametrize(
+    "schedule",
+    [{"drop_mlp": 1, "drop_attention": 1, "width_reduction": 0.25}, {"drop_block": 1}],
+    ids=["parts", "blocks"],
+)
+def test_a_trial_prunes_as_compress_does(
+    tmp_path: Path, schedule: dict[str, Any], from_folder: bool, stored: str
+) -> None:
+    """The same schedule, data and seed: the same plan and the same bits, in the type they are stored in."""
+    backbone = "random:llama"
+    if from_folder:
+        backbone = str(tmp_path / "backbone")
+        save_checkpoint(load_retriever("random:llama", dtype=stored), tmp_path / "backbone")
+    elif stored != "float32":
+        pytest.skip("random models are float32")
+    data = write_corpus(tmp_path / "data")
+    config = small_space(backbone=backbone, dataset=str(data)).trial(Candidate(**schedule))
+    keyed = {stage.name: stage for stage in trial_stages.trial_stages(config, sources_of(config), "dev")}
+    runner = StageRunner(config, "dev", StageStore(tmp_path / "stages"), lambda stage: None)
+    pruned = runner.make(keyed["pruned"])
+    made = compress(backbone, config.schedule, tmp_path / "small", calibration=config.calibration)
+    assert read_plan(pruned) == made.plan
+    weights = [
+        (place / "model.safetensors").read_bytes() for place in (pruned / CHECKPOINT, tmp_path / "small")
+    ]
+    assert weights[0] == weights[1]
+    kept = load_retriever(pruned / CHECKPOINT, dtype="auto").model
+    assert str(kept.dtype) == f"torch.{stored}"
+
+
+def test_the_backbone_is_linked_without_reading_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = compress("random:llama", Schedule(drop_mlp=(1,)), tmp_path / "small")
+    monkeypatch.setattr(trial_stages, "load_retriever", None)
+    STAGES["backbone"].build(task(small_space(backbone=str(tmp_path / "small")), tmp_path / "out", {}))
+    assert (tmp_path / "out" / CHECKPOINT).resolve() == tmp_path / "small"
+    assert read_plan(tmp_path / "out") == done.plan

@@ -1,0 +1,94 @@
+"""What a run keeps and reads back; the runs that are really killed are in ``test_loop``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+import torch
+from ray.util.placement_group import placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from effir_ray.cluster.connection import connect
+from effir_ray.models.retriever import load_retriever
+from effir_ray.training.config import TrainConfig
+from effir_ray.training.run import fault_tolerance
+from effir_ray.training.run.fault_tolerance import (
+    OutOfMemory,
+    StepReports,
+    halved_budget,
+    halving,
+    note_reservation,
+    release,
+)
+from effir_ray.training.step.engine import PlainEngine
+from effir_ray.training.step.text_encoder import TextEncoder
+
+
+def on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("too_much", [on_a_gpu, lambda: torch.empty(1 << 50), lambda: bytearray(1 << 50)])
+def test_out_of_memory_halves_the_budget_of_the_next_start(
+    tmp_path: Path, too_much: Callable[[], object]
+) -> None:
+    run = str(tmp_path / "run")
+    assert halved_budget(run) is None
+    with pytest.raises(OutOfMemory, match="token budget of 3000"), halving(run, 3000):
+        too_much()
+    assert halved_budget(run) == 1500
+
+
+@pytest.mark.parametrize(
+    ("seconds", "every", "expected"),
+    [
+        (1.0, None, []),  # nothing is lost that five minutes do not bring back
+        (40.0, None, [8, 16, 24, 32]),
+        (1000.0, None, [4, 8, 12, 16, 20, 24, 28, 32, 36]),
+        (1.0, 15, [15, 30]),
+    ],
+)
+def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
+    seconds: float, every: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = [0.0], []
+
+    def report(metrics: dict[str, Any], checkpoint: Any) -> None:
+        if checkpoint is not None:
+            assert torch.load(Path(checkpoint.path) / "state.pt")["weights"]
+            written.append(metrics["step"])
+
+    monkeypatch.setattr(fault_tolerance, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(ray.train, "report", report)  # there is no Ray Train around this process
+    config = TrainConfig(dataset="unused", checkpoint_every=every)
+    engine = PlainEngine(TextEncoder(load_retriever("random:llama")), config, torch.device("cpu"), False)
+    reporter = StepReports(engine, config)
+    for step in range(1, 41):
+        now[0] += seconds
+        reporter({"step": step, "steps": 40})
+    assert written == expected
+
+
+def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="shape"), halving(str(tmp_path), 3000):
+        raise RuntimeError("shape mismatch")
+    assert halved_budget(str(tmp_path)) is None
+
+
+@pytest.mark.integration
+def test_what_a_failed_start_reserved_is_given_back(tmp_path: Path) -> None:
+    connect(None)
+    group = placement_group([{"CPU": 0.1}])
+    inside = PlacementGroupSchedulingStrategy(placement_group=group)
+    note = ray.remote(note_reservation).options(num_cpus=0.1, scheduling_strategy=inside)
+    release(str(tmp_path))  # nothing was written down: nothing to do
+    ray.get(note.remote(str(tmp_path)))
+    assert placement_group_table(group)["state"] == "CREATED"
+    release(str(tmp_path))
+    assert placement_group_table(group)["state"] == "REMOVED"
