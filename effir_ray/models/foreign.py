@@ -23,8 +23,8 @@ from effir_ray.models.architecture import DROP_LISTS, compress_config
 from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.settings import AdapterSettings
+from effir_ray.models.weight_files import safetensors_header
 from effir_ray.readers import quoted
-from effir_ray.weight_files import safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -18,8 +18,8 @@ from pydantic import ConfigDict, Field, model_validator
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.models.architecture import full_value, overrides
+from effir_ray.models.weight_files import gguf_settings, model_tensors
 from effir_ray.readers import quoted, read_json
-from effir_ray.weight_files import gguf_settings, model_tensors
 
 MAX_LAYERS = 1024
 MAX_WIDTH = 2**16
