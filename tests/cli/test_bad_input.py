@@ -232,7 +232,8 @@ def test_an_output_folder_of_another_study_is_left_alone(tmp_path: Path) -> None
     space, out = tmp_path / "space.yaml", tmp_path / "out"
     space.write_text(SPACE)
     out.mkdir()
-    other = {"space": {"name": "other", "backbone": "random:bert", "dataset": "stdlib"}, "threads": 1}
+    space_of_other = {"name": "other", "backbone": "random:bert", "dataset": "stdlib"}
+    other = {"space": space_of_other, "threads": 1, "contents": {}, "effir_ray": "0.1.0"}
     (out / STUDY_FILE).write_text(json.dumps(other))
     assert "other" in one_line(run("search", space, "--out", out, "--resume"))
     assert json.loads((out / STUDY_FILE).read_text()) == other
