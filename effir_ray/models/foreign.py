@@ -24,7 +24,6 @@ from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.settings import AdapterSettings
 from effir_ray.models.weight_files import safetensors_header
-from effir_ray.readers import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -73,7 +72,8 @@ def _indices(values: Any, depth: int, where: str) -> set[int]:
         isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < depth for value in values
     ):
         raise InputError(
-            f"{where} is {quoted(values)}; expected layers below {depth} or {depth} times true or false"
+            f"{where} is {str(values)[:60]}; expected layer indices below {depth} or {depth} times true or "
+            "false"
         )
     return set(values)
 
