@@ -133,6 +133,12 @@ class Proposals:
         if row.split == "dev":
             self._tell(row)
 
+    def take_back(self) -> None:
+        """What runs is lost with Ray: it is handed out again, first."""
+        lost = [request.config for request in self.running.values() if request.split == "dev"]
+        self.listed.extendleft(reversed(lost))
+        self.running.clear()
+
     def front(self) -> list[TrialConfig]:
         """The configurations no other dev trial beats, best quality first."""
         dev = [row for row in list(self.rows.values()) if row.split == "dev" and row.status == "ok"]

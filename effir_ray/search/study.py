@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.jobs import submit
+from effir_ray.cluster.lost import is_lost_process, pause_seconds
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, LostProcess
 from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
@@ -25,13 +27,15 @@ from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split
 from effir_ray.search.time_estimate import TimeEstimate
-from effir_ray.search.trial import failed_row, run_trial, sources_of
+from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
 from effir_ray.stages import StageStore
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
 """A trial only drives; its training and encoding workers ask for the CPUs. A whole CPU for the driver would
 leave two training workers on a 2-core machine waiting for ever."""
+
+_RESTARTS = 2  # of a Ray that was lost, before a study stops
 
 _ALL = 10**9  # Tune's number of samples: the searcher says when the study is finished
 
@@ -68,13 +72,12 @@ def search(
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
     with exclusive(folder):
+        given = _ray_runs()
         remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
-        if not proposals.complete:
-            estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
-            connect(address)
-            _run(proposals, folder, StudyDisplay(proposals, estimate, folder))
+        estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
+        _work(proposals, folder, estimate, address, restart=not given)
         return _result(proposals, folder)
 
 
@@ -97,6 +100,30 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
         files={_SPACE_FILE: space.read_text(encoding="utf-8")},
         address=address,
     )
+
+
+def _work(
+    proposals: Proposals, out: Path, estimate: TimeEstimate, address: str | None, *, restart: bool
+) -> None:
+    """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
+
+    Raises LostProcess when that does not help.
+    """
+    losses = 0
+    while not proposals.complete:
+        connect(address)
+        try:
+            _run(proposals, out, StudyDisplay(proposals, estimate, out))
+            return
+        except Exception as error:
+            if not is_lost_process(error):
+                raise
+            losses += 1
+            if losses > _RESTARTS or not restart:
+                raise LostProcess(f"Ray was lost; search {out} with --resume goes on from here") from error
+            _disconnect()
+            time.sleep(pause_seconds(losses))
+            proposals.take_back()
 
 
 def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
@@ -128,11 +155,23 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
         raise searcher.fatal
 
 
+def _ray_runs() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
 def _trial(config: dict[str, Any], out: str, study: str) -> None:
     """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, ROW
+    from effir_ray.search.searcher import ABORT, LOST, ROW
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     folder = Path(out)
@@ -150,6 +189,9 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
             tune.report({ABORT: str(error)})
             return
         except Exception as error:
+            if isinstance(error, LostProcess) or is_lost_process(error):
+                tune.report({LOST: failure_reason(error)})
+                return
             row = failed_row(trial, split, study, error, attempt=config["attempt"])
     store.append(folder, [row])
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
@@ -164,6 +206,8 @@ def _quiet() -> None:
     """Ray's own reports go to its log files; what matters is in the rows and on the display."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its newer output prints tables even when told to be silent
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in a search space stay valid
+    # Its loggers would only repeat the rows, and a full disk makes each write a traceback of its own.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
