@@ -48,6 +48,9 @@ def search(
         show_json(result)
         return
     say(f"{result.trials} trials, {result.failed} failed, {len(result.front)} on the front")
+    if result.freed_bytes:
+        kept, freed = quantity(result.kept_bytes), quantity(result.freed_bytes)
+        say(f"{kept}B of models and embeddings kept (those of the front), {freed}B freed")
     if result.shortfall:
         say(result.shortfall)
     say(f"Next: effir-ray pareto {out}; effir-ray report {out}")

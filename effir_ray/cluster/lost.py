@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from effir_ray.errors import LostProcess
+
 FIRST_PAUSE = 2.0  # seconds; doubled with every further try
+
+_NEEDED = ("raylet", "gcs_server")
 
 _PARTS = ("cause", "controller_failure", "health_check_failure", "__cause__", "__context__")
 """Where errors of Ray, Ray Train and Python keep the one they came from."""
@@ -21,6 +25,7 @@ def is_lost_process(error: BaseException) -> bool:
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
     kinds = (
+        LostProcess,
         exceptions.WorkerCrashedError,
         exceptions.RayActorError,
         exceptions.NodeDiedError,
@@ -35,6 +40,19 @@ def is_lost_process(error: BaseException) -> bool:
     return any(
         isinstance(part, kinds) and not getattr(part, "actor_init_failed", False) for part in _parts(error)
     )
+
+
+def check_local_processes() -> None:
+    """Raise LostProcess when a process of the Ray that this process started is gone.
+
+    Whoever waits for such a Ray waits for ever, or is ended by it after a minute. Nothing is known of a
+    cluster that was there before.
+    """
+    from ray._private import worker
+
+    node = worker._global_node
+    if node is not None and (dead := [name for name, _ in node.dead_processes()]):
+        raise LostProcess(f"Ray's own {' and '.join(dead)} ended")
 
 
 def pause_seconds(failures: int) -> float:

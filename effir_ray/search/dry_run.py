@@ -15,7 +15,7 @@ from effir_ray.models import accounting
 from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import Sources
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.training.identity import check_names, training_identity
@@ -142,7 +142,7 @@ def _check_names(schedule: Schedule) -> None:
         )
 
 
-def named_sources(config: TrialConfig) -> Sources:
+def named_sources(config: StudySettings) -> Sources:
     """Names in place of fingerprints: enough to see which stages are shared, without reading anything."""
     return Sources(
         backbone=config.backbone,

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Callback
 from ray.tune.search import Searcher
 
-from effir_ray.cluster.lost import pause_seconds
+from effir_ray.cluster.lost import check_local_processes, pause_seconds
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
@@ -120,3 +121,10 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a resumed study starts a new searcher on the rows."""
+
+
+class RayIsThere(Callback):  # type: ignore[misc]  # ray has no types
+    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        check_local_processes()

@@ -19,11 +19,13 @@ from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
+from effir_ray.results.schema import TrialRow
 from effir_ray.search.activity import remove_leftovers, reporting
+from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
 from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
-from effir_ray.search.proposals import Proposals
+from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split
 from effir_ray.search.time_estimate import TimeEstimate
@@ -42,7 +44,8 @@ _ALL = 10**9  # Tune's number of samples: the searcher says when the study is fi
 
 class StudyResult(Config):
     """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first;
-    ``shortfall``: why the sampler found fewer trials than were asked for, else empty."""
+    ``shortfall``: why the sampler found fewer trials than were asked for, else empty. ``kept_bytes`` of
+    models and embeddings of trials are on disk, ``freed_bytes`` were deleted (the space's ``keep``)."""
 
     out: Path
     study: str
@@ -50,6 +53,8 @@ class StudyResult(Config):
     failed: int
     front: tuple[str, ...]
     shortfall: str = ""
+    kept_bytes: int = 0
+    freed_bytes: int = 0
 
 
 def search(
@@ -76,9 +81,13 @@ def search(
         remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
-        estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
-        _work(proposals, folder, estimate, address, restart=not given)
-        return _result(proposals, folder)
+        stages = StageStore(folder / STAGES_FOLDER)
+        collector = Collector(proposals, stages, sources)
+        collector.collect()  # what a killed run had no time for
+        estimate = TimeEstimate(stages, backbone, sources)
+        _work(proposals, folder, estimate, collector, address, restart=not given)
+        stages.remove_locks()
+        return _result(proposals, folder, collector)
 
 
 def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
@@ -103,7 +112,13 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
 
 
 def _work(
-    proposals: Proposals, out: Path, estimate: TimeEstimate, address: str | None, *, restart: bool
+    proposals: Proposals,
+    out: Path,
+    estimate: TimeEstimate,
+    collector: Collector,
+    address: str | None,
+    *,
+    restart: bool,
 ) -> None:
     """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
 
@@ -113,28 +128,35 @@ def _work(
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, out, StudyDisplay(proposals, estimate, out))
+            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector)
             return
         except Exception as error:
             if not is_lost_process(error):
                 raise
             losses += 1
             if losses > _RESTARTS or not restart:
-                raise LostProcess(f"Ray was lost; search {out} with --resume goes on from here") from error
+                raise LostProcess(
+                    f"Ray was lost ({failure_reason(error)}); --resume goes on with {out}"
+                ) from error
             _disconnect()
             time.sleep(pause_seconds(losses))
             proposals.take_back()
 
 
-def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
+def _run(proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
     from ray import tune
 
-    from effir_ray.search.searcher import ScheduleSearcher
+    from effir_ray.search.searcher import RayIsThere, ScheduleSearcher
+
+    def changed(request: TrialRequest, row: TrialRow | None) -> None:
+        display.changed(request, row)
+        if row is not None:
+            collector.collect()
 
     space = proposals.space
-    searcher = ScheduleSearcher(proposals, out, display.changed)
+    searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, out=str(out), study=space.name), {"cpu": _TRIAL_CPUS}
     )
@@ -147,7 +169,7 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, callbacks=[RayIsThere()]),
     )
     with display:
         tuner.fit()
@@ -210,7 +232,7 @@ def _quiet() -> None:
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its ERROR: a traceback for each lost process
 
 
 def _check_address(address: str | None) -> None:
@@ -241,7 +263,7 @@ def _checked_sources(space: SearchSpace) -> Sources:
     return sources
 
 
-def _result(proposals: Proposals, out: Path) -> StudyResult:
+def _result(proposals: Proposals, out: Path, collector: Collector) -> StudyResult:
     dev = [row for row in proposals.rows.values() if row.split == "dev"]
     return StudyResult(
         out=out,
@@ -250,4 +272,6 @@ def _result(proposals: Proposals, out: Path) -> StudyResult:
         failed=sum(row.status == "failed" for row in dev),
         front=tuple(config.id for config in proposals.front()),
         shortfall=proposals.shortfall,
+        kept_bytes=collector.kept_bytes(),
+        freed_bytes=collector.store.freed_bytes(),
     )

@@ -75,7 +75,7 @@ class StageRunner:
     def make(self, keyed: KeyedStage) -> Path:
         """The folder of the stage, built if it is not there."""
         place = keyed.path(self.store)
-        if (place / "stage.json").exists():
+        if self.store.has(place):
             return place
         for parent in keyed.parents.values():
             self.make(parent)
@@ -103,7 +103,7 @@ class StageRunner:
         if not stage.exclusive:
             yield
             return
-        with FileLock(self.store.root / f"{platform.node()}.lock"):
+        with FileLock(self.store.lock(platform.node())):
             yield
 
 
