@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ray.train.torch import config as torch_config
 
 from effir_ray.data.pairs import load_pairs, write_pairs
 from effir_ray.encoding.encoder import Encoder
@@ -115,10 +116,27 @@ def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
     assert first_steps(tmp_path / "out") == 1
 
 
-def test_a_worker_that_dies_before_it_trains_is_replaced(dataset: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_before_it_trains_is_replaced(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray Train calls it an error of its controller, and gives up at once."""
-    with when(lambda: bool(training_workers()), kill_a_worker):
-        result = train("random:llama", settings(dataset, steps=2), tmp_path / "out")
+    flag = tmp_path / "killed"
+
+    class Backend(torch_config._TorchBackend):  # type: ignore[misc]  # ray has no types
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            if not flag.exists():
+                flag.touch()
+                worker_group.execute_single(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            super().on_start(worker_group, backend_config)
+
+    class Config(torch_config.TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Backend
+
+    monkeypatch.setattr("ray.train.torch.TorchConfig", Config)
+    result = train("random:llama", settings(dataset, steps=2), tmp_path / "out")
+    assert flag.exists()
     assert [row["step"] for row in result.history] == [1, 2]
 
 
