@@ -93,6 +93,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+    peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
+    say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
 
 
 def repeat(

@@ -25,12 +25,13 @@ from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
 from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
+from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
-from effir_ray.stages import StageStore
+from effir_ray.stages import StageStore, size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
@@ -69,8 +70,10 @@ def search(
     space = space if isinstance(space, SearchSpace) else load_yaml(Path(space), SearchSpace)
     folder = Path(out).resolve()
     _check_address(address)
-    dry_run(space)
+    preview = dry_run(space)
     sources = _checked_sources(space)
+    need = Footprint(peak=preview.peak_bytes, end=preview.end_bytes)
+    check_space(folder, need, size_on_disk(folder / STAGES_FOLDER))
     if find(folder, space, sources.contents, resume=resume) is None:
         connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     record = claim(folder, space, sources.contents, resume=resume)

@@ -20,7 +20,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from ray.train.torch import config as torch_config
 
 from effir_ray.data.pairs import load_pairs, write_pairs
 from effir_ray.encoding.encoder import Encoder
@@ -122,19 +121,22 @@ def test_a_worker_that_dies_before_it_trains_is_replaced(
     """Ray Train calls it an error of its controller, and gives up at once."""
     flag = tmp_path / "killed"
 
-    class Backend(torch_config._TorchBackend):  # type: ignore[misc]  # ray has no types
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            if not flag.exists():
-                flag.touch()
-                worker_group.execute_single(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            super().on_start(worker_group, backend_config)
+    def trainer(*arguments: Any) -> Any:
+        made = plain(*arguments)
+        config = made.backend_config
 
-    class Config(torch_config.TorchConfig):  # type: ignore[misc]
-        @property
-        def backend_cls(self) -> type[Backend]:
-            return Backend
+        class Backend(config.backend_cls):
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                if not flag.exists():
+                    flag.touch()
+                    worker_group.execute_single(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                super().on_start(worker_group, backend_config)
 
-    monkeypatch.setattr("ray.train.torch.TorchConfig", Config)
+        config.__class__ = type("Config", (type(config),), {"backend_cls": Backend})
+        return made
+
+    plain = launcher._trainer
+    monkeypatch.setattr(launcher, "_trainer", trainer)
     result = train("random:llama", settings(dataset, steps=2), tmp_path / "out")
     assert flag.exists()
     assert [row["step"] for row in result.history] == [1, 2]
