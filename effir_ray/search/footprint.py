@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from effir_ray.data.download import BEIR_SETS, official_name
+from effir_ray.data.datasets import official_name
+from effir_ray.data.download import BEIR_SETS
 from effir_ray.errors import InputError
 from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import Split
