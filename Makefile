@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the demonstration search (a Pareto front in about ten minutes)
 # make test   install into .venv and run all tests; `make test-fast` leaves the integration tests out
+# make fuzz   every reader of files for a minute with random input
 # make check  lint and types
 # make outside  the environments without effir-ray that the tests of exports run in (part of make test)
 
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 # Where what we write is read without us: the oldest and the newest transformers that pyproject.toml allows.
 OUTSIDE := .venv-outside-oldest/.installed .venv-outside-newest/.installed
 
-.PHONY: install demo test test-fast outside check clean
+.PHONY: install demo test test-fast outside check clean fuzz
 .SECONDARY: $(OUTSIDE)
 
 install: $(INSTALLED)
@@ -41,6 +42,9 @@ outside: $(OUTSIDE)
 	$(BIN)/python tests/outside/borrow_torch.py $(@D)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --progress-bar off -c $< transformers sentence-transformers
 	@touch $@
+
+fuzz: $(INSTALLED)
+	EFFIR_RAY_FUZZ_SECONDS=60 $(BIN)/python -m pytest tests/test_fuzz.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

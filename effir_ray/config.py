@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from effir_ray.errors import InputError
+from effir_ray.readers import parse_yaml, quoted, read_text
+
+_LARGEST = 2**53
+"""Above it floats, and so JSON of others, no longer tell whole numbers apart."""
+
+_PROBLEMS_SHOWN = 3
+
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What every random generator takes: NumPy's ends there."""
+
+Length = Annotated[int, Field(ge=2, le=2**20)]
+"""Tokens of one text."""
 
 
 class Config(BaseModel):
-    """Base of all configuration objects: immutable, and unknown keys are errors."""
+    """Base of all configuration objects: immutable, unknown keys are errors, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -26,43 +39,62 @@ def load_yaml(path: Path, model: type[C]) -> C:
 
     Raises InputError naming file, line and field; for an unknown key also the nearest key that exists.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    try:
-        data = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of settings, found {type(data).__name__}")
+    data, node = parse_yaml(read_text(path), str(path))
     return parse(data, model, source=str(path), node=node)
 
 
-def parse(data: dict[str, Any], model: type[C], *, source: str, node: yaml.Node | None = None) -> C:
+def parse(data: Any, model: type[C], *, source: str, node: yaml.Node | None = None) -> C:
     """Validate ``data``; ``source`` (a file or a command-line option) opens every error message."""
+    if not isinstance(data, dict):
+        raise InputError(f"{source}: found {quoted(data)}; expected a mapping of settings")
+    strict = model.model_config.get("extra") == "forbid"
+    if strict and data and not model.model_fields.keys() & data.keys():
+        known = ", ".join(sorted(model.model_fields))
+        nearest = difflib.get_close_matches(str(next(iter(data))), model.model_fields, n=1, cutoff=0.5)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {known}"
+        raise InputError(f"{source}: none of its keys is a setting; {hint}")
+    _check_numbers(data, source, node, ())
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_describe(problem, model, source, node) for problem in error.errors()]
-        raise InputError("\n".join(lines)) from None
+        problems = [_describe(problem, model, source, node) for problem in error.errors()]
+        more = len(problems) - _PROBLEMS_SHOWN
+        shown = "; ".join(problems[:_PROBLEMS_SHOWN])
+        raise InputError(f"{shown}; and {more} more" if more > 0 else shown) from None
+
+
+def _check_numbers(value: Any, source: str, node: yaml.Node | None, location: tuple[int | str, ...]) -> None:
+    if isinstance(value, dict | list | tuple):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in entries:
+            _check_numbers(inner, source, node, (*location, key))
+    elif isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:  # NaN too
+        raise InputError(
+            f"{_place(source, node, location)}: {_field(location)} is {quoted(value)}; expected a finite "
+            "number of at most 9e15"
+        )
+
+
+def _place(source: str, node: yaml.Node | None, location: tuple[int | str, ...]) -> str:
+    line = _line_of(node, location)
+    return source if line is None else f"{source}:{line}"
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    """The dotted name of a setting, without what a stranger's file could make long."""
+    return ".".join(quoted(part)[1:-1] if isinstance(part, str) else str(part) for part in location)
 
 
 def _describe(problem: Any, model: type[BaseModel], source: str, node: yaml.Node | None) -> str:
     location: tuple[int | str, ...] = problem["loc"]
-    line = _line_of(node, location)
-    where = source if line is None else f"{source}:{line}"
-    field = ".".join(str(part) for part in location)
+    where, field = _place(source, node, location), _field(location)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(str(location[-1])[:100], known, n=1, cutoff=0.5)
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
         return f"{where}: unknown key '{field}'; {hint}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    given = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
+    message = " ".join(str(problem["msg"]).removeprefix("Value error, ").split())
+    given = "" if problem["type"] == "missing" else f" (found {quoted(problem['input'])})"
     return f"{where}: {field or 'settings'}: {message}{given}"
 
 

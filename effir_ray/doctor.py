@@ -103,6 +103,7 @@ def _ray() -> Finding:
         subject="Ray",
         found=f"cluster at {address}" if address else "a private instance on this machine",
         reason=("RAY_ADDRESS is set" if address else "RAY_ADDRESS is not set")
+        + ("" if address else "; it listens on 127.0.0.1 only, asks for a token, its files have mode 0700")
         + ("; job submission available" if jobs else "; for submit and jobs: pip install 'ray[default]'"),
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
+from effir_ray.readers import parse_json
 
 
 def is_uri(place: str | Path) -> bool:
@@ -165,7 +166,7 @@ def read_json(source: str) -> Any:
     if not exists(source):
         return None
     with open_file(source) as stream:
-        return json.loads(stream.read())
+        return parse_json(stream.read(), source)
 
 
 def exists(source: str) -> bool:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("errors", "provenance"),
-    ("files", "hardware", "progress", "contrastive", "pages"),
+    ("files", "readers", "hardware", "progress", "contrastive", "pages"),
     ("config", "caches", "storage", "stages", "cluster"),
     ("models", "data", "results"),
     ("encoding",),

@@ -58,3 +58,14 @@ def test_every_file_the_image_copies_exists() -> None:
     sources = [name for line in lines for name in line.split()[:-1]]
     assert sources
     assert all((ROOT / name).exists() for name in sources)
+
+
+def test_clusters_ask_for_a_token_and_share_nothing_with_strangers() -> None:
+    job = yaml.safe_load((CLUSTER / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert job["authOptions"] == {"mode": "token"}
+    (head,) = job["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {port["containerPort"] for port in head["ports"]} == {6379, 8265}
+    cluster = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text())
+    assert "--env RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert cluster["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
+    assert not any("777" in command for command in cluster["initialization_commands"])

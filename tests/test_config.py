@@ -28,7 +28,7 @@ class Study(Config):
             "3: schedules.0.width_reduction: Input should be less than 1",
         ),
         ("name: a\nschedules:\n- drop_mlp: [1, 1]\n", "names a layer twice"),
-        ("- a\n", "expected a mapping of settings, found list"),
+        ("- a\n", "expected a mapping of settings, found a list"),
         ("a: [\n", "not valid YAML"),
     ],
 )

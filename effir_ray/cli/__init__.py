@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 from effir_ray.cli import jobs, machine, models, results, retrieval, search, training
-from effir_ray.cli._app import app
+from effir_ray.cli._app import app, stop
 
 __all__ = ["app", "main"]
 
@@ -35,4 +36,5 @@ def main() -> None:
     """Entry point of ``effir-ray``."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, stop)
     app()

@@ -1,14 +1,15 @@
 """The application object, and how every command ends.
 
 A command parses its options, calls one function of the library and shows the result. What the user did
-wrong ends it with one clear line and exit code 2, Ctrl-C with 130, a run that failed for a stated reason
-with 1. Any other exception is a bug and keeps its traceback.
+wrong ends it with one clear line and exit code 2, Ctrl-C with 130, SIGTERM with 143, a run that failed for a
+stated reason with 1. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from typing import Any
 
@@ -31,6 +32,17 @@ _WRONG_PLACE = frozenset(
 """What a path the user chose can be wrong for."""
 
 
+_stopped_by: list[int] = []
+"""The signal that ended this process, where it was not Ctrl-C."""
+
+
+def stop(number: int, _frame: Any) -> None:
+    """Handler of SIGTERM, which schedulers and service managers send: the same end as by Ctrl-C."""
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the tidying up
+    _stopped_by.append(number)
+    raise KeyboardInterrupt
+
+
 class Commands(TyperGroup):
     """A command group that turns the library's exceptions into messages and exit codes."""
 
@@ -42,7 +54,8 @@ class Commands(TyperGroup):
         except (TrialFailure, LostProcess) as error:
             _fail(_message(error), code=1)
         except KeyboardInterrupt:
-            _fail("interrupted; what is finished is kept", code=130)
+            number = _stopped_by[0] if _stopped_by else signal.SIGINT
+            _fail("interrupted; what is finished is kept", code=128 + number)
         except BrokenPipeError:  # the reader of a pipe has left, as in `effir-ray query ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None

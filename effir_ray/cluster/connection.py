@@ -1,11 +1,26 @@
-"""Connecting to Ray: a given cluster, or a quiet private instance on this machine."""
+"""Connecting to Ray: a given cluster, or a quiet private instance on this machine.
+
+Whoever reaches a Ray instance can run code on it (CVE-2023-48022). The private one therefore listens on the
+loopback interface alone, asks for a token of its own, and keeps its files in a folder that only this user can
+enter.
+"""
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import logging
 import os
+import secrets
+import shutil
+import signal
 import socket
-from typing import Any
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
 
 from effir_ray.errors import InputError
 
@@ -21,6 +36,14 @@ _WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
 }
+
+LOOPBACK = "127.0.0.1"
+
+_LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch between an instance that other machines can join and one on the loopback interface. It is off
+by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
+
+_TOKEN = "token"
 
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
@@ -40,32 +63,51 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
-        "runtime_env": {"env_vars": worker_environment()},
+        "runtime_env": {"env_vars": worker_environment(local=target is None)},
     }
     if target is None:
         os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 starves workers beside any other program
-        _start_local(num_cpus, options)
+        with _own_sigterm():
+            _start_local(num_cpus, options)
         return
     _check_reachable(target)
     try:
-        ray.init(address=target, **options)
+        with _own_sigterm():
+            ray.init(address=target, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(target, error) from None
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this program's handler of SIGTERM, if it has one: Ray's own prints native stacks and ends the
+    process on the spot.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
     """Ray gives its own processes 30 seconds, which a busy machine may not keep: try again, then say so."""
     import ray
 
+    folder = _new_folder()
+    atexit.register(_end_local, folder, _ask_for_token(folder))
     for attempt in range(_START_ATTEMPTS):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=num_cpus,
-                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-                **options,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    num_cpus=num_cpus,
+                    object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                    _temp_dir=str(folder),
+                    **options,
+                )
             return
         except Exception as error:
             if "timed out during startup" not in str(error):
@@ -78,11 +120,98 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
                 ) from None
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of every worker process, whatever its node has: the driver's devices are not theirs."""
+def _new_folder() -> Path:
+    while True:
+        with suppress(FileNotFoundError):  # the end of another instance has removed the empty folder
+            return Path(tempfile.mkdtemp(prefix="", dir=private_folder()))
+
+
+def private_folder() -> Path:
+    """Where private instances keep tokens, sockets and logs, one folder each; those of killed ones go.
+
+    Below ``$RAY_TMPDIR`` or ``/tmp``, since the path of a socket may have 107 characters. Only this user can
+    enter it: a folder of somebody else in its place is not used.
+    """
+    place = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    folder = place / f"effir-ray-{os.getuid()}"
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o170777 != 0o040700:
+            return Path(tempfile.mkdtemp(prefix="effir-ray-", dir=place))
+    for token in folder.glob(f"*/{_TOKEN}"):
+        with suppress(OSError), token.open() as file:  # its process holds the lock
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(token.parent, ignore_errors=True)
+    return folder
+
+
+def _ask_for_token(folder: Path) -> TextIO:
+    """Make the next instance of this process, and all its workers, use a token: the user's, else a new one.
+
+    Ray's own way would be a file in the home folder that everyone can read. Returns the token's file; its
+    lock says that the instance lives.
+    """
+    from ray import _raylet
+
+    raylet: Any = _raylet  # its stub leaves these two out
+
+    aside = folder / f".{_TOKEN}"
+    file = os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+    file.write(secrets.token_hex(32))
+    file.flush()
+    fcntl.flock(file, fcntl.LOCK_EX)
+    aside.rename(folder / _TOKEN)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / _TOKEN)
+    raylet.Config.initialize("")  # it looked at the environment when ray was imported
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    return file
+
+
+def _end_local(folder: Path, token: TextIO) -> None:
+    import ray
+
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+    token.close()
+    with suppress(OSError):  # another instance lives
+        folder.parent.rmdir()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within it a Ray instance is started that listens on the loopback interface alone, with all processes
+    that it will start.
+    """
+    from ray._private import ray_constants
+
+    before, known = os.environ.get(_LOOPBACK_SWITCH), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[_LOOPBACK_SWITCH], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        if before is None:
+            del os.environ[_LOOPBACK_SWITCH]
+        else:
+            os.environ[_LOOPBACK_SWITCH] = before
+
+
+def worker_environment(*, local: bool = False) -> dict[str, str]:
+    """Environment of every worker process, whatever its node has: the driver's devices are not theirs.
+
+    ``local``: the workers of a private instance, whose process groups stay on the loopback interface too.
+    """
     environment = dict(_WORKER_ENVIRONMENT)
     if "TORCH_EXTENSIONS_DIR" in os.environ:
         environment["TORCH_EXTENSIONS_DIR"] = os.environ["TORCH_EXTENSIONS_DIR"]
+    if local:
+        names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+        environment |= {f"{kind}_SOCKET_IFNAME": name for name in names for kind in ("GLOO", "NCCL")}
     return environment
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from effir_ray.config import Config
+from effir_ray.config import Config, Length, Seed
 
 Criterion = Literal["cosine", "pooled", "greedy", "dev-loss", "random"]
 Unit = Literal["attention", "mlp", "block"]
@@ -44,11 +44,11 @@ class Schedule(Config):
     drop_attention: Drop = 0
     drop_mlp: Drop = 0
     drop_block: Drop = 0
-    drop_last_blocks: int = Field(default=0, ge=0)
+    drop_last_blocks: int = Field(default=0, ge=0, le=1024)
     importance: Criterion = "cosine"
     width_reduction: float = Field(default=0.0, ge=0.0, lt=1.0)
     width_method: WidthMethod = "self-slimming"
-    width_multiple: int | None = Field(default=None, ge=1)
+    width_multiple: int | None = Field(default=None, ge=1, le=2**16)
 
     @model_validator(mode="after")
     def _sound(self) -> Schedule:
@@ -84,9 +84,9 @@ def _drop_name(drop: int | tuple[int, ...], unit: str, prefix: str = "") -> str:
 class GateTraining(Config):
     """Training of the self-slimming gates (paper section 3.2) and data for the other width methods."""
 
-    steps: int = Field(default=500, ge=1)
-    batch_size: int = Field(default=32, ge=2)
-    pairs: int = Field(default=16000, ge=2)
+    steps: int = Field(default=500, ge=1, le=10**7)
+    batch_size: int = Field(default=32, ge=2, le=2**16)
+    pairs: int = Field(default=16000, ge=2, le=10**8)
 
 
 class Calibration(Config):
@@ -99,10 +99,10 @@ class Calibration(Config):
     """
 
     dataset: str = "stdlib"
-    texts: int = Field(default=256, ge=1)
+    texts: int = Field(default=256, ge=1, le=10**7)
     gates: GateTraining = GateTraining()
-    max_length: int = Field(default=512, ge=2)
-    seed: int = 0
+    max_length: Length = 512
+    seed: Seed = 0
 
 
 CALIBRATION = Calibration()

@@ -12,7 +12,7 @@ is in memory.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import numpy as np
 
 from effir_ray.data.parquet_corpus import ParquetRows, part_files
 from effir_ray.errors import InputError
+from effir_ray.readers import open_regular, parse_json, quoted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,6 +37,8 @@ MAX_LINE_BYTES = (
 # these shares they are kept and reported as warnings; above, the folder is taken for broken.
 MAX_EMPTY_SHARE = 0.002
 MAX_UNMATCHED_SHARE = 0.001
+
+_SCORE = re.compile(r"\s*[+-]?[0-9]{1,9}\s*")  # int() would read 1_0 as 10
 
 _CHUNK = 65536  # ids that are Python objects at once
 
@@ -232,15 +235,11 @@ def read_qrels(path: Path, queries: dict[str, str], documents: set[str]) -> Judg
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, raw line) of every line that is not blank."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
+        )
+    with open_regular(path) as file:
         number = offset = 0
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -265,12 +264,9 @@ def _decode(raw: bytes, path: Path, number: int) -> str:
 
 def _json_object(raw: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(_decode(raw, path, number))
-    except (ValueError, RecursionError) as error:
-        reason = {RecursionError: "nested too deeply", ValueError: "a number of too many digits"}.get(
-            type(error), getattr(error, "msg", "")
-        )
-        raise InputError(f"{path}:{number}: not valid JSON: {reason}; expected one object a line") from None
+        record = parse_json(_decode(raw, path, number), f"{path}:{number}")
+    except InputError as error:
+        raise InputError(f"{error}; expected one object a line") from None
     if not isinstance(record, dict):
         raise InputError(
             f"{path}:{number}: found a JSON {type(record).__name__}; expected an object with _id and text"
@@ -332,7 +328,6 @@ def _judgement(fields: list[str], path: Path, number: int) -> tuple[str, str, in
             f"{path}:{number}: {len(fields)} tab-separated fields; expected 3: query-id, corpus-id, score"
         )
     query_id, document_id, score = fields
-    try:
-        return query_id, document_id, int(score)
-    except ValueError:
-        raise InputError(f"{path}:{number}: score is {score!r}; expected a whole number") from None
+    if not _SCORE.fullmatch(score):
+        raise InputError(f"{path}:{number}: score is {quoted(score)}; expected a whole number")
+    return query_id, document_id, int(score)

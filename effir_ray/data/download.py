@@ -12,6 +12,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,7 @@ from effir_ray.data.datasets import official_name
 from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
 from effir_ray.progress import Progress, progress
+from effir_ray.readers import quoted
 
 BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 _ATTEMPTS = 5  # connections opened one after the other, each going on where the last one broke
@@ -156,6 +158,8 @@ def _download(url: str, root: Path, known: BeirSet) -> Path:
                 raise InputError(f"{url}: the server answers {error.code} {error.reason}") from None
             except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 problem, complete = error, False
+            except ValueError as error:
+                raise InputError(f"{quoted(url)} is no address to download from: {error}") from None
             if _size(partial) == before:
                 break  # nothing came: trying again at once would not help
     if not complete:
@@ -187,6 +191,8 @@ def _fetch_rest(url: str, partial: Path, bar: Progress) -> bool:
     with response:
         resumed = response.status == 206  # 200: the server sends everything again
         length = response.headers.get("Content-Length")
+        if length is not None and not (length.isascii() and length.isdigit() and len(length) < 16):
+            raise InputError(f"{url}: the server says Content-Length: {quoted(length)}; expected a number")
         expected = None if length is None else int(length) + (start if resumed else 0)
         _check_space(partial.parent, int(length or 0), url)
         bar.total = None if expected is None else expected >> 20
@@ -210,8 +216,9 @@ def _unpack(archive: Path, folder: Path) -> None:
         if not (aside / folder.name).is_dir():
             raise InputError(f"{archive}: holds no folder '{folder.name}'; it is not the BEIR archive")
         (aside / folder.name).replace(folder)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{archive}: not a zip archive: {error}; remove it and try again") from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        # NotImplementedError: an unknown method; RuntimeError: encrypted
+        raise InputError(f"{archive}: not a readable zip archive: {error}; remove it and try again") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from effir_ray.errors import InputError
+from effir_ray.readers import parse_json, quoted
 
 _QUERY = ("query", "anchor", "question", "query_text")
 _POSITIVE = ("positive", "positives", "positive_passages")
@@ -176,15 +177,13 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _keys(record: Mapping[str, Any]) -> str:
-    return ", ".join(str(key) for key in record) or "none"
+    return ", ".join(quoted(key) for key in list(record)[:10]) or "none"
 
 
 def parse_line(line: str, where: str) -> Pair:
     """One line of JSON as a pair; ``where`` (``file:line``) opens the message of the InputError."""
     try:
-        return parse_pair(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error}") from None
+        return parse_pair(parse_json(line, where))
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 

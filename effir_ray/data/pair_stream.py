@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from effir_ray import storage
@@ -210,7 +211,7 @@ def _suffix(place: str) -> str:
 def _chunks(path: str) -> Iterator[Chunk]:
     with storage.open_file(path) as file:
         if _suffix(path) == ".parquet":
-            groups = pq.ParquetFile(file).metadata
+            groups = _parquet(file, path).metadata
             for group in range(groups.num_row_groups):
                 yield Chunk(path, 0, 0, group, groups.row_group(group).num_rows)
             return
@@ -253,8 +254,23 @@ def _read(chunk: Chunk) -> Iterator[Pair]:
             yield parse_line(text, where)
 
 
+def _parquet(file: Any, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as Parquet: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _row_group(file: Any, chunk: Chunk) -> Iterator[Pair]:
-    for number, record in enumerate(pq.ParquetFile(file).read_row_group(chunk.line).to_pylist()):
+    try:
+        records = _parquet(file, chunk.path).read_row_group(chunk.line).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{chunk.path}: row group {chunk.line} is damaged: {_reason(error)}") from None
+    for number, record in enumerate(records):
         try:
             yield parse_pair(record)
         except ValueError as error:

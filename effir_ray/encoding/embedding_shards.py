@@ -23,6 +23,7 @@ import numpy.typing as npt
 from effir_ray import storage
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
+from effir_ray.readers import json_object, parse_json
 
 StoredType = Literal["float32", "float16"]
 FORMAT = 1
@@ -94,13 +95,7 @@ class ShardFolder:
             text = self._read(_HEADER)
         if text is None:
             return None
-        try:
-            data = json.loads(text)
-        except ValueError:
-            data = None
-        if not isinstance(data, dict):
-            raise InputError(f"{self / _HEADER}: not a JSON object; is this a folder of embeddings?")
-        return parse(data, Encoding, source=self / _HEADER)
+        return parse(parse_json(text, self / _HEADER), Encoding, source=self / _HEADER)
 
     def write_header(self, encoding: Encoding) -> None:
         """Make the folder."""
@@ -170,7 +165,11 @@ class ShardFolder:
             raise InputError(
                 f"{self.location}: shard {shard} is missing; run the same encoding again to resume"
             )
-        return ShardRecord(**json.loads(text))
+        place = f"{self.location}: shard {shard}"
+        try:
+            return ShardRecord(**json_object(parse_json(text, place), place))
+        except TypeError:
+            raise InputError(f"{place}: its manifest is not one of effir-ray") from None
 
     def remove_leftovers(self) -> None:
         """Delete what killed writers left aside. Only while no other run writes here."""

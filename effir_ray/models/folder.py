@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +12,16 @@ from effir_ray.errors import InputError
 from effir_ray.models.architecture import overrides
 from effir_ray.models.family import Family
 from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.settings import (
+    AdapterSettings,
+    LengthSettings,
+    OwnSettings,
+    PoolingSettings,
+    PromptSettings,
+    normalizes,
+    read_settings,
+)
+from effir_ray.readers import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,7 +45,7 @@ class RetrieverSpec(Config):
     append_eos: bool
     query_prompt: str = ""
     document_prompt: str = ""
-    max_length: int = Field(default=512, ge=2)
+    max_length: int = Field(default=512, ge=2, le=2**31)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -44,55 +53,61 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors"))
 
 
+def read_adapter(folder: Path) -> AdapterSettings:
+    """Raises InputError where there is none, or no LoRA adapter that can be merged."""
+    file = folder / "adapter_config.json"
+    settings = read_settings(file, AdapterSettings)
+    if settings is None:
+        raise InputError(f"{file}: no such file")
+    return settings
+
+
 def base_of_adapter(folder: Path) -> str:
     """Name or path of the model that an adapter belongs to; a path may be relative to its folder."""
-    name = (read_json(folder / "adapter_config.json") or {}).get("base_model_name_or_path")
-    if not name:
-        raise InputError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing")
+    name = read_adapter(folder).base_model_name_or_path
     beside = folder / name
+    if beside.is_dir() and is_adapter(beside):
+        raise InputError(
+            f"{folder / 'adapter_config.json'}: its base {quoted(name)} is an adapter too; merge that first"
+        )
     return str(beside if beside.is_dir() else name)
 
 
-def read_json(file: Path) -> Any:
-    """None when the file does not exist; InputError when it is not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON: {error}") from None
+def read_own(folder: Path) -> OwnSettings | None:
+    """effir.json; None for a model of others."""
+    return read_settings(folder / OWN_FILE, OwnSettings)
 
 
 def read_spec(folder: Path, family: Family) -> RetrieverSpec:
     """Our own file first, then sentence-transformers' files, then what suits the family."""
-    own = read_json(folder / OWN_FILE)
+    own = read_own(folder)
     if own is not None:
-        return parse(own.get("spec", {}), RetrieverSpec, source=str(folder / OWN_FILE))
-    pooling_file = read_json(folder / "1_Pooling" / "config.json")
+        return parse(own.spec, RetrieverSpec, source=f"{folder / OWN_FILE}: spec")
+    pooling_file = read_settings(folder / "1_Pooling" / "config.json", PoolingSettings)
     if pooling_file is None:
         return RetrieverSpec(pooling=family.pooling, append_eos=family.causal)
     pooling = _pooling(pooling_file, folder)
-    modules = read_json(folder / "modules.json") or []
-    limits = read_json(folder / "sentence_bert_config.json") or {}
-    prompts = (read_json(folder / "config_sentence_transformers.json") or {}).get("prompts") or {}
+    limits = read_settings(folder / "sentence_bert_config.json", LengthSettings)
+    described = read_settings(folder / "config_sentence_transformers.json", PromptSettings)
+    prompts = (described and described.prompts) or {}
     return RetrieverSpec(
         pooling=pooling,
-        normalize=any("Normalize" in module["type"] for module in modules),
+        normalize=normalizes(folder / "modules.json"),
         append_eos=family.causal and pooling == "last",
         query_prompt=prompts.get("query") or "",
         document_prompt=prompts.get("document") or prompts.get("passage") or "",
-        max_length=limits.get("max_seq_length") or 512,
+        max_length=(limits and limits.max_seq_length) or 512,
     )
 
 
-def _pooling(settings: dict[str, Any], folder: Path) -> Any:
+def _pooling(settings: PoolingSettings, folder: Path) -> Any:
     flags = {
-        "cls": "pooling_mode_cls_token",
-        "mean": "pooling_mode_mean_tokens",
-        "last": "pooling_mode_lasttoken",
+        "cls": settings.pooling_mode_cls_token,
+        "mean": settings.pooling_mode_mean_tokens,
+        "last": settings.pooling_mode_lasttoken,
     }
-    newer = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(settings.get("pooling_mode")))
-    chosen = [newer] if newer else [name for name, flag in flags.items() if settings.get(flag)]
+    newer = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(str(settings.pooling_mode))
+    chosen = [newer] if newer else [name for name, flag in flags.items() if flag]
     if len(chosen) != 1:
         raise InputError(
             f"{folder / '1_Pooling' / 'config.json'}: expected one of cls, mean and last-token pooling"
@@ -102,8 +117,8 @@ def _pooling(settings: dict[str, Any], folder: Path) -> Any:
 
 def read_place(folder: Path) -> dict[str, Any] | None:
     """Which of the backbone's blocks an ordinary checkpoint of ours holds; None for any other folder."""
-    place: dict[str, Any] | None = (read_json(folder / OWN_FILE) or {}).get("place")
-    return place
+    own = read_own(folder)
+    return None if own is None or own.place is None else own.place.model_dump(mode="json", exclude_unset=True)
 
 
 def present_plan(config: PreTrainedConfig) -> Plan:
@@ -119,7 +134,8 @@ def present_plan(config: PreTrainedConfig) -> Plan:
 
 def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
     """The plan of a loaded model, with the neurons that our own file names."""
-    neurons = (read_json(folder / OWN_FILE) or {}).get("neurons", {})
+    own = read_own(folder)
+    neurons = own.neurons if own is not None else {}
     layers = list(present_plan(config).layers)
     for index, layer in enumerate(layers):
         if layer.neurons is None or str(index) not in neurons:
@@ -129,5 +145,5 @@ def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
             raise InputError(
                 f"{folder / OWN_FILE}: layer {index} lists {len(named)} neurons, config.json says {width}"
             )
-        layers[index] = layer.model_copy(update={"neurons": tuple(named)})
+        layers[index] = layer.model_copy(update={"neurons": named})
     return Plan(layers=tuple(layers))

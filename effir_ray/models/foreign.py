@@ -22,6 +22,8 @@ from effir_ray.errors import InputError
 from effir_ray.models.architecture import DROP_LISTS, compress_config
 from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.settings import AdapterSettings
+from effir_ray.models.weight_files import safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -64,20 +66,21 @@ def read_drop_lists(config: PreTrainedConfig, file: Path) -> PreTrainedConfig:
 
 def _indices(values: Any, depth: int, where: str) -> set[int]:
     values = values or []
-    if len(values) == depth and all(isinstance(value, bool) for value in values):
+    if isinstance(values, list) and len(values) == depth and all(isinstance(value, bool) for value in values):
         return {index for index, dropped in enumerate(values) if dropped}
-    if any(
+    if not isinstance(values, list) or any(
         isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < depth for value in values
     ):
         raise InputError(
-            f"{where} is {values}; expected layer indices below {depth} or {depth} times true or false"
+            f"{where} is {str(values)[:60]}; expected layer indices below {depth} or {depth} times true or "
+            "false"
         )
     return set(values)
 
 
 @torch.no_grad()
 def merge_lora(
-    model: PreTrainedModel, folder: Path, settings: Mapping[str, Any], renamed: Mapping[str, str]
+    model: PreTrainedModel, folder: Path, settings: AdapterSettings, renamed: Mapping[str, str]
 ) -> None:
     """W += scale * B A for every adapted Linear (arXiv 2106.09685, section 4.1), in float32.
 
@@ -88,11 +91,12 @@ def merge_lora(
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise InputError(f"{file}: no such file; a LoRA adapter keeps its weights there")
-    if settings.get("use_dora") or settings.get("fan_in_fan_out") or settings.get("bias", "none") != "none":
+    if settings.use_dora or settings.fan_in_fan_out or settings.bias not in ("none", None):
         raise InputError(
             f"{folder / 'adapter_config.json'}: only plain LoRA is supported (no DoRA, no biases)"
         )
     pairs: dict[str, dict[str, Tensor]] = {}
+    safetensors_header(file)
     for name, tensor in load_file(file).items():
         found = _LORA_NAME.fullmatch(name)
         if found is None:
@@ -102,13 +106,17 @@ def merge_lora(
         if set(pair) != {"A", "B"}:
             raise InputError(f"{file}: {name} has only one of lora_A and lora_B")
         linear = _linear(model, _renamed(name, renamed), file)
-        rank = pair["A"].shape[0]
+        shapes = tuple(pair["A"].shape), tuple(pair["B"].shape)
+        out, into = linear.weight.shape
+        rank = shapes[0][0] if shapes[0] else 0
+        if not rank or shapes != ((rank, into), (out, rank)):
+            raise InputError(
+                f"{file}: {name} has pairs of shape {shapes[0]} and {shapes[1]}, the base model's matrix is "
+                f"{(out, into)}"
+            )
         alpha = _alpha(name, settings)
-        scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        scale = alpha / (rank**0.5 if settings.use_rslora else rank)
         change = scale * pair["B"].float() @ pair["A"].float()
-        if change.shape != linear.weight.shape:
-            shape, expected = tuple(change.shape), tuple(linear.weight.shape)
-            raise InputError(f"{file}: {name} has shape {shape}, the base model's is {expected}")
         linear.weight += change.to(linear.weight)
 
 
@@ -119,15 +127,15 @@ def _renamed(name: str, renamed: Mapping[str, str]) -> str:
     return name
 
 
-def _alpha(name: str, settings: Mapping[str, Any]) -> float:
+def _alpha(name: str, settings: AdapterSettings) -> float:
     """The first pattern that matches the end of the module's name, whole parts of it, counts (as in PEFT).
 
     PEFT's name of it begins with ``model.`` where the adapter is that of a whole language model.
     """
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+    for pattern, alpha in (settings.alpha_pattern or {}).items():
         if any(re.fullmatch(rf"(.*\.)?({pattern})", whole) for whole in (name, f"model.{name}")):
-            return float(alpha)
-    return float(settings["lora_alpha"])
+            return alpha
+    return settings.lora_alpha
 
 
 def _linear(model: nn.Module, name: str, file: Path) -> nn.Linear:

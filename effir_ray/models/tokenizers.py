@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path, *, append_eos: bool, trust_remote_code: bool) -
         )
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises no type of its own
         raise InputError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:

@@ -18,6 +18,7 @@ from filelock import FileLock
 from effir_ray.caches import cache_folder, file_hash
 from effir_ray.errors import InputError
 from effir_ray.models.family import Family, get
+from effir_ray.models.settings import check_gguf_file
 
 
 @contextmanager
@@ -65,6 +66,7 @@ def dequantised(path: Path) -> Path:
 
     Raises InputError when the file is not a GGUF model of a supported architecture.
     """
+    check_gguf_file(path)
     target = cache_folder() / "gguf" / file_hash(path)
     if target.is_dir():
         return target
@@ -97,7 +99,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
         raise InputError(
             f"{path}: reading GGUF files needs the gguf package; run: pip install gguf"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the converter raises whatever a malformed file makes it raise
         raise InputError(f"{path}: not a readable GGUF model: {' '.join(str(error).split())}") from None
     check_tensors(path, report, get(model.config.model_type), ())
     # save_pretrained refuses a model that came from GGUF, although its weights are plain float32 by now.

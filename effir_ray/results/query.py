@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -39,9 +40,27 @@ def select(tables: dict[str, pa.Table], sql: str) -> pa.Table:
             connection.execute(f"SET {setting}")
         try:
             _check_one_select(connection, sql)
-            return connection.sql(sql).to_arrow_table()
+            return _within_limits(connection, sql)
+        except duckdb.InterruptException:
+            raise InputError(f"SQL: stopped after {_SECONDS:g} s; a SELECT over results takes less") from None
         except duckdb.Error as error:
             raise InputError(f"SQL: {' '.join(str(error).split())}") from None
+
+
+def _within_limits(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
+    alarm = threading.Timer(_SECONDS, connection.interrupt)
+    alarm.start()
+    try:
+        reader: Any = connection.sql(sql).to_arrow_reader(_BATCH)
+        batches, size = [], 0
+        for batch in reader:
+            batches.append(batch)
+            size += batch.nbytes
+            if size > _BYTES:
+                raise InputError(f"SQL: the result is larger than {_BYTES >> 20} MiB; add a LIMIT")
+        return pa.Table.from_batches(batches, schema=reader.schema)
+    finally:
+        alarm.cancel()
 
 
 def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -53,7 +72,12 @@ def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         raise InputError(f"SQL: expected one SELECT over 'rows' and 'published', found {found}")
 
 
+_SECONDS = 8.0
+_BYTES = 256 * 2**20
+_BATCH = 10_000  # rows
+
 _SANDBOX = (
+    "memory_limit = '512MB'",
     "enable_external_access = false",  # no files, no network
     "autoinstall_known_extensions = false",
     "python_enable_replacements = false",  # no variables of this process as tables

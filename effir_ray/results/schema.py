@@ -156,5 +156,7 @@ def _arrow_schema() -> pa.Schema:
     return pa.schema(fields, metadata={"effir_ray_schema": str(SCHEMA_VERSION)})
 
 
+JSON_COLUMNS = frozenset({"trial", "plan", "versions"})
+
 ARROW_SCHEMA: pa.Schema = _arrow_schema()
 """The table of ``TrialRow``; every column carries its description as field metadata."""

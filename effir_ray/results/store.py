@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from effir_ray.config import parse
 from effir_ray.errors import InputError, is_disk_full
 from effir_ray.files import whole
-from effir_ray.results.schema import ARROW_SCHEMA, SCHEMA_VERSION, TrialRow
+from effir_ray.readers import json_object, parse_json, quoted
+from effir_ray.results.schema import ARROW_SCHEMA, JSON_COLUMNS, SCHEMA_VERSION, TrialRow
 
 ROWS_FOLDER = "rows"
 
@@ -54,6 +56,15 @@ def read(folders: Folders) -> pa.Table:
     return table.take(pc.sort_indices(table["created_at"].fill_null(begun)))
 
 
+def trial_rows(table: pa.Table) -> list[TrialRow]:
+    """The rows as objects; InputError for one that no effir-ray has written."""
+    source = "a row of the results"
+    return [
+        parse({name: value for name, value in row.items() if value is not None}, TrialRow, source=source)
+        for row in table.to_pylist()
+    ]
+
+
 def latest(table: pa.Table) -> pa.Table:
     """One row of every (study, trial, data set, split): a success before any failure, then the last attempt.
 
@@ -88,17 +99,32 @@ def _read_file(file: Path) -> pa.Table:
     version = (table.schema.metadata or {}).get(b"effir_ray_schema")
     if version is None:
         raise InputError(f"{file}: not a table of effir-ray results (its metadata lacks effir_ray_schema)")
+    if not version.isdigit() or len(version) > 9:
+        raise InputError(f"{file}: results schema {quoted(version.decode('latin-1'))}; expected a number")
     if int(version) > SCHEMA_VERSION:
         raise InputError(
             f"{file}: results schema {int(version)}, newer than {SCHEMA_VERSION} read here; upgrade effir-ray"
         )
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.schema.names
-        else pa.nulls(len(table), field.type)
-        for field in ARROW_SCHEMA
-    ]
+    columns = [_column(file, table, field) for field in ARROW_SCHEMA]
     return pa.Table.from_arrays(columns, schema=ARROW_SCHEMA)
+
+
+def _column(file: Path, table: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """One column in its type; InputError where a file of others, or a damaged one, has something else."""
+    if field.name not in table.schema.names:
+        return pa.chunked_array([pa.nulls(len(table), field.type)])
+    try:
+        column = table[field.name].cast(field.type)
+        column.validate(full=True)
+    except (pa.ArrowException, KeyError) as error:  # KeyError: the name is there twice
+        raise InputError(f"{file}: column {field.name}: {_first_line(error)[:200]}") from None
+    if pa.types.is_floating(field.type) and pc.any(pc.invert(pc.is_finite(column))).as_py():
+        raise InputError(f"{file}: column {field.name} holds a value that is no finite number")
+    if field.name in JSON_COLUMNS:
+        for text in column.unique().to_pylist():
+            if text is not None:
+                json_object(parse_json(text, f"{file}: column {field.name}"), f"{file}: column {field.name}")
+    return column
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from effir_ray.config import Config
+from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import available_cores
 from effir_ray.provenance import __version__
+from effir_ray.readers import read_json
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.space import SearchSpace
@@ -108,7 +109,7 @@ def finished_rows(out: Path) -> list[TrialRow]:
     if not any((out / store.ROWS_FOLDER).glob("*.parquet")):
         return []
     table = store.latest(store.read([out]))
-    return [TrialRow.model_validate(row) for row in table.to_pylist() if row["status"] == "ok"]
+    return [row for row in store.trial_rows(table) if row.status == "ok"]
 
 
 def attempts(out: Path) -> Counter[tuple[str, str]]:
@@ -121,8 +122,8 @@ def attempts(out: Path) -> Counter[tuple[str, str]]:
 
 def _read(file: Path) -> StudyRecord:
     try:
-        return StudyRecord.model_validate_json(file.read_text())
-    except ValueError:
+        return parse(read_json(file), StudyRecord, source=str(file))
+    except InputError:
         raise InputError(f"{file}: not readable as a study of this version of effir-ray") from None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
-from effir_ray.config import Config
+from effir_ray.config import Config, Length, Seed
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
 from effir_ray.training.config import TrainConfig
 
@@ -23,6 +24,9 @@ SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 
 OBJECTIVES: dict[str, Direction] = {name: DIRECTIONS[name] for name in DEFAULT_OBJECTIVES}
 """Columns of a dev row that the sampler improves and the front is made of."""
+
+_MOST_VALUES = 10_000
+"""Schedules, values of an axis or combinations of a grid: a study of more would not end."""
 
 _ID_LENGTH = 12  # hex digits of a trial id
 
@@ -55,8 +59,8 @@ class Candidate(Schedule):
 class Sample(Config):
     """How much of a split is used. Without numbers: every query over every document."""
 
-    queries: int | None = Field(default=None, ge=1)
-    documents: int | None = Field(default=None, ge=1)
+    queries: int | None = Field(default=None, ge=1, le=10**9)
+    documents: int | None = Field(default=None, ge=1, le=10**9)
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Sample:
@@ -68,29 +72,29 @@ class Sample(Config):
 class Timing(Config):
     """Speed is measured on dev texts, the full model and the trial's taking turns ``rounds`` times."""
 
-    queries: int = Field(default=64, ge=1)
-    documents: int = Field(default=64, ge=2)  # how alike embeddings are takes two
-    rounds: int = Field(default=5, ge=1)
+    queries: int = Field(default=64, ge=1, le=10**6)
+    documents: int = Field(default=64, ge=2, le=10**6)  # how alike embeddings are takes two
+    rounds: int = Field(default=5, ge=1, le=1000)
 
 
 class StudySettings(Config):
     """What all trials of a study have in common."""
 
     backbone: str
-    first_blocks: int | None = Field(default=None, ge=1)
+    first_blocks: int | None = Field(default=None, ge=1, le=1024)
     dataset: str
     dev: Sample = Sample()
     test: Sample = Sample()
-    query_max_length: int = Field(default=64, ge=2)
-    document_max_length: int = Field(default=CALIBRATION.max_length, ge=2)
-    encoding_workers: int = Field(default=1, ge=1)
-    calibration_texts: int = Field(default=CALIBRATION.texts, ge=1)
+    query_max_length: Length = 64
+    document_max_length: Length = CALIBRATION.max_length
+    encoding_workers: int = Field(default=1, ge=1, le=4096)
+    calibration_texts: int = Field(default=CALIBRATION.texts, ge=1, le=10**7)
     gates: GateTraining = CALIBRATION.gates
     base_training: TrainConfig | None = None
     recovery: TrainConfig | None = None
     timing: Timing = Timing()
-    threads: int = Field(default=0, ge=0)
-    seed: int = 0
+    threads: int = Field(default=0, ge=0, le=4096)
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -184,11 +188,22 @@ class Axis(Config):
                 raise ValueError("give a list of choices with at least one entry, or low and high")
         elif self.low is None or self.high is None or self.low > self.high:
             raise ValueError("a range needs low and high, low not above high")
+        elif (count := self._count()) > _MOST_VALUES:
+            raise ValueError(f"a range of {count:.3g} values; take a larger step (at most {_MOST_VALUES})")
         return self
 
     @property
     def integral(self) -> bool:
         return all(isinstance(end, int) for end in (self.low, self.high, self.step) if end is not None)
+
+    def _count(self) -> float:
+        """How many values a range has; 0 for a continuous one. Infinite where the step is next to nothing."""
+        assert self.low is not None and self.high is not None
+        step = self.step or (1 if self.integral else None)
+        if step is None:
+            return 0
+        count = (self.high - self.low) / step + 1e-9
+        return count if count > _MOST_VALUES else int(count) + 1
 
     def values(self) -> tuple[Any, ...]:
         """Every value, or an empty tuple for a continuous range."""
@@ -198,8 +213,7 @@ class Axis(Config):
         step = self.step or (1 if self.integral else None)
         if step is None:
             return ()
-        count = int((self.high - self.low) / step + 1e-9) + 1
-        return tuple(round(self.low + i * step, 10) for i in range(count))
+        return tuple(round(self.low + i * step, 10) for i in range(int(self._count())))
 
     def contains(self, value: Any) -> bool:
         """Whether the sampler could propose ``value``."""
@@ -247,11 +261,11 @@ class SearchSpace(StudySettings):
     models and embeddings are kept once their rows exist."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    schedules: tuple[Candidate, ...] = ()
+    schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
-    trials: int = Field(default=0, ge=0)
-    concurrency: int = Field(default=1, ge=1)
+    trials: int = Field(default=0, ge=0, le=10**6)
+    concurrency: int = Field(default=1, ge=1, le=4096)
     keep: Literal["front", "all", "none"] = "front"
 
     @model_validator(mode="after")
@@ -263,6 +277,9 @@ class SearchSpace(StudySettings):
             endless = [name for name, axis in axes.items() if not axis.values()]
             if endless:
                 raise ValueError(f"sampler grid needs choices or a step for {', '.join(endless)}")
+            combinations = math.prod(len(axis.values()) for axis in axes.values())
+            if combinations > _MOST_VALUES:
+                raise ValueError(f"sampler grid has {combinations} combinations; at most {_MOST_VALUES} run")
         elif self.trials and not axes:
             raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
         elif axes and not self.trials:

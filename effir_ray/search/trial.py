@@ -16,10 +16,12 @@ from filelock import FileLock
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
+from effir_ray.config import parse
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row
 from effir_ray.models.names import backbone_fingerprint
+from effir_ray.readers import parse_json
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.folder import STAGES_FOLDER
@@ -175,7 +177,8 @@ def repeat(
     stages = StageStore(folder / STAGES_FOLDER)
     pairs = []
     for original in originals:
-        config = TrialConfig.model_validate_json(original.trial)
+        place = f"the row of trial {original.trial_id}"
+        config = parse(parse_json(original.trial, place), TrialConfig, source=place)
         repeated = run_trial(
             config, stages, split="test" if original.split == "test" else "dev", study=original.study
         )
@@ -186,9 +189,9 @@ def repeat(
 
 def _rows_of(table: Any, trial: str, split: str | None) -> list[TrialRow]:
     rows = [
-        TrialRow.model_validate(row)
-        for row in store.latest(table).to_pylist()
-        if row["trial_id"].startswith(trial) and split in (None, row["split"])
+        row
+        for row in store.trial_rows(store.latest(table))
+        if row.trial_id.startswith(trial) and split in (None, row.split)
     ]
     if not rows:
         where = f" on split {split}" if split else ""

@@ -6,15 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from effir_ray.config import Config
+from effir_ray.config import Config, Length, Seed
 from effir_ray.training.step.ladder import Ladder, check_nested
+
+Dimension = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class LoraConfig(Config):
     """Low-rank adapters on every Linear of every block: the seven projections of a gated decoder block."""
 
-    r: int = Field(default=32, ge=1)
-    alpha: float = Field(default=64.0, gt=0)
+    r: int = Field(default=32, ge=1, le=2**14)
+    alpha: float = Field(default=64.0, gt=0, le=1e6)
 
 
 class DistillationConfig(Config):
@@ -25,11 +27,11 @@ class DistillationConfig(Config):
     texts once. ``temperature`` divides the reranker's scores.
     """
 
-    scores: float = Field(default=1.0, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
+    scores: float = Field(default=1.0, ge=0, le=1e6)
+    temperature: float = Field(default=1.0, ge=1e-4, le=1e4)
     teacher: str | None = None
-    embedding: float = Field(default=0.0, ge=0)
-    similarity: float = Field(default=0.0, ge=0)
+    embedding: float = Field(default=0.0, ge=0, le=1e6)
+    similarity: float = Field(default=0.0, ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _teacher_is_used(self) -> DistillationConfig:
@@ -47,10 +49,10 @@ class DevConfig(Config):
     ``dataset``: None takes the one that is trained on.
     """
 
-    every: int = Field(ge=1)
+    every: int = Field(ge=1, le=10**9)
     dataset: str | None = None
-    queries: int = Field(default=100, ge=1)
-    documents: int = Field(default=1000, ge=1)
+    queries: int = Field(default=100, ge=1, le=10**9)
+    documents: int = Field(default=1000, ge=1, le=10**9)
 
 
 class TrainConfig(Config):
@@ -75,38 +77,40 @@ class TrainConfig(Config):
     split: str = "train"
     held_out: str | None = None
     negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`
-    hard_negatives: int = Field(default=7, ge=0)
-    epochs: float = Field(default=1.0, gt=0)
-    steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=128, ge=2)  # not stated in the paper; RepLLaMA's
-    query_max_length: int = Field(default=512, ge=2)
-    document_max_length: int = Field(default=512, ge=2)
+    hard_negatives: int = Field(default=7, ge=0, le=10**4)
+    epochs: float = Field(default=1.0, gt=0, le=1e5)
+    steps: int | None = Field(default=None, ge=1, le=10**9)
+    batch_size: int = Field(default=128, ge=2, le=2**20)  # not stated in the paper; RepLLaMA's
+    query_max_length: Length = 512
+    document_max_length: Length = 512
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=1e3)
     schedule: Literal["linear", "cosine"] = "linear"  # not stated; the Hugging Face default
     warmup: float = Field(default=0.1, ge=0, lt=1)  # fraction of the steps
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    seed: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1e3)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
+    seed: Seed = 0
 
-    temperature: float = Field(default=0.02, gt=0)
+    temperature: float = Field(default=0.02, ge=1e-4, le=1e4)
     distillation: DistillationConfig = DistillationConfig()
-    matryoshka: tuple[int, ...] = ()
+    matryoshka: tuple[Dimension, ...] = Field(default=(), max_length=64)
     elastic: Annotated[Ladder, AfterValidator(check_nested)] = ()
     lora: LoraConfig | None = LoraConfig()
     keep_zeros: bool = False
 
-    workers: int = Field(default=1, ge=1)
-    cpus_per_worker: float = Field(default=1.0, gt=0)
+    workers: int = Field(default=1, ge=1, le=65536)
+    cpus_per_worker: float = Field(default=1.0, gt=0, le=4096)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    token_budget: int | None = Field(default=None, ge=1)
+    token_budget: int | None = Field(default=None, ge=1, le=2**31)
     gradient_checkpointing: bool = False
 
     dev: DevConfig | None = None
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=1, ge=1)  # the best by dev score, or the newest; and the newest
-    max_failures: int = Field(default=2, ge=0)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=10**9)
+    keep_checkpoints: int = Field(
+        default=1, ge=1, le=10**4
+    )  # the best by dev score, or the newest; and the newest
+    max_failures: int = Field(default=2, ge=0, le=10**4)
     storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from effir_ray.cli import app
+from effir_ray.cli._app import stop
 from effir_ray.errors import InputError, TrialFailure
 
 Files = dict[str, str]
@@ -215,13 +216,24 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == "effir-ray: interrupted; what is finished is kept\n"
 
 
+def test_sigterm_ends_with_143_and_the_same_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("effir_ray.diagnose", lambda: signal.raise_signal(signal.SIGTERM), raising=False)
+    monkeypatch.setattr("effir_ray.cli._app._stopped_by", [])
+    before = signal.signal(signal.SIGTERM, stop)
+    result = run("doctor")
+    signal.signal(signal.SIGTERM, before)
+    assert result.exit_code == 143
+    assert result.stderr == "effir-ray: interrupted; what is finished is kept\n"
+
+
 def test_an_output_folder_of_another_study_is_left_alone(tmp_path: Path) -> None:
     from effir_ray.search.folder import STUDY_FILE
 
     space, out = tmp_path / "space.yaml", tmp_path / "out"
     space.write_text(SPACE)
     out.mkdir()
-    other = {"space": {"name": "other", "backbone": "random:bert", "dataset": "stdlib"}, "threads": 1}
+    space_of_other = {"name": "other", "backbone": "random:bert", "dataset": "stdlib"}
+    other = {"space": space_of_other, "threads": 1, "contents": {}, "effir_ray": "0.1.0"}
     (out / STUDY_FILE).write_text(json.dumps(other))
     assert "other" in one_line(run("search", space, "--out", out, "--resume"))
     assert json.loads((out / STUDY_FILE).read_text()) == other

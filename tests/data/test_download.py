@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
     breaks: list[int]
     ranges: list[str | None]
     supports_ranges = True
+    length: str | None = None  # what it says instead of the true one
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", self.server.length or str(len(body)))
         self.end_headers()
         self.wfile.write(body[: self.server.breaks.pop(0)] if self.server.breaks else body)
 
@@ -102,6 +103,24 @@ def test_a_later_call_goes_on_too(server: Server, monkeypatch: pytest.MonkeyPatc
         download.get("scifact")
     assert download.get("scifact").is_dir()
     assert server.ranges == [None, "bytes=1000-"]
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "9" * 30, "1e9"])
+def test_a_length_that_is_no_number_is_refused(server: Server, length: str) -> None:
+    server.length = length
+    with pytest.raises(InputError, match="the server says Content-Length"):
+        download.get("scifact")
+
+
+@pytest.mark.parametrize("url", ["nowhere", "htp://x", "http://[", "http://a b/", "http://x:port/"])
+def test_a_mirror_that_is_no_address_is_named(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EFFIR_RAY_DATA", str(tmp_path))
+    with pytest.raises(InputError) as raised:
+        download.get("scifact", base_url=url)
+    assert "\n" not in str(raised.value)
+    assert url[:8] in str(raised.value)
 
 
 def test_a_finished_transfer_is_not_repeated(server: Server, tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ from effir_ray.models.names import resolve
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import Retriever, load_retriever
+from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.trial import StageRunner, sources_of
+from effir_ray.search.trial_stages import CHECKPOINT, trial_stages
+from effir_ray.stages import StageStore
 from effir_ray.training.config import LoraConfig as OurLoraConfig
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import train
@@ -138,6 +142,15 @@ def trained(place: Path) -> Export:
     return Export(folder=Path(train(base, config, place / "run").checkpoint))
 
 
+def searched(place: Path) -> Export:
+    """The checkpoint of a trial of a study, from the packaged model's folder."""
+    space = SearchSpace(name="outside", backbone="minilm-l6", dataset=str(write_folder(place / "data")))
+    config = space.trial(Candidate(drop_mlp=(1,), drop_block=(3,)))
+    runner = StageRunner(config, "dev", StageStore(place / "stages"), lambda stage: None)
+    (pruned,) = (stage for stage in trial_stages(config, sources_of(config), "dev") if stage.name == "pruned")
+    return Export(folder=runner.make(pruned) / CHECKPOINT)
+
+
 def drop_lists(place: Path) -> Export:
     """LLM-Drop's marks on a full checkpoint."""
     folder = place / "marked"
@@ -181,6 +194,7 @@ EXPORTS: dict[str, Callable[[Path], Export]] = {
     "elastic-blocks": elastic_blocks,
     "adapter": adapter,
     "trained": trained,
+    "searched": searched,
     "drop-lists": drop_lists,
 }
 

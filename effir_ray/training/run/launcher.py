@@ -19,12 +19,14 @@ from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
+from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.identity import training_identity
 from effir_ray.training.run.fault_tolerance import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
 from effir_ray.training.run.loop import train_worker
+from effir_ray.training.run.rendezvous import torch_config
 from effir_ray.training.run.trackers import Board, check_installed, tracked
 from effir_ray.training.supervision.training_data import prepare
 
@@ -95,7 +97,7 @@ def _tracking_id(out: Path) -> str:
     file = out / _TRACKING
     if not file.is_file():
         _write_json(file, {"id": uuid.uuid4().hex[:12]})
-    return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    return str(read_json_object(file).get("id"))
 
 
 def _absolute(name: str, reserved: Collection[str]) -> str:
@@ -136,7 +138,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     storage.check(base)
     run = storage.join(base, name)
     known = out / _SETTINGS
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else record
+    before = read_json_object(known) if known.is_file() else record
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
@@ -245,7 +247,7 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
 def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     scaling, backend = _scaling(config)
     best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
@@ -253,7 +255,7 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     return TorchTrainer(
         train_worker,
         train_loop_config=job,
-        torch_config=TorchConfig(backend=backend),
+        torch_config=torch_config(backend),
         scaling_config=scaling,
         run_config=RunConfig(
             name=job["name"],
@@ -306,7 +308,7 @@ def _in_worker() -> bool:
 
 
 def _finished(out: Path) -> TrainResult:
-    result = json.loads((out / _RESULT).read_text(encoding="utf-8"))
+    result = read_json_object(out / _RESULT)
     return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
 
 

@@ -7,6 +7,7 @@ is the identity in a single process.
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from effir_ray.errors import InputError
 from effir_ray.models.retriever import Retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.text_encoder import TextEncoder
@@ -57,7 +59,9 @@ class Engine(Passes, Protocol):
         """Write weights and optimizer state; every rank calls it and writes its part."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote; InputError where a file holds anything but tensors and settings."""
+        ...
 
 
 def zero_stage(config: TrainConfig, *, bfloat16: bool) -> int:
@@ -102,6 +106,8 @@ class DeepSpeedEngine:
             config=deepspeed_settings(config, bfloat16=bfloat16),
             dist_init_required=False,
         )
+        self._known = _zero_classes()
+        self._engine.checkpoint_engine = _only_weights(self._known)
         self._deepspeed = deepspeed
         self._stage = zero_stage(config, bfloat16=bfloat16)
         asked = "" if self._stage == config.zero_stage else " (ZeRO-0 would sum gradients in bfloat16)"
@@ -141,6 +147,7 @@ class DeepSpeedEngine:
         self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
+        check_weights(folder, self._known)
         self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=False)
 
 
@@ -200,7 +207,8 @@ class PlainEngine:
             torch.save({"weights": weights, "optimizer": self._optimizer.state_dict()}, folder / "state.pt")
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        check_weights(folder)
+        state = load_weights(folder / "state.pt", self.device)
         self.encoder.load_state_dict(state["weights"], strict=False)
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -223,6 +231,62 @@ def build_engine(
             raise  # plain data parallelism would need the memory that ZeRO was asked to save
         reason = f"DeepSpeed does not start: {type(error).__name__}: {str(error).splitlines()[0]}"
         return PlainEngine(encoder, config, device, bfloat16, reason)
+
+
+def check_weights(folder: Path, known: Sequence[type] = ()) -> None:
+    """Raise InputError unless every file of a training checkpoint holds only tensors, plain data and
+    instances of the ``known`` classes. No tensor is read.
+
+    Each rank checks the files of all: a rank that alone found a bad one would leave the others waiting.
+    """
+    allowed = {f"{kind.__module__}.{kind.__name__}" for kind in known}
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - allowed
+        except Exception as error:  # torch has no type for files that are not its own
+            raise _not_ours(file, type(error).__name__) from None
+        if strange:
+            raise _not_ours(file, f"it names {', '.join(sorted(strange))}")
+
+
+def load_weights(file: Path | str, device: Any, known: Sequence[type] = ()) -> Any:
+    """``torch.load`` that runs no code of the file, see ``check_weights``."""
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            return torch.load(file, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise _not_ours(file, type(error).__name__) from None
+
+
+def _not_ours(file: Path | str, reason: str) -> InputError:
+    return InputError(
+        f"{file}: not a training checkpoint of effir-ray, or damaged ({reason}); it was not loaded, "
+        "because it could run code of others. Remove its folder or start the run over"
+    )
+
+
+def _zero_classes() -> tuple[type, ...]:
+    """The classes whose instances are in the states that ZeRO writes."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address
+
+
+def _only_weights(known: Sequence[type]) -> Any:
+    """DeepSpeed's reader and writer of files, without its ``torch.load(weights_only=False)``."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class OnlyWeights(TorchCheckpointEngine):  # type: ignore[misc]  # DeepSpeed has no types
+        def __init__(self) -> None:
+            super().__init__()
+            self.zipfile_serialization = True  # the other format cannot be checked without being read
+
+        def load(self, path: str, map_location: Any = None) -> Any:
+            return load_weights(path, map_location, known)
+
+    return OnlyWeights()
 
 
 def _import_deepspeed() -> Any:

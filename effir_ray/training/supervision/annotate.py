@@ -101,13 +101,15 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         with quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True
+                name, use_safetensors=True, output_loading_info=True, trust_remote_code=False
             )
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be loaded as a cross-encoder: {error}") from None
+        raise InputError(
+            f"{name}: cannot be loaded as a cross-encoder: {' '.join(str(error).split())}"
+        ) from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise InputError(
@@ -131,7 +133,7 @@ def _model_key(name: str) -> str:
     from transformers import AutoConfig
 
     try:
-        commit = AutoConfig.from_pretrained(name)._commit_hash
+        commit = AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: no such folder or model: {error}") from None
     return f"{name}@{commit}"

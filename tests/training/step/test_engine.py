@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +14,14 @@ import torch
 
 from effir_ray.compression.sparsity.methods import parse_pattern
 from effir_ray.compression.sparsity.sparsify import sparsify
+from effir_ray.errors import InputError
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import LoraConfig, TrainConfig
 from effir_ray.training.run.loop import prepare
 from effir_ray.training.step import engine
 from effir_ray.training.step.engine import adamw, learning_rate
+from tests.helpers import checkpoint_worker
+from tests.helpers.processes import run_group
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -99,6 +105,39 @@ def test_a_norm_tells_when_a_gradient_is_not_a_number() -> None:
     assert engine.gradient_norm(module) == pytest.approx(5.0)
     module.bias.grad = torch.tensor([0.0, math.nan])
     assert math.isnan(engine.gradient_norm(module))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoints_come_back_exactly_and_a_planted_pickle_does_not_run(ranks: int, tmp_path: Path) -> None:
+    """At every ZeRO stage, with and without adapters, in float32 and bfloat16; no rank is left waiting."""
+    run_group(checkpoint_worker.__file__, ranks, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report) == 16
+    assert {case: found["equal"] for case, found in report.items()} == dict.fromkeys(report, True)
+    for case, found in report.items():
+        if not case.endswith("True"):
+            assert found["messages"], case
+        assert all("not a training checkpoint" in text and "\n" not in text for text in found["messages"])
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", pickle.dumps({"weights": 1})], ids=["", "text", "pickle"]
+)
+def test_a_damaged_checkpoint_is_named(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_import_deepspeed", refuse)
+    found = prepare(load_retriever("random:llama"), settings(), torch.device("cpu"), bfloat16=False)
+    found.save(tmp_path)
+    found.load(tmp_path)
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"state\.pt: not a training checkpoint"):
+        found.load(tmp_path)
+    torch.save({"weights": checkpoint_worker.Planted(tmp_path / "mark")}, tmp_path / "state.pt")
+    with pytest.raises(InputError, match="it names"):
+        found.load(tmp_path)
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -1,0 +1,261 @@
+"""The JSON files of a model folder, field by field: types and bounds, before anything is built from them.
+
+config.json                                      transformers' architecture, see ``ModelSettings``
+effir.json                                       effir-ray's own, see ``OwnSettings``
+adapter_config.json                              PEFT's LoRA, see ``AdapterSettings``
+modules.json, 1_Pooling/, sentence_bert_...      sentence-transformers' pooling and prompts
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, model_validator
+
+from effir_ray.config import Config, parse
+from effir_ray.errors import InputError
+from effir_ray.models.architecture import full_value, overrides
+from effir_ray.models.weight_files import gguf_settings, model_tensors
+from effir_ray.readers import quoted, read_json
+
+MAX_LAYERS = 1024
+MAX_WIDTH = 2**16
+MAX_NEURONS = 2**20
+MAX_VOCABULARY = 2**23
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "head_dim",
+    "vocab_size",
+    "num_hidden_layers",
+)
+_SLACK = 10**8  # parameters that a model may have beyond its files before it is not even built
+_MAX_PATTERN = 200  # characters
+# Repeated groups make a match's time exponential in the name's length, back-references and look-around help.
+_UNSAFE_PATTERN = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?(?!:)|(?:[*+?}].*){4}", re.DOTALL)
+
+Layers = Annotated[int, Field(strict=True, ge=1, le=MAX_LAYERS)]
+Width = Annotated[int, Field(strict=True, ge=1, le=MAX_WIDTH)]
+Neurons = Annotated[int, Field(strict=True, ge=1, le=MAX_NEURONS)]
+Index = Annotated[int, Field(strict=True, ge=0, lt=MAX_NEURONS)]
+Heads = Annotated[int, Field(strict=True, ge=1, le=4096)]
+
+
+class _File(Config):
+    """A file that other programs write too: keys that are not looked at are theirs."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+F = TypeVar("F", bound=_File)
+
+
+def read_settings(file: Path, kind: type[F]) -> F | None:
+    """``file`` as a ``kind``; None where it does not exist, InputError where it does not fit."""
+    found = _object(file)
+    return None if found is None else parse(found, kind, source=str(file))
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: found {quoted(value)}; expected a JSON object")
+    return value
+
+
+class LayerSettings(_File):
+    """One layer's entry of ``per_layer_config``."""
+
+    skip: tuple[Literal["attention", "mlp"], ...] = ()
+    intermediate_size: Neurons | None = None
+
+
+class ModelSettings(_File):
+    """config.json: what decides how large a model is, and what a wrong value of breaks building it.
+
+    A setting that is left out has transformers' default for the architecture.
+    """
+
+    model_type: str = Field(max_length=64)
+    num_hidden_layers: Layers | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Neurons | None = None
+    num_attention_heads: Heads | None = None
+    num_key_value_heads: Heads | None = None
+    head_dim: Annotated[int, Field(strict=True, ge=1, le=8192)] | None = None
+    vocab_size: Annotated[int, Field(strict=True, ge=1, le=MAX_VOCABULARY)] | None = None
+    type_vocab_size: Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)] | None = None
+    max_position_embeddings: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
+    pad_token_id: Annotated[int, Field(strict=True, ge=-1, le=MAX_VOCABULARY)] | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    layer_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    per_layer_config: dict[str, LayerSettings] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelSettings:
+        width, heads, shared = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if width and heads and self.head_dim is None and width % heads:
+            raise ValueError(f"hidden_size {width} cannot be split into {heads} heads")
+        if heads and shared and heads % shared:
+            raise ValueError(f"{heads} attention heads cannot share {shared} key-value heads")
+        if self.vocab_size and self.pad_token_id and self.pad_token_id >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is not in a vocabulary of {self.vocab_size}")
+        for layer in self.per_layer_config or {}:
+            depth = self.num_hidden_layers or MAX_LAYERS
+            if not (layer.isascii() and layer.isdigit() and len(layer) < 6 and int(layer) < depth):
+                raise ValueError(f"per_layer_config names layer {quoted(layer)} of {depth}")
+        return self
+
+
+class PlaceSettings(_File):
+    """Which blocks of its backbone an ordinary checkpoint holds."""
+
+    layers: tuple[Annotated[int, Field(strict=True, ge=0, lt=MAX_LAYERS)], ...]
+    num_hidden_layers: Layers
+    intermediate_size: Neurons
+    layer_types: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> PlaceSettings:
+        if not self.layers or any(a >= b for a, b in zip(self.layers, self.layers[1:], strict=False)):
+            raise ValueError("layers must be at least one, in ascending order")
+        if self.layers[-1] >= self.num_hidden_layers:
+            raise ValueError(f"layer {self.layers[-1]} of {self.num_hidden_layers}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"{len(self.layer_types)} layer_types of {self.num_hidden_layers} layers")
+        return self
+
+
+class OwnSettings(_File):
+    """effir.json. ``format`` is raised when a reader of the present one would misread a file."""
+
+    format: Literal[1]
+    spec: dict[str, Any] = Field(default_factory=dict)
+    neurons: dict[str, tuple[Index, ...]] = Field(default_factory=dict)
+    place: PlaceSettings | None = None
+
+
+class AdapterSettings(_File):
+    """adapter_config.json of a LoRA adapter."""
+
+    base_model_name_or_path: str = Field(min_length=1, max_length=4096)
+    lora_alpha: float = Field(gt=0, le=10**6)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=10**6)]] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str | None = "none"
+
+    @model_validator(mode="after")
+    def _patterns_end(self) -> AdapterSettings:
+        patterns = self.alpha_pattern or {}
+        if len(patterns) > 1000:
+            raise ValueError(f"alpha_pattern has {len(patterns)} entries; at most 1000 are tried")
+        for pattern in patterns:
+            check_pattern(pattern)
+        return self
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError for a regular expression that is none, or whose matching may never end."""
+    if len(pattern) > _MAX_PATTERN or _UNSAFE_PATTERN.search(pattern):
+        raise ValueError(f"the pattern {quoted(pattern)} could be matched for ever; name modules")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        raise ValueError(f"the pattern {quoted(pattern)} is no regular expression") from None
+
+
+class PoolingSettings(_File):
+    """1_Pooling/config.json."""
+
+    pooling_mode: str | None = None
+    pooling_mode_cls_token: bool = False
+    pooling_mode_mean_tokens: bool = False
+    pooling_mode_lasttoken: bool = False
+
+
+class LengthSettings(_File):
+    """sentence_bert_config.json."""
+
+    max_seq_length: Annotated[int, Field(strict=True, ge=2, le=2**31)] | None = None
+
+
+class PromptSettings(_File):
+    """config_sentence_transformers.json."""
+
+    prompts: dict[str, str | None] | None = None
+
+
+def normalizes(file: Path) -> bool:
+    """Whether modules.json, sentence-transformers' list of steps, ends with embeddings of length 1."""
+    modules = read_json(file) if file.exists() else []
+    kinds = [module.get("type") for module in modules if isinstance(module, dict)] if modules else []
+    if not isinstance(modules, list) or len(kinds) != len(modules) or any(type(k) is not str for k in kinds):
+        raise InputError(f"{file}: expected a list of modules, each with its type")
+    return any("Normalize" in str(kind) for kind in kinds)
+
+
+def check_model_files(folder: Path, config: Any) -> None:
+    """Raise InputError where weight files are damaged, or ``config`` asks for far more than they hold.
+
+    Missing tensors would first be given memory and random values. Called before anything is built.
+    """
+    stored = sum(math.prod(tensor.shape) for tensor in model_tensors(folder).values())
+    if (needed := _at_least(config)) > stored + _SLACK:
+        raise InputError(
+            f"{folder}: config.json describes {needed:.3g} parameters or more, the files hold {stored:.3g}; "
+            "they are of different models"
+        )
+
+
+def _at_least(config: Any) -> int:
+    """Parameters of the token embeddings, and of two matrices a sublayer that is there."""
+    sizes = {name: int(full_value(config, name) or 0) for name in _SIZES}
+    width, neurons, heads = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_attention_heads"]
+    attention = heads * sizes["head_dim"] or width
+    total, gone = sizes["vocab_size"] * width, overrides(config)
+    for layer in range(sizes["num_hidden_layers"]):
+        entry = gone.get(layer, {})
+        skip = entry.get("skip", ())
+        total += 0 if "attention" in skip else 2 * width * attention
+        total += 0 if "mlp" in skip else 2 * width * (entry.get("intermediate_size") or neurons)
+    return total
+
+
+_GGUF_NEEDED = ("block_count", "embedding_length", "feed_forward_length")
+_GGUF_BOUNDS = {
+    "block_count": MAX_LAYERS,
+    "embedding_length": MAX_WIDTH,
+    "feed_forward_length": MAX_NEURONS,
+    "vocab_size": MAX_VOCABULARY,
+    "attention.head_count": 4096,
+    "attention.head_count_kv": 4096,
+}
+
+
+def check_gguf_file(file: Path) -> None:
+    """Raise InputError for a GGUF file whose header is damaged or describes no model that could be held.
+
+    The converter takes a large model's sizes for what a file leaves out, and fills missing tensors.
+    """
+    found, elements = gguf_settings(file)
+    settings = {name.partition(".")[2]: value for name, value in found.items()}
+    for name, bound in _GGUF_BOUNDS.items():
+        if name in settings and not 1 <= settings[name] <= bound:
+            raise InputError(f"{file}: {name} is {settings[name]}; expected 1 to {bound}")
+    missing = [name for name in _GGUF_NEEDED if name not in settings]
+    if missing:
+        raise InputError(f"{file}: lacks {', '.join(missing)}; expected a GGUF file of a language model")
+    blocks, width, neurons = (settings[name] for name in _GGUF_NEEDED)
+    if blocks * width * (width + 2 * neurons) > elements + _SLACK:  # queries, and an MLP without gate
+        raise InputError(
+            f"{file}: describes {blocks} blocks of width {width}, its tensors have {elements:.3g} elements"
+        )

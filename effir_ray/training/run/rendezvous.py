@@ -1,0 +1,59 @@
+"""How the workers of a run find each other."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import (
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+    _TorchBackend,
+)
+
+from effir_ray.cluster.connection import LOOPBACK
+
+
+def torch_config(backend: str) -> TorchConfig:
+    """Ray's own way between machines; on a private instance, which is one machine, a file.
+
+    torch's store listens on every interface, and anyone who reaches it can write to it.
+    """
+    private = ray.util.get_node_ip_address() == LOOPBACK
+    return FileConfig(backend=backend) if private else TorchConfig(backend=backend)
+
+
+@dataclass
+class FileConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
+    """Workers of one machine, which meet at a file of this user."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _FileBackend
+
+
+class _FileBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: FileConfig) -> None:
+        worker_group.execute(_set_torch_distributed_env_vars)
+        # It lives in the controller, which outlives the group. mkdtemp's folder is this user's alone.
+        self.folder = tempfile.TemporaryDirectory(prefix="effir-ray-")
+        group = {
+            "backend": backend_config.backend,
+            "world_size": len(worker_group),
+            "init_method": (Path(self.folder.name) / "rendezvous").as_uri(),
+            "timeout_s": backend_config.timeout_s,
+        }
+        ray.get(
+            [
+                worker_group.execute_single_async(rank, _setup_torch_process_group, world_rank=rank, **group)
+                for rank in range(len(worker_group))
+            ]
+        )
+
+    def on_shutdown(self, worker_group: Any, backend_config: FileConfig) -> None:
+        super().on_shutdown(worker_group, backend_config)
+        self.folder.cleanup()

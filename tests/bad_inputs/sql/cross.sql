@@ -1,0 +1,1 @@
+SELECT count(*) FROM range(100000) a, range(100000) b, range(100000) c WHERE a.range * b.range = c.range + 7

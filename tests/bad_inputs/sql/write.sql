@@ -1,0 +1,1 @@
+COPY rows TO '/tmp/x.csv'
