@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from effir_ray.doctor import diagnose
     from effir_ray.encoding.corpus_encoding import encode_corpus as encode
     from effir_ray.encoding.encoder import Encoder
-    from effir_ray.errors import InputError, TrialFailure
+    from effir_ray.errors import InputError, LostProcess, TrialFailure
     from effir_ray.evaluation.efficiency import measure
     from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
@@ -49,6 +49,7 @@ _PUBLIC = {
     "Encoder": "encoding.encoder:Encoder",
     "GateTraining": "compression.schedule:GateTraining",
     "InputError": "errors:InputError",
+    "LostProcess": "errors:LostProcess",
     "Plan": "models.plan:Plan",
     "Schedule": "compression.schedule:Schedule",
     "SearchSpace": "search.space:SearchSpace",
@@ -89,6 +90,7 @@ __all__ = [
     "Encoder",
     "GateTraining",
     "InputError",
+    "LostProcess",
     "Plan",
     "Schedule",
     "SearchSpace",

@@ -1,4 +1,4 @@
-"""The two ways a run ends that are not bugs, and the one resource whose end has many names."""
+"""The ways a run ends that are not bugs, and the one resource whose end has many names."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ class TrialFailure(Exception):
     """A trial cannot give a trustworthy score (NaN loss, collapsed embeddings, ...).
 
     The study records a failed row with this message as its reason and goes on.
+    """
+
+
+class LostProcess(Exception):
+    """A process that the work needs was killed, again and again: not the work's own fault.
+
+    What is finished is kept, and the same command goes on from there. The command line prints the message as
+    one line and exits with code 1.
     """
 
 

@@ -13,7 +13,11 @@ from typing import Any
 from filelock import FileLock
 
 from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.files import write_whole
 from effir_ray.provenance import __version__
+
+_FREED = "freed.json"
+_LOCKS = "locks"
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -23,7 +27,7 @@ class StageStore:
 
     A stage is built in the folder ``<its name>.tmp`` beside its place and renamed when complete, so a killed
     run leaves nothing that a later one mistakes for a result. ``root/runs.log`` holds one line a build, for
-    audits.
+    audits. Of a stage that was ``free``d only the small files are left: it is built again when it is needed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,6 +37,34 @@ class StageStore:
         """Where the stage lies or would lie."""
         identity = {"stage": stage, "version": version, "inputs": inputs}
         return self.root / stage / _digest(identity)[:_KEY_LENGTH]
+
+    def has(self, place: Path) -> bool:
+        """Whether the stage at ``place`` is there with everything it holds."""
+        return (place / "stage.json").exists() and not (place / _FREED).exists()
+
+    def lock(self, name: str) -> Path:
+        """The file to lock for what only one process at a time may do."""
+        place = self.root / _LOCKS / f"{name}.lock"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def remove_locks(self) -> None:
+        """To be called when no other process works in this store, and none can begin to."""
+        shutil.rmtree(self.root / _LOCKS, ignore_errors=True)
+
+    def free(self, place: Path, part: str) -> None:
+        """Delete the folder ``part`` of the stage at ``place``, and note how many bytes it had."""
+        bulk = place / part
+        if not (place / "stage.json").exists() or bulk.is_symlink() or not bulk.exists():
+            return
+        if self.has(place):  # noted first: a kill in between leaves nothing that looks whole
+            write_whole(place / _FREED, json.dumps({"part": part, "bytes": size_on_disk(bulk)}))
+        shutil.rmtree(bulk, ignore_errors=True)
+
+    def freed_bytes(self) -> int:
+        """What was freed and not built again since."""
+        notes = self.root.glob(f"*/*/{_FREED}")
+        return sum(int(json.loads(note.read_text(encoding="utf-8"))["bytes"]) for note in notes)
 
     def run(
         self,
@@ -51,12 +83,12 @@ class StageStore:
         interrupted one had written; one that ended with an InputError or a TrialFailure leaves nothing.
         """
         place = self.path(stage, inputs, version=version)
-        if (place / "stage.json").exists():
+        if self.has(place):
             return place
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(place.with_name(f"{place.name}.lock")):
-                if not (place / "stage.json").exists():
+            with FileLock(self.lock(f"{stage}-{place.name}")):
+                if not self.has(place):
                     self._build(stage, inputs, build, version, place, resumable)
         except Exception as error:
             if is_disk_full(error):
@@ -99,6 +131,12 @@ class StageStore:
             raise
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def size_on_disk(place: Path) -> int:
+    """Bytes of a file, or of all files below a folder; what links lead to is not counted."""
+    files = [place] if place.is_file() else (file for file in place.rglob("*") if file.is_file())
+    return sum(file.lstat().st_size for file in files if not file.is_symlink())
 
 
 def fingerprint(path: Path) -> str:

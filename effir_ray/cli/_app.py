@@ -16,7 +16,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 
 _WRONG_PLACE = frozenset(
     {
@@ -51,7 +51,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except InputError as error:
             _fail(_message(error), code=2)
-        except TrialFailure as error:
+        except (TrialFailure, LostProcess) as error:
             _fail(_message(error), code=1)
         except KeyboardInterrupt:
             number = _stopped_by[0] if _stopped_by else signal.SIGINT

@@ -48,6 +48,9 @@ def search(
         show_json(result)
         return
     say(f"{result.trials} trials, {result.failed} failed, {len(result.front)} on the front")
+    if result.freed_bytes:
+        kept, freed = quantity(result.kept_bytes), quantity(result.freed_bytes)
+        say(f"{kept}B of models and embeddings kept (those of the front), {freed}B freed")
     if result.shortfall:
         say(result.shortfall)
     say(f"Next: effir-ray pareto {out}; effir-ray report {out}")
@@ -90,6 +93,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+    peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
+    say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
 
 
 def repeat(

@@ -15,7 +15,8 @@ from effir_ray.models import accounting
 from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.footprint import ModelSize, study_footprint
+from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import Sources
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.training.identity import check_names, training_identity
@@ -43,7 +44,7 @@ class TrialPreview(Config):
 
 class StudyPreview(Config):
     """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
-    it goes."""
+    it goes; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the end."""
 
     study: str
     backbone: str
@@ -52,6 +53,8 @@ class StudyPreview(Config):
     trials: tuple[TrialPreview, ...]
     sampled: int
     stages: dict[str, int]
+    peak_bytes: int
+    end_bytes: int
 
 
 def dry_run(space: SearchSpace) -> StudyPreview:
@@ -66,7 +69,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     full_parameters = accounting.count_parameters(backbone, full)
     full_flops = accounting.flops(backbone, full, tokens)
     seen: dict[str, str] = {}
-    trials = []
+    trials, sizes = [], []
     for candidate in space.listed():
         config = space.trial(candidate)
         plan = expected_plan(config, backbone)
@@ -85,8 +88,10 @@ def dry_run(space: SearchSpace) -> StudyPreview:
                 shared_stages=tuple(stage.name for stage in stages if stage.key in seen),
             )
         )
+        sizes.append((config, _model_size(backbone, parameters)))
         seen |= {stage.key: stage.name for stage in stages}
     names = list(seen.values())
+    disk = study_footprint(space, _model_size(backbone, full_parameters), sizes)
     return StudyPreview(
         study=space.name,
         backbone=space.backbone,
@@ -95,6 +100,17 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         trials=tuple(trials),
         sampled=space.trials,
         stages={name: names.count(name) for name in dict.fromkeys(names)},
+        peak_bytes=disk.peak,
+        end_bytes=disk.end,
+    )
+
+
+def _model_size(backbone: PreTrainedConfig, parameters: int) -> ModelSize:
+    stored = str(backbone.dtype or "float32").removeprefix("torch.")
+    return ModelSize(
+        parameters=parameters,
+        dimensions=backbone.hidden_size,
+        stored=accounting.BYTES_PER_PARAMETER.get(stored, 4),
     )
 
 
@@ -144,7 +160,7 @@ def _check_names(schedule: Schedule) -> None:
         )
 
 
-def named_sources(config: TrialConfig) -> Sources:
+def named_sources(config: StudySettings) -> Sources:
     """Names in place of fingerprints: enough to see which stages are shared, without reading anything."""
     return Sources(
         backbone=config.backbone,

@@ -101,12 +101,15 @@ class Proposals:
     def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
         """Dev trials known but without a row, how many the sampler will add, and the test scores still to
         come (None while the front is open)."""
-        known = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
-        known += [request.config for request in list(self.running.values()) if request.split == "dev"]
-        unknown = self._lacking
+        known, unknown = self.unfinished(), self._lacking
         if known or unknown:
             return known, unknown, None
         return known, unknown, sum((config.id, "test") not in self.rows for config in self.front())
+
+    def unfinished(self) -> list[TrialConfig]:
+        """Dev trials known but without a row; those that run are the last."""
+        waiting = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
+        return waiting + [request.config for request in list(self.running.values()) if request.split == "dev"]
 
     @property
     def _lacking(self) -> int:
@@ -132,6 +135,12 @@ class Proposals:
         self.rows[key] = row
         if row.split == "dev":
             self._tell(row)
+
+    def take_back(self) -> None:
+        """What runs is lost with Ray: it is handed out again, first."""
+        lost = [request.config for request in self.running.values() if request.split == "dev"]
+        self.listed.extendleft(reversed(lost))
+        self.running.clear()
 
     def front(self) -> list[TrialConfig]:
         """The configurations no other dev trial beats, best quality first."""

@@ -7,12 +7,16 @@ from.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Callback
 from ray.tune.search import Searcher
 
+from effir_ray.cluster.lost import check_local_processes, pause_seconds
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
@@ -22,12 +26,19 @@ from effir_ray.search.trial import failed_row
 
 ROW = "row"  # under this key a trial process reports its row (JSON)
 ABORT = "abort"  # or, under this one, why no trial of this study can run
+LOST = "lost"  # or, under this one, that a process it needed is gone
+
+MAX_LOSSES = 3
+"""A trial is tried so often again after it lost a process; then it counts as failed."""
+
+_KILLED = "the trial's process ended without a result (killed, or out of memory)"
 
 
 class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
     """Hands out requests and takes rows; ``changed`` hears about every start (row None) and end.
 
-    ``fatal`` is set, and nothing more handed out, when going on makes no sense.
+    A trial that lost its process, or one it needed, is handed out again after a pause: that says nothing
+    about its schedule. ``fatal`` is set, and nothing more handed out, when going on makes no sense.
     """
 
     def __init__(
@@ -38,9 +49,11 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         self.running: dict[str, TrialRequest] = {}  # by Tune's trial id
         self.fatal: Exception | None = None
         self.attempts = attempts(out)
+        self.losses: Counter[tuple[str, str]] = Counter()
+        self.waiting: list[tuple[float, TrialRequest]] = []  # (not before this moment, what is tried again)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        request = None if self.fatal else self.proposals.next()
+        request = None if self.fatal else self._due() or self.proposals.next()
         if request is None:
             return str(Searcher.FINISHED) if self.fatal or self.proposals.exhausted else None
         self.running[trial_id] = request
@@ -60,23 +73,40 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
             self.fatal = InputError(result[ABORT])
             return
         try:
-            row = self._row(request, result)
+            row = self._row(request, result) or self._lost(request, result)
         except InputError as problem:  # no disk space for the row
             self.fatal = problem
+            return
+        if row is None:
             return
         self.proposals.finished(row)
         self.changed(request, row)
         if row.status == "failed" and request.config == request.config.full():
             self.fatal = TrialFailure(f"the full model cannot be measured on {row.split}: {row.reason}")
 
-    def _row(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow:
-        """Trial processes write their own rows; one that died without gets a failed row here."""
+    def _due(self) -> TrialRequest | None:
+        """What is to be tried again and has waited for long enough."""
+        for entry in self.waiting:
+            if entry[0] <= time.monotonic():
+                self.waiting.remove(entry)
+                return entry[1]
+        return None
+
+    def _row(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
+        """The row that the trial's process wrote; None when there is none."""
         if result is not None and ROW in result:
             return TrialRow.model_validate_json(result[ROW])
-        written = [row for row in finished_rows(self.out) if (row.trial_id, row.split) == request.key]
-        if written:  # the process died between writing its row and reporting it
-            return written[0]
-        reason = "the trial's process ended without a result (killed, or out of memory)"
+        # The process may have died between writing its row and reporting it.
+        written = (row for row in finished_rows(self.out) if (row.trial_id, row.split) == request.key)
+        return next(written, None)
+
+    def _lost(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
+        """None while the trial is tried again; then a failed row."""
+        self.losses[request.key] += 1
+        if self.losses[request.key] <= MAX_LOSSES:
+            self.waiting.append((time.monotonic() + pause_seconds(self.losses[request.key]), request))
+            return None
+        reason = f"{(result or {}).get(LOST, _KILLED)}, {MAX_LOSSES + 1} times"
         study, attempt = self.proposals.space.name, self.attempts[request.key]
         row = failed_row(request.config, request.split, study, reason, attempt=attempt)
         store.append(self.out, [row])
@@ -91,3 +121,10 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a resumed study starts a new searcher on the rows."""
+
+
+class RayIsThere(Callback):  # type: ignore[misc]  # ray has no types
+    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        check_local_processes()

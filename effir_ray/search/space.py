@@ -263,7 +263,8 @@ class Parameters(Config):
 
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
-    proposes ``trials`` more from ``parameters`` (grid: all combinations)."""
+    proposes ``trials`` more from ``parameters`` (grid: all combinations). ``keep``: of which trials the
+    models and embeddings are kept once their rows exist."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
@@ -271,6 +272,7 @@ class SearchSpace(StudySettings):
     sampler: SamplerName = "tpe"
     trials: int = Field(default=0, ge=0, le=10**6)
     concurrency: int = Field(default=1, ge=1, le=4096)
+    keep: Literal["front", "all", "none"] = "front"
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpace:

@@ -92,6 +92,7 @@ class Stage:
     exclusive: no two such stages run at once on one machine
     resumable: it goes on from what an interrupted run left in the folder
     shared: most trials find it built by another one
+    bulk: the folder in it that is large, and can go once every row that it leads to exists
     """
 
     name: str
@@ -108,6 +109,7 @@ class Stage:
     exclusive: bool = False
     resumable: bool = False
     shared: bool = False
+    bulk: str | None = None
     cost: Cost = Cost()
 
 

@@ -5,40 +5,48 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.jobs import submit
+from effir_ray.cluster.lost import is_lost_process, pause_seconds
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, LostProcess
 from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
+from effir_ray.results.schema import TrialRow
 from effir_ray.search.activity import remove_leftovers, reporting
+from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
 from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
-from effir_ray.search.proposals import Proposals
+from effir_ray.search.footprint import Footprint, check_space
+from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split
 from effir_ray.search.time_estimate import TimeEstimate
-from effir_ray.search.trial import failed_row, run_trial, sources_of
-from effir_ray.stages import StageStore
+from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
+from effir_ray.stages import StageStore, size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
 """A trial only drives; its training and encoding workers ask for the CPUs. A whole CPU for the driver would
 leave two training workers on a 2-core machine waiting for ever."""
 
+_RESTARTS = 2  # of a Ray that was lost, before a study stops
+
 _ALL = 10**9  # Tune's number of samples: the searcher says when the study is finished
 
 
 class StudyResult(Config):
     """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first;
-    ``shortfall``: why the sampler found fewer trials than were asked for, else empty."""
+    ``shortfall``: why the sampler found fewer trials than were asked for, else empty. ``kept_bytes`` of
+    models and embeddings of trials are on disk, ``freed_bytes`` were deleted (the space's ``keep``)."""
 
     out: Path
     study: str
@@ -46,6 +54,8 @@ class StudyResult(Config):
     failed: int
     front: tuple[str, ...]
     shortfall: str = ""
+    kept_bytes: int = 0
+    freed_bytes: int = 0
 
 
 def search(
@@ -60,22 +70,27 @@ def search(
     space = space if isinstance(space, SearchSpace) else load_yaml(Path(space), SearchSpace)
     folder = Path(out).resolve()
     _check_address(address)
-    dry_run(space)
+    preview = dry_run(space)
     sources = _checked_sources(space)
+    need = Footprint(peak=preview.peak_bytes, end=preview.end_bytes)
+    check_space(folder, need, size_on_disk(folder / STAGES_FOLDER))
     if find(folder, space, sources.contents, resume=resume) is None:
         connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     record = claim(folder, space, sources.contents, resume=resume)
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
     with exclusive(folder):
+        given = _ray_runs()
         remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
-        if not proposals.complete:
-            estimate = TimeEstimate(StageStore(folder / STAGES_FOLDER), backbone, sources)
-            connect(address)
-            _run(proposals, folder, StudyDisplay(proposals, estimate, folder))
-        return _result(proposals, folder)
+        stages = StageStore(folder / STAGES_FOLDER)
+        collector = Collector(proposals, stages, sources)
+        collector.collect()  # what a killed run had no time for
+        estimate = TimeEstimate(stages, backbone, sources)
+        _work(proposals, folder, estimate, collector, address, restart=not given)
+        stages.remove_locks()
+        return _result(proposals, folder, collector)
 
 
 def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
@@ -99,15 +114,52 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
     )
 
 
-def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
+def _work(
+    proposals: Proposals,
+    out: Path,
+    estimate: TimeEstimate,
+    collector: Collector,
+    address: str | None,
+    *,
+    restart: bool,
+) -> None:
+    """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
+
+    Raises LostProcess when that does not help.
+    """
+    losses = 0
+    while not proposals.complete:
+        connect(address)
+        try:
+            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector)
+            return
+        except Exception as error:
+            if not is_lost_process(error):
+                raise
+            losses += 1
+            if losses > _RESTARTS or not restart:
+                raise LostProcess(
+                    f"Ray was lost ({failure_reason(error)}); --resume goes on with {out}"
+                ) from error
+            _disconnect()
+            time.sleep(pause_seconds(losses))
+            proposals.take_back()
+
+
+def _run(proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
     from ray import tune
 
-    from effir_ray.search.searcher import ScheduleSearcher
+    from effir_ray.search.searcher import RayIsThere, ScheduleSearcher
+
+    def changed(request: TrialRequest, row: TrialRow | None) -> None:
+        display.changed(request, row)
+        if row is not None:
+            collector.collect()
 
     space = proposals.space
-    searcher = ScheduleSearcher(proposals, out, display.changed)
+    searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, out=str(out), study=space.name), {"cpu": _TRIAL_CPUS}
     )
@@ -120,7 +172,7 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, callbacks=[RayIsThere()]),
     )
     with display:
         tuner.fit()
@@ -128,11 +180,23 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay) -> None:
         raise searcher.fatal
 
 
+def _ray_runs() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _disconnect() -> None:
+    import ray
+
+    ray.shutdown()
+
+
 def _trial(config: dict[str, Any], out: str, study: str) -> None:
     """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, ROW
+    from effir_ray.search.searcher import ABORT, LOST, ROW
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     folder = Path(out)
@@ -150,6 +214,9 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
             tune.report({ABORT: str(error)})
             return
         except Exception as error:
+            if isinstance(error, LostProcess) or is_lost_process(error):
+                tune.report({LOST: failure_reason(error)})
+                return
             row = failed_row(trial, split, study, error, attempt=config["attempt"])
     store.append(folder, [row])
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
@@ -164,9 +231,11 @@ def _quiet() -> None:
     """Ray's own reports go to its log files; what matters is in the rows and on the display."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its newer output prints tables even when told to be silent
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths in a search space stay valid
+    # Its loggers would only repeat the rows, and a full disk makes each write a traceback of its own.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its ERROR: a traceback for each lost process
 
 
 def _check_address(address: str | None) -> None:
@@ -197,7 +266,7 @@ def _checked_sources(space: SearchSpace) -> Sources:
     return sources
 
 
-def _result(proposals: Proposals, out: Path) -> StudyResult:
+def _result(proposals: Proposals, out: Path, collector: Collector) -> StudyResult:
     dev = [row for row in proposals.rows.values() if row.split == "dev"]
     return StudyResult(
         out=out,
@@ -206,4 +275,6 @@ def _result(proposals: Proposals, out: Path) -> StudyResult:
         failed=sum(row.status == "failed" for row in dev),
         front=tuple(config.id for config in proposals.front()),
         shortfall=proposals.shortfall,
+        kept_bytes=collector.kept_bytes(),
+        freed_bytes=collector.store.freed_bytes(),
     )

@@ -18,7 +18,7 @@ from effir_ray import hardware
 from effir_ray.cluster.connection import connect
 from effir_ray.config import parse
 from effir_ray.data.pair_stream import source_fingerprint
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.readers import parse_json
@@ -77,7 +77,7 @@ class StageRunner:
     def make(self, keyed: KeyedStage) -> Path:
         """The folder of the stage, built if it is not there."""
         place = keyed.path(self.store)
-        if (place / "stage.json").exists():
+        if self.store.has(place):
             return place
         for parent in keyed.parents.values():
             self.make(parent)
@@ -105,7 +105,7 @@ class StageRunner:
         if not stage.exclusive:
             yield
             return
-        with FileLock(self.store.root / f"{platform.node()}.lock"):
+        with FileLock(self.store.lock(platform.node())):
             yield
 
 
@@ -113,7 +113,7 @@ def failed_row(
     config: TrialConfig, split: Split, study: str, error: BaseException | str, *, attempt: int = 1
 ) -> TrialRow:
     """The row of a trial that could not be measured."""
-    reason = error if isinstance(error, str) else _reason(error)
+    reason = error if isinstance(error, str) else failure_reason(error)
     return make_row(**_known_columns(config, split, study, attempt), status="failed", reason=reason)
 
 
@@ -148,11 +148,11 @@ def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) 
     }
 
 
-def _reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """One line. Our own errors speak for themselves; others are named by their class, and of a traceback
     that came from another process only its last line, the error there, is kept."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    if isinstance(error, InputError | TrialFailure):
+    if isinstance(error, InputError | TrialFailure | LostProcess):
         return " ".join(lines)
     return f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"
 

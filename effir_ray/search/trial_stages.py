@@ -355,6 +355,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_pruned_inputs,
         parents={"model": _FULL, "importance": ("importance",), "neurons": ("neurons",)},
         needed=lambda config: config.schedule != Schedule(),
+        bulk=CHECKPOINT,
     ),
     Stage(
         name="recovered",
@@ -367,6 +368,7 @@ STAGES: tuple[Stage, ...] = (
         computed_on="device",
         workers=lambda config: config.recovery.workers if config.recovery else 1,
         resumable=True,
+        bulk=CHECKPOINT,
         cost=Cost(start_seconds=30.0, tokens=lambda config: _training_tokens(config.recovery)),
     ),
     Stage(
@@ -381,6 +383,7 @@ STAGES: tuple[Stage, ...] = (
         computed_on="device",
         workers=lambda config: config.encoding_workers,
         resumable=True,
+        bulk=SHARDS,
         cost=Cost(
             start_seconds=8.0,  # Ray Data's workers
             tokens=lambda config: (config.dev.documents or 10_000) * config.document_max_length,

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from effir_ray.cluster.lost import pause_seconds
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.loading import load_config
 from effir_ray.results import store
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.searcher import ABORT, ROW, ScheduleSearcher
+from effir_ray.search.searcher import ABORT, LOST, MAX_LOSSES, ROW, ScheduleSearcher
 from effir_ray.search.space import TrialConfig
 from tests.helpers.search_examples import row, small_space
 
@@ -30,14 +31,35 @@ def end(searcher: ScheduleSearcher, name: str, config: TrialConfig, ndcg: float 
     searcher.on_trial_complete(name, {ROW: row(config, ndcg).model_dump_json()})
 
 
-def test_a_process_that_dies_leaves_a_failed_row_and_the_study_goes_on(searcher: ScheduleSearcher) -> None:
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [(None, "without a result"), ({LOST: "an encoding worker died"}, "an encoding worker died, 4 times")],
+)
+def test_a_trial_that_lost_a_process_is_tried_again_after_a_pause_and_then_fails(
+    searcher: ScheduleSearcher,
+    monkeypatch: pytest.MonkeyPatch,
+    result: dict[str, object] | None,
+    reason: str,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("effir_ray.search.searcher.time.monotonic", lambda: now[0])
     end(searcher, "a", start(searcher, "a"), 0.5)
-    start(searcher, "b")
-    searcher.on_trial_complete("b", None, error=True)
+    lost = start(searcher, "0")
+    for failures in range(1, MAX_LOSSES + 1):
+        searcher.on_trial_complete(str(failures - 1), result, error=result is None)
+        if failures == 1:  # others run meanwhile
+            end(searcher, "c", start(searcher, "c"), 0.4)
+        assert searcher.suggest("too early") is None
+        now[0] += pause_seconds(failures)
+        again = searcher.suggest(str(failures))
+        assert isinstance(again, dict)
+        assert (again["attempt"], again["trial"]) == (failures + 1, lost.model_dump_json())
+    assert not (searcher.out / "rows").exists()
+    searcher.on_trial_complete(str(MAX_LOSSES), result, error=result is None)
     (failed,) = store.read([searcher.out]).to_pylist()
-    assert failed["status"] == "failed"
-    assert "without a result" in failed["reason"]
-    assert start(searcher, "c").name == "1B"
+    assert (failed["status"], failed["attempt"]) == ("failed", MAX_LOSSES + 1)
+    assert reason in failed["reason"]
+    assert searcher.fatal is None
 
 
 def test_a_process_that_dies_after_its_row_has_not_failed(searcher: ScheduleSearcher) -> None:

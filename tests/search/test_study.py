@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import yaml
@@ -39,8 +42,23 @@ def builds(out: Path) -> list[str]:
     ]
 
 
+def kill_the_trial(out: Path) -> None:
+    """Once it has pruned a model, which a new process need not do again."""
+    deadline = time.monotonic() + 500
+    while not list(out.glob("stages/pruned/*/stage.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if "ImplicitFunc" in " ".join(process.cmdline()):
+                process.kill()
+
+
 @pytest.mark.integration
 def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Path) -> None:
+    """One of its trials loses its process on the way."""
+    killer = threading.Thread(target=kill_the_trial, args=(tmp_path / "study",), daemon=True)
+    killer.start()
     space = small_space(
         base_training=TRAINING,
         recovery=TRAINING,
@@ -57,6 +75,11 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
         assert [row["status"] for row in rows] == ["ok"] * len(rows)
         assert [row["schedule"] for row in dev[:2]] == ["full", "1M-w50+ft"]
         assert len(dev) == result.trials == 3
+        assert [row["attempt"] for row in dev] == [1, 2, 1]
+        assert not list(tmp_path.glob("study/stages/**/*.lock"))
+        for kind in ("pruned", "recovered"):  # of what is beaten, or trained further, only small files stay
+            models = len(list(tmp_path.glob(f"study/stages/{kind}/*/checkpoint")))
+            assert models <= sum(row["trial_id"] in result.front for row in dev[1:])
         assert {row["trial_id"] for row in rows if row["split"] == "test"} == set(result.front)
         assert all(row["parameters"] and row["document_ms"] and row["document_speedup"] for row in dev)
         assert dev[1]["parameter_ratio"] < 1 == dev[0]["parameter_ratio"]

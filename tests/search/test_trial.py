@@ -94,6 +94,23 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert heard[5:] == ["footprint"]
 
 
+def test_a_model_that_was_deleted_is_built_again_only_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch, *WITHOUT_RAY, SCORES, EXTRA)
+    config, stages = small_space().trial(Candidate(drop_mlp=(1,))), StageStore(tmp_path / "stages")
+    first = run_trial(config, stages)
+    (pruned,) = (tmp_path / "stages" / "pruned").glob("*")
+    stages.free(pruned, trial_stages.CHECKPOINT)
+    heard: list[str] = []
+    again = run_trial(config, stages, listener=heard.append)
+    assert (heard, again.ndcg_at_10, again.mfu) == ([], first.ndcg_at_10, first.mfu)
+    only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
+    run_trial(config, stages, listener=heard.append)
+    assert heard == ["pruned", "footprint"]
+    assert (pruned / trial_stages.CHECKPOINT / "config.json").exists() and not stages.freed_bytes()
+
+
 def test_a_row_names_the_machine_that_measured_its_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +178,7 @@ def test_exclusive_stages_take_turns(tmp_path: Path) -> None:
     with runner._exclusive(DECLARED["timing"]):
         with other._exclusive(DECLARED["scores"]):
             pass
-        assert list(tmp_path.glob("*.lock"))
+        assert list(tmp_path.glob("locks/*.lock"))
 
 
 def test_a_model_that_does_not_fit_memory_fails_alone(

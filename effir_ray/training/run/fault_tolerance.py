@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,11 +36,14 @@ class StepReports:
 
     A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
     score. It holds weights and optimizer state; the place in the data and all random draws follow from the
-    step.
+    step. It is put together beside the run's storage, which has room for it: the system's temporary folder
+    may be small, or memory.
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig) -> None:
+    def __init__(self, engine: Engine, config: TrainConfig, run: str) -> None:
         self._engine, self._every = engine, config.checkpoint_every
+        self._staging = _staging(run)
+        shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
         self._sent = self._saved = time.monotonic()
 
@@ -48,11 +53,14 @@ class StepReports:
         last = row["step"] == row["steps"]
         due = self._since(self._sent) >= REPORT_SECONDS
         if DEV_SCORE in row or (self._periodic(row["step"], row["steps"]) and not last):
-            with tempfile.TemporaryDirectory() as scratch:
-                self._engine.save(Path(scratch))
+            self._staging.mkdir(parents=True)
+            try:
+                self._engine.save(self._staging)
                 if rank() == 0:
-                    (Path(scratch) / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
-                self._report(row, scratch)
+                    (self._staging / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
+                self._report(row, str(self._staging))
+            finally:
+                shutil.rmtree(self._staging, ignore_errors=True)
             self._saved = time.monotonic()
         elif due or last:
             self._report(row, None)
@@ -73,6 +81,15 @@ class StepReports:
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
         ray.train.report(metrics, checkpoint=checkpoint)
         self._rows, self._sent = [], time.monotonic()
+
+
+def _staging(run: str) -> Path:
+    """This rank's folder for a checkpoint that is being written, always the same: a killed worker leaves at
+    most one, which its successor removes.
+    """
+    if storage.is_uri(run):  # beside an object store there is no disk
+        run = str(Path(tempfile.gettempdir()) / f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:12]}")
+    return Path(run) / f"staging-{rank()}"
 
 
 def restore(engine: Engine) -> int:

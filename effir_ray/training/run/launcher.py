@@ -14,7 +14,8 @@ from typing import Any
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
@@ -177,15 +178,22 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]) -> dict[str, Any]:
-    """Run the workers to the end; what they returned. Out of memory, they run again with half the tokens."""
+    """Run the workers to the end; what they returned.
+
+    Out of memory, they run again with half the tokens. A process lost while they start (Ray Train calls that
+    its controller's error), or the controller itself, is replaced ``max_failures`` times, as Ray Train does
+    with workers later on.
+    """
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # Workers stay in the folder they start in: as for any other Ray task, relative names mean the same there.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # A busy machine needs more than the default minute until its workers have imported everything.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError, WorkerGroupError
 
+    lost = 0
     while True:
         budget = halved_budget(job["run"])
         try:
@@ -194,17 +202,31 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
             break
         except SystemExit:
             raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
-        except TrainingFailedError as error:
+        except (TrainingFailedError, RayError) as error:
             release(job["run"])
             halved = _budget_after(error, job, config)
             if halved is None or halved == budget:
-                raise
-            if halved < SMALLEST_BUDGET:
+                lost += 1
+                if not is_lost_process(error):
+                    raise
+                if lost > config.max_failures or isinstance(error, WorkerGroupError):
+                    raise _lost(error, config) from error
+                time.sleep(pause_seconds(lost))
+            if halved is not None and halved < SMALLEST_BUDGET:
                 raise TrialFailure(f"out of memory even with a token budget of {halved * 2}") from error
     if "error" in outcome:
         kind = InputError if outcome["error"] == "InputError" else TrialFailure
         raise kind(outcome["message"])
     return dict(outcome)
+
+
+def _lost(error: Exception, config: TrainConfig) -> LostProcess:
+    reason = str(error).strip().splitlines()[-1].strip()
+    return LostProcess(
+        f"a training process was lost (killed, out of memory, or its node gone) {config.max_failures + 1} "
+        f"times, max_failures is {config.max_failures}; run it again to go on from the newest checkpoint "
+        f"({reason})"
+    )
 
 
 def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) -> int | None:

@@ -110,7 +110,7 @@ class Worker:
         )
 
     def train(self) -> dict[str, Any]:
-        reporter = fault_tolerance.StepReports(self.engine, self.config)
+        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run)
         step = start = fault_tolerance.restore(self.engine)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),

@@ -55,12 +55,20 @@ def test_out_of_memory_halves_the_budget_of_the_next_start(
     ],
 )
 def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
-    seconds: float, every: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    seconds: float,
+    every: int | None,
+    expected: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now, written = [0.0], []
+    """They are put together beside the run's storage, where nothing of that stays."""
+    now, written, run = [0.0], [], tmp_path / "run"
+    (run / "staging-0").mkdir(parents=True)
+    (run / "staging-0" / "left by a killed worker").touch()
 
     def report(metrics: dict[str, Any], checkpoint: Any) -> None:
         if checkpoint is not None:
+            assert Path(checkpoint.path).parent == run
             assert torch.load(Path(checkpoint.path) / "state.pt")["weights"]
             written.append(metrics["step"])
 
@@ -68,11 +76,13 @@ def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
     monkeypatch.setattr(ray.train, "report", report)  # there is no Ray Train around this process
     config = TrainConfig(dataset="unused", checkpoint_every=every)
     engine = PlainEngine(TextEncoder(load_retriever("random:llama")), config, torch.device("cpu"), False)
-    reporter = StepReports(engine, config)
+    reporter = StepReports(engine, config, str(run))
+    assert not list(run.iterdir())
     for step in range(1, 41):
         now[0] += seconds
         reporter({"step": step, "steps": 40})
     assert written == expected
+    assert not list(run.iterdir())
 
 
 def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:

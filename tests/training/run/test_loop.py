@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -78,10 +79,18 @@ def first_steps(out: Path) -> int:
     return [json.loads(line)["step"] for line in lines].count(1)
 
 
+def training_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def kill_a_worker() -> None:
     """One rank: if there is another, it is left waiting inside a collective."""
-    commands = ((process, process.cmdline()) for process in psutil.Process().children(recursive=True))
-    next(process for process, command in commands if "RayTrainWorker" in " ".join(command)).kill()
+    training_workers()[0].kill()
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +109,37 @@ def test_a_run_learns_and_leaves_an_ordinary_checkpoint(uninterrupted: TrainResu
 def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
     dataset: Path, uninterrupted: TrainResult, tmp_path: Path
 ) -> None:
-    with when_step(tmp_path / "out", 4, kill_a_worker):
+    with when(partial(has_step, tmp_path / "out", 4), kill_a_worker):
         result = train("random:llama", settings(dataset), tmp_path / "out")
     assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
     assert first_steps(tmp_path / "out") == 1
+
+
+def test_a_worker_that_dies_before_it_trains_is_replaced(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train calls it an error of its controller, and gives up at once."""
+    flag = tmp_path / "killed"
+
+    def trainer(*arguments: Any) -> Any:
+        made = plain(*arguments)
+        config = made.backend_config
+
+        class Backend(config.backend_cls):
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                if not flag.exists():
+                    flag.touch()
+                    worker_group.execute_single(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                super().on_start(worker_group, backend_config)
+
+        config.__class__ = type("Config", (type(config),), {"backend_cls": Backend})
+        return made
+
+    plain = launcher._trainer
+    monkeypatch.setattr(launcher, "_trainer", trainer)
+    result = train("random:llama", settings(dataset, steps=2), tmp_path / "out")
+    assert flag.exists()
+    assert [row["step"] for row in result.history] == [1, 2]
 
 
 def test_a_killed_driver_goes_on_where_it_was(
@@ -118,7 +154,7 @@ def test_a_killed_driver_goes_on_where_it_was(
     )
     command = [sys.executable, "-c", script, config.model_dump_json(), str(out)]
     driver = subprocess.Popen(command, start_new_session=True)
-    wait_for_step(out, 4)
+    wait_for(partial(has_step, out, 4))
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     before = len(read_history(out / "history.jsonl"))
@@ -216,7 +252,7 @@ def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: 
     assert list(scores) == [6, 12, 18, 24]
     assert scores[whole.step] == max(scores.values())
     load_retriever(str(whole.checkpoint))
-    with when_step(tmp_path / "killed", 8, kill_a_worker):
+    with when(partial(has_step, tmp_path / "killed", 8), kill_a_worker):
         killed = train("random:llama", config, tmp_path / "killed")
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
     assert first_steps(tmp_path / "killed") == 1
@@ -255,16 +291,16 @@ def test_more_than_the_cluster_has_is_said_at_once(dataset: Path, tmp_path: Path
         train("random:llama", settings(dataset, cpus_per_worker=4000), tmp_path / "out")
 
 
-class when_step:
-    """Calls ``action`` in the background once ``out`` has a row of that step."""
+class when:
+    """Calls ``action`` in the background once ``condition`` holds."""
 
-    def __init__(self, out: Path, step: int, action: Callable[[], None]) -> None:
-        self._out, self._step, self._action = out, step, action
+    def __init__(self, condition: Callable[[], bool], action: Callable[[], None]) -> None:
+        self._condition, self._action = condition, action
         self._acted = False
         self._thread = threading.Thread(target=self._wait, daemon=True)
 
     def _wait(self) -> None:
-        wait_for_step(self._out, self._step)
+        wait_for(self._condition)
         self._action()
         self._acted = True
 
@@ -280,10 +316,8 @@ def has_step(out: Path, step: int) -> bool:
     return any(row["step"] >= step for row in read_history(out / "history.jsonl"))
 
 
-def wait_for_step(out: Path, step: int) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 500
-    while time.monotonic() < deadline:
-        if has_step(out, step):
-            return
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.05)
-    raise TimeoutError(f"{out} never reached step {step}")

@@ -1,0 +1,66 @@
+"""What a study keeps on disk: models and embeddings that no row to come needs are deleted on the way.
+
+A trial that another one beats once stays beaten, so what only such trials need can go at once. Should a
+later proposal need one of those stages after all (the pruned model of a trial that is now trained again),
+it is built anew, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from effir_ray.search.proposals import Proposals
+from effir_ray.search.space import TrialConfig
+from effir_ray.search.stage_graph import KeyedStage, Sources, Split
+from effir_ray.search.trial_stages import trial_stages
+from effir_ray.stages import StageStore, size_on_disk
+
+_SPLITS: tuple[Split, ...] = ("dev", "test")
+
+
+class Collector:
+    """Frees what ``space.keep`` does not keep. To be called by the driver alone, between two requests."""
+
+    def __init__(self, proposals: Proposals, store: StageStore, sources: Sources) -> None:
+        self.proposals, self.store, self.sources = proposals, store, sources
+        self._stages: dict[tuple[str, str], list[KeyedStage]] = {}
+
+    def collect(self) -> None:
+        """Delete the models and embeddings of trials that have their rows, and that nothing to come needs."""
+        if self.proposals.space.keep == "all":
+            return
+        wanted = {stage.key for stage in self._wanted()}
+        for stage in self._finished():
+            if stage.stage.bulk is not None and stage.key not in wanted:
+                self.store.free(stage.path(self.store), stage.stage.bulk)
+
+    def kept_bytes(self) -> int:
+        """Of the models and embeddings of trials that are there."""
+        places = {stage.path(self.store) / stage.stage.bulk for stage in self._finished() if stage.stage.bulk}
+        return sum(size_on_disk(place) for place in places if place.exists())
+
+    def _finished(self) -> Iterator[KeyedStage]:
+        for (_, split), row in list(self.proposals.rows.items()):
+            yield from self._of(
+                TrialConfig.model_validate_json(row.trial), "test" if split == "test" else "dev"
+            )
+
+    def _wanted(self) -> Iterator[KeyedStage]:
+        """Everything that leads to a row to come, and what the front's rows were measured on."""
+        for config in self.proposals.unfinished():
+            yield from self._of(config, "dev")
+        for config in self.proposals.front():
+            tested = (config.id, "test") in self.proposals.rows
+            if self.proposals.space.keep == "none" and tested:
+                continue
+            for split in _SPLITS:
+                for end in self._of(config, split):
+                    if end.stage.columns is not None:
+                        yield from end.parents.values()
+
+    def _of(self, config: TrialConfig, split: Split) -> list[KeyedStage]:
+        """The trial's stages; keyed once, because every row asks for all."""
+        key = (config.id, split)
+        if key not in self._stages:
+            self._stages[key] = trial_stages(config, self.sources, split)
+        return self._stages[key]

@@ -1,0 +1,109 @@
+"""What a study deletes on the way, and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from effir_ray.models.loading import load_config
+from effir_ray.search.disk import Collector
+from effir_ray.search.dry_run import named_sources
+from effir_ray.search.proposals import Proposals, TrialRequest
+from effir_ray.search.space import TrialConfig
+from effir_ray.search.stage_graph import Split
+from effir_ray.search.trial_stages import CHECKPOINT, trial_stages
+from effir_ray.stages import StageStore
+from tests.helpers.search_examples import row, small_space
+
+TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
+
+
+class Study:
+    """A study whose stages are built by hand: 100 bytes of bulk each."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        space = small_space(recovery=TRAINING, **settings)
+        self.proposals = Proposals(space, folder, [], load_config(space.backbone))
+        self.store = StageStore(folder / "stages")
+        self.sources = named_sources(space)
+        self.collector = Collector(self.proposals, self.store, self.sources)
+
+    def run(self, ndcg: Mapping[str, float], *, until: str = "") -> None:
+        """Requests in order, with the score that each schedule has; stops before the trial ``until``."""
+        while (request := self.proposals.next()) is not None:
+            if request.config.name == until:
+                return
+            self._build(request)
+            size = 50 if request.config.schedule.drop_mlp else 100
+            self.proposals.finished(
+                row(request.config, ndcg[request.config.name], split=request.split, parameters=size)
+            )
+            self.collector.collect()
+
+    def _build(self, request: TrialRequest) -> None:
+        for stage in trial_stages(request.config, self.sources, request.split):
+            place = stage.path(self.store)
+            if not self.store.has(place):
+                (place / (stage.stage.bulk or CHECKPOINT)).mkdir(parents=True)
+                (place / (stage.stage.bulk or CHECKPOINT) / "weights").write_bytes(bytes(100))
+                (place / "stage.json").write_text("{}")
+
+    def whole(self, config: TrialConfig, split: Split = "dev") -> set[str]:
+        """The stages of a trial that are there with their bulk."""
+        stages = trial_stages(config, self.sources, split)
+        return {stage.name for stage in stages if self.store.has(stage.path(self.store))}
+
+
+EVERYTHING = {"backbone", "importance", "pruned", "embeddings", "scores", "timing"}
+
+
+def test_models_and_embeddings_of_beaten_trials_go_and_those_of_the_front_stay(tmp_path: Path) -> None:
+    study = Study(tmp_path, schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}])
+    study.run({"1M": 0.4, "2M": 0.3, "full": 0.5})  # as small as 1M, and worse
+    first, second = (study.proposals.space.trial(candidate) for candidate in study.proposals.space.schedules)
+    assert study.whole(first) == study.whole(first, "test") == EVERYTHING
+    assert study.whole(second) == EVERYTHING - {"pruned", "embeddings"}
+    assert study.store.freed_bytes() == 200
+    assert study.collector.kept_bytes() == 100 * (1 + 2 * 2)  # one pruned model; two splits of two trials
+    study.collector.collect()
+    assert study.store.freed_bytes() == 200
+
+
+@pytest.mark.parametrize(("keep", "freed"), [("all", 0), ("none", 100 * (2 + 2 * 2 + 1))])
+def test_all_or_none_may_be_kept(tmp_path: Path, keep: str, freed: int) -> None:
+    study = Study(tmp_path, schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}], keep=keep)
+    study.run({"1M": 0.4, "2M": 0.3, "full": 0.5})
+    assert study.store.freed_bytes() == freed
+    assert study.whole(study.proposals.space.trial(study.proposals.space.listed()[0])) >= {"backbone"}
+
+
+def test_what_an_unfinished_trial_needs_stays_until_it_has_its_row(tmp_path: Path) -> None:
+    """The pruned model of a beaten trial is trained by the next."""
+    study = Study(tmp_path, schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}, {"drop_mlp": 2, "recover": True}])
+    scores = {"full": 0.5, "1M": 0.4, "2M": 0.3, "2M+ft": 0.45}
+    study.run(ndcg=scores, until="2M+ft")
+    pruned = study.proposals.space.trial(study.proposals.space.schedules[1])
+    assert study.whole(pruned) == EVERYTHING - {"embeddings"}
+    study.proposals.take_back()
+    study.run(ndcg=scores)
+    trained = study.proposals.space.trial(study.proposals.space.schedules[2])
+    assert study.whole(pruned) == EVERYTHING - {"embeddings", "pruned"}
+    assert study.whole(trained) == EVERYTHING - {"pruned"} | {"recovered"}
+
+
+def test_a_killed_deletion_is_finished_by_the_next(tmp_path: Path) -> None:
+    store, place = StageStore(tmp_path), tmp_path / "pruned" / "abc"
+    (place / "checkpoint").mkdir(parents=True)
+    (place / "checkpoint" / "weights").write_bytes(bytes(100))
+    store.free(place, "checkpoint")
+    assert (place / "checkpoint").exists()  # not complete: it is not touched
+    (place / "stage.json").write_text("{}")
+    store.free(place, "checkpoint")
+    assert not (place / "checkpoint").exists() and not store.has(place)
+    (place / "checkpoint").mkdir()
+    (place / "checkpoint" / "weights").write_bytes(bytes(10))
+    store.free(place, "checkpoint")
+    assert not (place / "checkpoint").exists()
+    assert store.freed_bytes() == 100
