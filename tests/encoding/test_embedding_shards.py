@@ -88,7 +88,7 @@ def test_not_a_folder_of_embeddings(tmp_path):
     with pytest.raises(InputError, match="expected a folder written by"):
         CorpusEmbeddings(ShardFolder(tmp_path))
     (tmp_path / "encoding.json").write_text("[1]")
-    with pytest.raises(InputError, match="not a JSON object"):
+    with pytest.raises(InputError, match="expected a mapping"):
         ShardFolder(tmp_path).header()
     (tmp_path / "encoding.json").write_text(json.dumps({"model": "x"}))
     with pytest.raises(InputError, match="documents"):
