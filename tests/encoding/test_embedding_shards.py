@@ -91,7 +91,7 @@ def test_not_a_folder_of_embeddings(tmp_path):
     with pytest.raises(InputError, match="expected a mapping"):
         ShardFolder(tmp_path).header()
     (tmp_path / "encoding.json").write_text(json.dumps({"model": "x"}))
-    with pytest.raises(InputError, match="documents"):
+    with pytest.raises(InputError, match="model_fingerprint: Field required"):
         ShardFolder(tmp_path).header()
 
 
