@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from effir_ray.search.study import search as run_search
     from effir_ray.search.study import submit_search
     from effir_ray.search.trial import repeat
+    from effir_ray.shrinking import shrink
     from effir_ray.training.config import TrainConfig
     from effir_ray.training.run.launcher import train
     from effir_ray.training.supervision.annotate import annotate
@@ -79,6 +80,7 @@ _PUBLIC = {
     "report": "results.report:report",
     "run_demo": "demo:run_demo",
     "run_search": "search.study:search",
+    "shrink": "shrinking:shrink",
     "stop_job": "cluster.jobs:stop_job",
     "submit_search": "search.study:submit_search",
     "train": "training.run.launcher:train",
@@ -121,6 +123,7 @@ __all__ = [
     "report",
     "run_demo",
     "run_search",
+    "shrink",
     "stop_job",
     "submit_search",
     "train",

@@ -20,7 +20,7 @@ FLOORS = (
     ("evaluation",),
     ("training",),
     ("search",),
-    ("demo", "doctor"),
+    ("demo", "doctor", "shrinking"),
     ("cli",),
     ("__main__",),
 )

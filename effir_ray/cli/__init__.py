@@ -15,7 +15,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start": (machine.demo, machine.doctor),
     "Search": (search.search, search.repeat),
     "Results": (results.pareto, results.query, results.report),
-    "Models": (models.analyze, models.compress),
+    "Models": (models.shrink, models.analyze, models.compress),
     "Training": (training.train, training.mine, training.annotate),
     "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure),
     "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop),

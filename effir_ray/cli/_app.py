@@ -104,6 +104,7 @@ def root() -> None:
     \b
     [bold]Start here[/bold]
     effir-ray demo                       a real search in about ten minutes
+    effir-ray shrink MODEL --texts corpus.jsonl --out smaller
     effir-ray search SPACE.yaml --out runs/mine
     effir-ray pareto runs/mine           what came out, as a table
     effir-ray report runs/mine           ... as an interactive page

@@ -1,4 +1,4 @@
-"""analyze, compress: what a model can lose, and losing it."""
+"""shrink, analyze, compress: a smaller model in one command; what one can lose, and losing it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import AsJson, Backbone, Dataset, FirstBlocks, out_option
+from effir_ray.cli._options import Address, AsJson, Backbone, Dataset, FirstBlocks, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
 
@@ -23,6 +23,98 @@ class SparsityMethod(StrEnum):
 
 Drop = Annotated[str, typer.Option(help=_DROP, metavar="K|i,j,..")]
 Texts = Annotated[int, typer.Option(min=1, help="Documents that importance is measured on.")]
+
+
+def shrink(
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of the embedder, or any name that --backbone takes.", show_default=False),
+    ],
+    out: Annotated[Path, out_option("Folder of the smaller model.")],
+    keep: Annotated[float, typer.Option(help="Share of the Transformer blocks that stays.")] = 0.5,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Data set on whose test queries the two models are compared; its documents are learned "
+            "from, unless --texts names others.",
+            show_default=False,
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to learn from: a corpus, or files of texts or pairs (JSONL, Parquet, a folder).",
+            show_default=False,
+        ),
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="About how long it may take here.")] = 60.0,
+    seed: int = 0,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an embedder smaller and faster: cut blocks, learn the full model's embeddings, compare the two.
+
+    Needs text, no queries and no labels. The blocks that matter least for the final vectors go; what is left
+    learns to embed texts as the full model does, so documents and queries keep their meaning and most
+    rankings. The result loads like the original, without effir-ray where its architecture allows. The same
+    command goes on after a stop.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray shrink minilm-l6 --texts corpus.jsonl --minutes 20 --out minilm-3
+    effir-ray shrink ./my-embedder --keep 0.67 --dataset scifact --out smaller
+    effir-ray shrink ./my-embedder --texts passages/ --dataset scifact --out smaller
+    """
+    from effir_ray import shrink as run
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        result = run(
+            model,
+            out,
+            keep=keep,
+            dataset=dataset,
+            texts=texts,
+            minutes=minutes,
+            seed=seed,
+            address=address,
+        )
+    if as_json:
+        show_json(result)
+    else:
+        _show_shrunk(result)
+
+
+def _show_shrunk(result: Any) -> None:
+    compared = result.comparison
+    sizes = {"full": compared.full_parameters, "small": compared.parameters}
+    metrics = list(compared.scores["full"])
+    show_table(
+        ["", "parameters", *metrics],
+        [
+            (
+                name if name != "bm25" else "BM25",
+                quantity(sizes.get(name)),
+                *(f"{scores[metric]:.4f}" for metric in metrics),
+            )
+            for name, scores in compared.scores.items()
+        ],
+        title=compared.measure,
+    )
+    lost, speed = compared.lost, compared.document_speedup_spread
+    say(
+        f"Lost of {metrics[0]}: {lost.mean:.4f} (95 % interval {lost.low:.4f} to {lost.high:.4f}, {lost.n} "
+        "queries)"
+    )
+    say(
+        f"Documents {compared.document_speedup:.2f}x as fast ({speed[0]:.2f} to {speed[1]:.2f} over rounds; "
+        f"{compared.flops_ratio:.0%} of the FLOPs), queries {compared.query_speedup:.2f}x, on "
+        f"{compared.hardware}"
+    )
+    kept = ", ".join(str(block) for block in result.kept_blocks)
+    kind = "ordinary checkpoint" if result.ordinary else "needs trust_remote_code=True"
+    say(f"Blocks {kept} of {result.blocks}, {result.steps} steps on {result.texts} texts; {kind}: ")
+    say(f"  {result.checkpoint}")
 
 
 def analyze(

@@ -7,6 +7,7 @@ stay as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,14 @@ from effir_ray.compression import calibration as drawing
 from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.planning import (
     ImportanceScores,
+    counted_units,
     make_plan,
     narrow_plan,
     needs_scores,
     uniform_width,
     within,
 )
-from effir_ray.compression.schedule import CALIBRATION, Calibration, Schedule
+from effir_ray.compression.schedule import CALIBRATION, UNITS, Calibration, Schedule, Unit
 from effir_ray.compression.sparsity.methods import parse_pattern
 from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
@@ -107,7 +109,9 @@ def compress(
         result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
     measured = load_to_measure(backbone, first_blocks=first_blocks)
-    scores = importance_scores(measured, schedule, calibration) if needed else None
+    blocks: frozenset[Unit] = frozenset({"block"} if uniform else ())
+    units = counted_units(schedule) | blocks
+    scores = importance_scores(measured, schedule, calibration, units) if needed else None
     shape = _shape(config, schedule, measured.plan, scores, uniform=uniform)
     if out is None:
         return _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
@@ -134,8 +138,16 @@ def load_to_measure(backbone: str | Path, *, first_blocks: int | None = None) ->
     return load_retriever(backbone, dtype=here.dtype, device=here.device, first_blocks=first_blocks)
 
 
-def importance_scores(retriever: Retriever, schedule: Schedule, calibration: Calibration) -> ImportanceScores:
-    """How much every sublayer matters by the schedule's criterion, on texts (dev-loss: on dev pairs)."""
+def importance_scores(
+    retriever: Retriever,
+    schedule: Schedule,
+    calibration: Calibration,
+    units: Collection[Unit] = UNITS,
+) -> ImportanceScores:
+    """How much every sublayer matters by the schedule's criterion, on texts (dev-loss: on dev pairs).
+
+    ``units``: those that are asked about, where a criterion takes its time for each.
+    """
     pairs: list[Pair] = []
     if schedule.importance == "dev-loss":
         count = calibration.gates.pairs
@@ -149,6 +161,7 @@ def importance_scores(retriever: Retriever, schedule: Schedule, calibration: Cal
         pairs=pairs,
         max_length=calibration.max_length,
         seed=calibration.seed,
+        units=units,
     )
 
 

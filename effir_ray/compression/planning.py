@@ -37,10 +37,19 @@ def within(plan: Plan, present: Plan) -> Plan:
     return Plan(layers=tuple(layers))
 
 
+def counted_units(schedule: Schedule) -> frozenset[Unit]:
+    """The units whose drop is a count, which importance has to turn into layers."""
+    drops: dict[Unit, int | tuple[int, ...]] = {
+        "attention": schedule.drop_attention,
+        "mlp": schedule.drop_mlp,
+        "block": schedule.drop_block,
+    }
+    return frozenset(unit for unit, drop in drops.items() if isinstance(drop, int) and drop > 0)
+
+
 def needs_scores(schedule: Schedule) -> bool:
-    """Whether any drop is a count that importance has to turn into layers."""
-    counts = (schedule.drop_attention, schedule.drop_mlp, schedule.drop_block)
-    return any(isinstance(count, int) and count > 0 for count in counts)
+    """Whether any drop is a count."""
+    return bool(counted_units(schedule))
 
 
 def make_plan(schedule: Schedule, n_layers: int, scores: ImportanceScores | None) -> Plan:

@@ -17,6 +17,8 @@ from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.corpus_encoding import encode_corpus
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.errors import InputError
+from effir_ray.evaluation.bm25 import NAME as BM25
+from effir_ray.evaluation.bm25 import bm25_run
 from effir_ray.evaluation.corpus_search import DEPTH, EmbeddedCorpus, Feedback, search_corpus
 from effir_ray.evaluation.index import Backend, Floats
 from effir_ray.evaluation.metrics import Run, Scores, check_cutoffs, score_run
@@ -98,7 +100,8 @@ def evaluate(
     workers: int = 1,
     address: str | None = None,
 ) -> Evaluation:
-    """Score ``model`` (a name, a folder, a loaded retriever or an encoder) on one split of ``dataset``.
+    """Score ``model`` (a name, a folder, a loaded retriever or an encoder) on one split of ``dataset``;
+    ``bm25`` is BM25.
 
     Reported are nDCG@10, Recall@100, MRR@10 and MAP@100, and all four at each of ``cutoffs``.
 
@@ -117,9 +120,15 @@ def evaluate(
             f"{workers} workers need a model that they can load by name and a folder they all see (--out)"
         )
     dataset = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
-    queries, qrels = dataset.queries(split), dataset.qrels(split)
+    queries = dataset.queries(split)
     _check_out(out)
     check_cutoffs(cutoffs)
+    if model == BM25:
+        if feedback is not None:
+            raise InputError("feedback moves query embeddings; bm25 has none")
+        searching = time.perf_counter()
+        run = bm25_run(dataset, split, depth=max([DEPTH, *cutoffs]))
+        return _written(_scored(BM25, dataset, split, run, started, searching, None, cutoffs), out)
     with tempfile.TemporaryDirectory(prefix="effir-ray-") as scratch:
         corpus: EmbeddedCorpus
         if out is not None and isinstance(model, str | Path):
@@ -149,21 +158,39 @@ def evaluate(
             workers=workers,
             address=address,
         )
-        searching = time.perf_counter() - searching
-    evaluation = Evaluation(
-        model=encoder.retriever.name,
+        name = encoder.retriever.name
+        return _written(_scored(name, dataset, split, run, started, searching, feedback, cutoffs), out)
+
+
+def _scored(
+    model: str,
+    dataset: Dataset,
+    split: str,
+    run: Run,
+    started: float,
+    searching: float,
+    feedback: Feedback | None,
+    cutoffs: Sequence[int],
+) -> Evaluation:
+    """``started``, ``searching``: ``perf_counter`` when the evaluation and its search began."""
+    now, qrels = time.perf_counter(), dataset.qrels(split)
+    return Evaluation(
+        model=model,
         dataset=dataset.name,
         split=split,
         fingerprint=dataset.fingerprint,
         scores=score_run(run, qrels, cutoffs=cutoffs),
         run=run,
-        n_queries=len(queries),
+        n_queries=len(qrels),
         n_documents=len(dataset.corpus),
         seconds=time.perf_counter() - started,
-        search_ms=1000 * searching / len(queries),
+        search_ms=1000 * (now - searching) / len(qrels),
         feedback=feedback,
         warnings=dataset.warnings,
     )
+
+
+def _written(evaluation: Evaluation, out: Path | None) -> Evaluation:
     if out is not None:
         write_evaluation(evaluation, out)
     return evaluation

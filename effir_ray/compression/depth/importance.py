@@ -7,7 +7,7 @@ sublayers), and what the whole model loses without it, alone or together with ot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -55,6 +55,7 @@ def measure_importance(
     max_length: int | None = None,
     seed: int = 0,
     budget: int = BUDGET,
+    units: Collection[Unit] = UNITS,
 ) -> ImportanceScores:
     """A score for every attention, MLP and block; higher = keep.
 
@@ -62,7 +63,7 @@ def measure_importance(
     - ``pooled``: how far the final vectors of ``texts`` and ``queries`` (each with its own prompt) move when
       a set of layers loses the unit. Of each size the set that moves them least is kept (``best``): all sets
       are tried where these are at most ``budget``, else a beam search. The score is the share of the best
-      sets that keep the layer;
+      sets that keep the layer. Only ``units`` are tried, the others score 0: each takes its own passes;
     - ``dev-loss``: InfoNCE on ``pairs`` without the sublayer minus that of the full model;
     - ``random``: uniform, from ``seed``.
 
@@ -91,8 +92,10 @@ def measure_importance(
         raise InputError(f"importance by '{criterion}' needs calibration texts; found none")
     if criterion == "cosine":
         return _result(criterion, _mean(partial(token_angles, retriever), documents(texts)))
-    best = {unit: _best_sets(retriever, all_texts, unit, budget) for unit in UNITS}
-    scores = np.stack([_kept_share(retriever, unit, best[unit]) for unit in UNITS])
+    best = {unit: _best_sets(retriever, all_texts, unit, budget) for unit in UNITS if unit in units}
+    scores = np.zeros((len(UNITS), len(retriever.family.layers(retriever.model))))
+    for unit, sets in best.items():
+        scores[UNITS.index(unit)] = _kept_share(retriever, unit, sets)
     return _result(criterion, scores, best)
 
 

@@ -22,6 +22,8 @@ from effir_ray.data.pair_layouts import normalised
 from effir_ray.data.pair_stream import is_stream, source_fingerprint
 from effir_ray.data.pairs import Pair, load_pairs, shared_positives
 from effir_ray.errors import InputError
+from effir_ray.evaluation.bm25 import NAME as BM25
+from effir_ray.evaluation.bm25 import Rank, bm25_ranker
 from effir_ray.evaluation.index import exact_search
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.stages import StageStore
@@ -29,9 +31,6 @@ from effir_ray.training.supervision.resumable import encode_texts, encoder_dtype
 
 MARGIN = 0.05  # NV-Retriever, table 3: 95 % is its best threshold
 DEPTH = 100  # documents looked at for each query
-
-Rank = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-"""Queries -> scores (queries, depth) float, best first, and document indices (queries, depth) int."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Collection:
 def mine(
     source: str | Path,
     *,
-    by: str = "bm25",
+    by: str = BM25,
     stages: StageStore,
     split: str = "train",
     negatives: int = 7,
@@ -71,7 +70,7 @@ def mine(
     inputs = {
         "data": collection.fingerprint,
         "split": split,
-        "by": by if by == "bm25" else f"{backbone_fingerprint(by)}-{encoder_dtype()}",
+        "by": by if by == BM25 else f"{backbone_fingerprint(by)}-{encoder_dtype()}",
         "negatives": negatives,
         "depth": depth,
         "margin": margin,
@@ -80,7 +79,10 @@ def mine(
     shared = shared_positives(pairs)
 
     def make_process() -> Callable[[Sequence[Pair]], list[Pair]]:
-        rank = bm25(collection, depth) if by == "bm25" else dense(by, collection, depth, stages)
+        if by == BM25:
+            rank = bm25_ranker([text for _, text in collection.documents()], depth)
+        else:
+            rank = dense(by, collection, depth, stages)
         return partial(
             mine_pairs,
             rank=rank,
@@ -116,23 +118,6 @@ def collect(source: str | Path, pairs: Sequence[Pair]) -> Collection:
         lambda: ((document.id, document.document_text) for document in dataset.corpus.iter_documents()),
         dataset.fingerprint,
     )
-
-
-def bm25(collection: Collection, depth: int) -> Rank:
-    """BM25 (k1 1.5, b 0.75, Lucene's variant) with English stop words, by bm25s."""
-    import bm25s
-
-    index = bm25s.BM25()
-    texts = [text for _, text in collection.documents()]
-    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    found = min(depth, len(texts))
-
-    def rank(queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        tokens = bm25s.tokenize(list(queries), stopwords="en", return_ids=False, show_progress=False)
-        indices, scores = index.retrieve(tokens, k=found, show_progress=False)
-        return scores, indices
-
-    return rank
 
 
 def dense(model: str, collection: Collection, depth: int, stages: StageStore) -> Rank:

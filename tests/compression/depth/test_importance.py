@@ -145,25 +145,22 @@ def test_sets_are_all_tried_within_the_budget_and_else_a_beam() -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(1200)
 def test_pooled_keeps_the_right_half_of_minilm() -> None:
-    """Blocks {0, 4, 5} alone keep a retriever; cosine importance drops the last. nDCG@10, SciFact dev."""
+    """Blocks {0, 4, 5} alone keep a retriever; the first three, or the last, do not. nDCG@10, SciFact dev."""
     data = load_dataset(str(real_data("scifact")))
     dev = data.sample("dev", queries=75, documents=500)
     calibration = Calibration(dataset=str(real_data("scifact")), texts=24, max_length=96)
-    found = {}
-    for criterion in ("cosine", "pooled"):
-        schedule = Schedule(drop_block=3, importance=criterion)
-        full = load_retriever("minilm-l6")
-        plan = depth_plan(schedule, full.plan, importance_scores(full, schedule, calibration))
-        kept = tuple(index for index, layer in enumerate(plan.layers) if layer.attention)
-        scored = evaluate(
-            apply_plan(full, plan), dev, split="dev", query_max_length=64, document_max_length=128
-        )
-        found[criterion] = (kept, scored.scores.mean["ndcg@10"])
-    print(found)
-    assert found["pooled"][0] == (0, 4, 5)
-    assert found["pooled"][1] > found["cosine"][1] + 0.1
+    schedule, full = Schedule(drop_block=3, importance="pooled"), load_retriever("minilm-l6")
+    plan = depth_plan(schedule, full.plan, importance_scores(full, schedule, calibration, {"block"}))
+    assert [index for index, layer in enumerate(plan.layers) if layer.attention] == [0, 4, 5]
+
+    def score(plan: Plan) -> float:
+        pruned = apply_plan(load_retriever("minilm-l6"), plan)
+        found = evaluate(pruned, dev, split="dev", query_max_length=64, document_max_length=96)
+        return found.scores.mean["ndcg@10"]
+
+    last = depth_plan(Schedule(drop_last_blocks=3), full.plan, None)
+    assert score(plan) > max(0.75, score(last) + 0.1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "modernbert"])

@@ -1,0 +1,45 @@
+"""Intervals cover what they say, and pairs are pairs."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from effir_ray.errors import InputError
+from effir_ray.evaluation.significance import bootstrap_interval, paired_difference
+
+
+def test_an_interval_is_scipys() -> None:
+    values = np.random.default_rng(3).beta(0.5, 0.7, size=200)
+    found = bootstrap_interval(values)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=1)
+    expected = theirs.confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.004)
+    assert found.standard_error == pytest.approx(theirs.standard_error, rel=0.05)
+    assert (found.n, found.mean) == (200, pytest.approx(values.mean()))
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    """Scores such as nDCG has: many zeros, many ones. 95 % of 300 intervals, give or take 3 deviations."""
+    random, truth, covered = np.random.default_rng(0), 0.5, 0
+    for seed in range(300):
+        scores = random.choice([0.0, 0.0, 0.5, 1.0, 1.0], size=120)
+        interval = bootstrap_interval(scores, seed=seed)
+        covered += interval.low <= truth <= interval.high
+    assert abs(covered / 300 - 0.95) < 3 * (0.95 * 0.05 / 300) ** 0.5
+
+
+def test_a_difference_is_paired() -> None:
+    """Queries differ far more from each other than the two models do on any of them."""
+    hard = np.random.default_rng(1).random(100)
+    first = {f"q{i}": float(value) for i, value in enumerate(hard)}
+    second = {query: value + 0.01 for query, value in reversed(first.items())}
+    found = paired_difference(first, second)
+    assert found.low == pytest.approx(0.01) and found.high == pytest.approx(0.01)
+    assert bootstrap_interval(list(first.values())).high - hard.mean() > 0.03
+
+
+def test_other_queries_and_none_are_refused() -> None:
+    with pytest.raises(InputError, match="2 queries have a score of one model only"):
+        paired_difference({"a": 1.0}, {"b": 1.0})
+    with pytest.raises(InputError, match="at least one query"):
+        bootstrap_interval([])
