@@ -205,7 +205,7 @@ def bm25(options: argparse.Namespace, dataset: Dataset) -> None:
         dataset=dataset.name,
         split="test",
         seed=0,
-        **score_columns(result.scores.mean),
+        **score_columns(result.scores),
     )
     append(options.out, [row])
 

@@ -39,7 +39,7 @@ def measure_once(
     result, config = evaluate(), load_config(backbone)
     plan = plan or Plan.full(config.num_hidden_layers)
     made = {
-        **score_columns(result.scores.mean),
+        **score_columns(result.scores),
         **size_columns(config, plan, document_tokens=settings["document_length"]),
         "bytes": model_bytes(config, plan),
         "wall_seconds": result.seconds,

@@ -35,7 +35,6 @@ from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.efficiency import measure_efficiency
 from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.index import exact_search
-from effir_ray.evaluation.significance import Interval, bootstrap_interval, paired_difference
 from effir_ray.files import write_whole
 from effir_ray.models.accounting import count_parameters, flops
 from effir_ray.models.checkpoint import save_checkpoint
@@ -47,6 +46,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import progress
 from effir_ray.readers import read_json_object
+from effir_ray.results.significance import Interval, bootstrap_interval, paired_difference
 from effir_ray.stages import StageStore, fingerprint
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.run.launcher import train

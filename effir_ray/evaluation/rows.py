@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from effir_ray.evaluation.metrics import Scores
 from effir_ray.hardware import detect
 from effir_ray.models import accounting
 from effir_ray.models.plan import Plan
 from effir_ray.provenance import git_commit, package_versions
+from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
+from effir_ray.results.significance import bootstrap_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_SCORES = {
-    "ndcg_at_10": "ndcg@10",
-    "recall_at_100": "recall@100",
-    "mrr_at_10": "mrr@10",
-    "map_at_100": "map@100",
-}
 
 
 def make_row(**columns: Any) -> TrialRow:
@@ -30,9 +25,16 @@ def make_row(**columns: Any) -> TrialRow:
     return TrialRow(**(made_by | here | columns))
 
 
-def score_columns(mean: Mapping[str, float]) -> dict[str, float]:
-    """``mean``: metric -> mean over queries, as ``evaluation.metrics`` names them."""
-    return {column: mean[metric] for column, metric in _SCORES.items()}
+def score_columns(scores: Scores) -> dict[str, float]:
+    """Means over queries, how many there are, and how far the choice of queries moves nDCG@10."""
+    interval = bootstrap_interval([found["ndcg@10"] for found in scores.per_query.values()])
+    return {
+        **{column: scores.mean[metric] for column, metric in METRICS.items()},
+        "n_queries": interval.n,
+        "ndcg_at_10_se": interval.standard_error,
+        "ndcg_at_10_low": min(interval.low, 1.0),  # a mean of ones may be a rounding error above
+        "ndcg_at_10_high": min(interval.high, 1.0),
+    }
 
 
 def size_columns(backbone: PreTrainedConfig, plan: Plan, *, document_tokens: int) -> dict[str, Any]:

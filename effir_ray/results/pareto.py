@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
@@ -20,14 +22,77 @@ def non_dominated(costs: Points) -> Mask:
 
     A point dominates another when it is at least as good in every objective and better in one; equal points
     therefore stay together. A point with a NaN is never on the front and dominates nothing.
+
+    The different points in lexicographic order: only an earlier one can dominate a later one (Kung, Luccio
+    and Preparata 1975), which for one to three objectives makes it a sort and one pass.
     """
-    valid: Mask = np.asarray(~np.isnan(costs).any(axis=1), dtype=np.bool_)
-    mask: Mask = valid.copy()
-    for index in np.flatnonzero(valid):
-        others = costs[valid]
-        beats = (others <= costs[index]).all(axis=1) & (others < costs[index]).any(axis=1)
-        mask[index] = not beats.any()
+    mask: Mask = np.zeros(len(costs), dtype=np.bool_)
+    valid = np.flatnonzero(~np.isnan(costs).any(axis=1))
+    if not len(valid):
+        return mask
+    points, of = np.unique(costs[valid], axis=0, return_inverse=True)
+    if points.shape[1] <= 2:
+        kept = _sweep_two(points)
+    elif points.shape[1] == 3:
+        kept = _sweep_three(points)
+    else:
+        kept = _eliminate(points)
+    mask[valid] = kept[of.reshape(-1)]
     return mask
+
+
+def _sweep_two(points: Points) -> Mask:
+    """Kept is what is better in the last objective than everything before."""
+    last = points[:, -1]
+    if points.shape[1] == 1:
+        return np.arange(len(points)) == 0
+    best = np.minimum.accumulate(last)
+    return np.append(True, last[1:] < best[:-1])
+
+
+def _sweep_three(points: Points) -> Mask:
+    """One pass, with the front of the last two objectives of what came before: a staircase that falls."""
+    kept = np.zeros(len(points), dtype=np.bool_)
+    across: list[float] = []
+    down: list[float] = []
+    for index in np.flatnonzero(_undefeated(points)).tolist():
+        x, y = points[index, 1:].tolist()
+        place = bisect_right(across, x)
+        if place and down[place - 1] <= y:
+            continue
+        kept[index] = True
+        start = end = bisect_left(across, x)
+        while end < len(down) and down[end] >= y:
+            end += 1
+        across[start:end], down[start:end] = [x], [y]
+    return kept
+
+
+def _undefeated(points: Points) -> Mask:
+    """Candidates: what none of a few good points dominates. Most points fall here, many at a time."""
+    order = np.argsort(points, axis=0)
+    place = np.empty_like(order)
+    np.put_along_axis(place, order, np.arange(len(points))[:, None], axis=0)
+    good = np.unique(np.argsort(place.sum(axis=1))[:_RIVALS])
+    mask = np.ones(len(points), dtype=np.bool_)
+    for rival in good:
+        mask &= (points < points[rival]).any(axis=1)
+        mask[rival] = True
+    return mask
+
+
+def _eliminate(points: Points) -> Mask:
+    """Any number of objectives: every point that is kept removes what it dominates, points x front steps."""
+    left = np.arange(len(points))
+    kept = np.zeros(len(points), dtype=np.bool_)
+    while len(left):
+        first, left = left[0], left[1:]
+        kept[first] = True
+        left = left[(points[left] < points[first]).any(axis=1)]
+    return kept
+
+
+_RIVALS = 16
 
 
 def on_front(table: pa.Table, objectives: Mapping[str, Direction]) -> Mask:
@@ -59,7 +124,7 @@ def costs_of(table: pa.Table, objectives: Mapping[str, Direction]) -> Points:
         columns.append(-values if direction == "max" else values)
     costs = np.stack(columns, axis=1)
     if "status" in table.schema.names:
-        costs[np.asarray(table["status"].to_pylist()) == "failed"] = np.nan
+        costs[np.asarray(pc.fill_null(pc.equal(table["status"], "failed"), False))] = np.nan
     return costs
 
 

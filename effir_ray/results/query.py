@@ -10,12 +10,13 @@ import pyarrow as pa
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.results.published import published
+from effir_ray.results.tables import Folders
 
 if TYPE_CHECKING:
     import duckdb
 
 
-def query(folders: store.Folders, sql: str) -> pa.Table:
+def query(folders: Folders, sql: str) -> pa.Table:
     """The result of one SELECT over ``rows`` (those of ``folders``) and ``published`` (the paper's figures).
 
     The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL

@@ -15,6 +15,7 @@ from effir_ray.results import store
 from effir_ray.results.picture import draw_front
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
+from effir_ray.results.tables import Folders
 
 LABELS = {
     "ndcg_at_10": ("nDCG@10", "score"),
@@ -46,7 +47,7 @@ _SHOWN = (
 )
 
 
-def report(folders: store.Folders, out: Path | str) -> Path:
+def report(folders: Folders, out: Path | str) -> Path:
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
     The page needs no network: plotly.js, data and styles are inside. Raises InputError for another suffix or

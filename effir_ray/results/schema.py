@@ -6,14 +6,14 @@ import json
 import types
 import typing
 from datetime import UTC, datetime
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import pyarrow as pa
 from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from effir_ray.config import Config
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -48,10 +48,19 @@ JsonText = Annotated[str, AfterValidator(_is_json)]
 Score = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Error = Annotated[FiniteFloat, Field(ge=0)]
 
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def sample_in_words(trial: dict[str, Any], split: str) -> str:
+    """Which part of its split a row was measured on, from its ``trial``."""
+    sample = trial.get(split) or {}
+    if sample.get("queries") is None:
+        return f"all of {split}"
+    return f"{sample['queries']} queries, {sample['documents']} documents, seed {trial.get('seed', 0)}"
 
 
 class TrialRow(Config):
@@ -74,10 +83,21 @@ class TrialRow(Config):
     contents: JsonText = Field(
         default="{}", description="fingerprints of what was read: backbone, data sets, teachers, JSON"
     )
+    sample: str = Field(default="", description="which part of the split was measured, in words")
+    model: str = Field(default="", description="where the model was built, below the study's folder")
     attempt: Count = Field(default=1, description="1 at the first try on this split, 2 at the next")
     status: Literal["ok", "failed"] = "ok"
     reason: str = Field(default="", description="why the trial failed")
+    n_queries: Count | None = Field(default=None, description="judged queries that the scores are means of")
     ndcg_at_10: Score | None = Field(default=None, description="nDCG@10, mean over queries, 0 to 1")
+    ndcg_at_10_se: Error | None = Field(default=None, description="standard error of ndcg_at_10")
+    ndcg_at_10_low: Score | None = Field(
+        default=None, description="lower end of the 95 % interval of ndcg_at_10, bootstrap over queries"
+    )
+    ndcg_at_10_high: Score | None = Field(default=None, description="upper end of that interval")
+    bm25_ndcg_at_10: Score | None = Field(
+        default=None, description="nDCG@10 of BM25 on the same queries and documents"
+    )
     recall_at_100: Score | None = Field(default=None, description="Recall@100, mean over queries, 0 to 1")
     mrr_at_10: Score | None = Field(default=None, description="MRR@10, mean over queries, 0 to 1")
     map_at_100: Score | None = Field(default=None, description="MAP@100, mean over queries, 0 to 1")
@@ -89,6 +109,12 @@ class TrialRow(Config):
     query_ms: Positive | None = Field(default=None, description="milliseconds to encode one query")
     document_speedup: Positive | None = Field(
         default=None, description="document encoding speed / that of the full model in the same run"
+    )
+    document_speedup_low: Positive | None = Field(
+        default=None, description="lowest document_speedup of the rounds it is the median of"
+    )
+    document_speedup_high: Positive | None = Field(
+        default=None, description="highest document_speedup of those rounds"
     )
     query_speedup: Positive | None = Field(
         default=None, description="query encoding speed / that of the full model in the same run"
@@ -156,7 +182,7 @@ def _arrow_schema() -> pa.Schema:
     return pa.schema(fields, metadata={"effir_ray_schema": str(SCHEMA_VERSION)})
 
 
-JSON_COLUMNS = frozenset({"trial", "plan", "versions"})
+JSON_COLUMNS = frozenset({"trial", "plan", "versions", "contents"})
 
 ARROW_SCHEMA: pa.Schema = _arrow_schema()
 """The table of ``TrialRow``; every column carries its description as field metadata."""

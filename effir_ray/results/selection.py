@@ -6,51 +6,106 @@ import json
 import operator
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
-from effir_ray.results import store
+from effir_ray.results import store, tables
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
-from effir_ray.results.schema import DIRECTIONS
+from effir_ray.results.schema import DIRECTIONS, sample_in_words
+from effir_ray.results.tables import Damaged, Folders
 
 TEST_COLUMN = "test_ndcg_at_10"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """``rows``: what ``pareto`` returns; ``failed``: trials on the same queries that could not be measured."""
+
+    rows: pa.Table
+    failed: int
+
+
 def pareto(
-    folders: store.Folders,
+    folders: Folders,
     *,
     where: str | None = None,
     pick: str | None = None,
     objectives: Sequence[str] = (),
     split: str | None = None,
+    damaged: Damaged | None = None,
 ) -> pa.Table:
     """The Pareto front of the rows in ``folders``, best in the first objective first.
 
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one. ``where`` is an SQL condition, ``objectives`` are columns (by default
-    the search's), ``pick`` leaves one row: see ``pick_row``. Raises InputError when the rows are of
-    more than one data set, version of it or sample of it (their scores cannot be compared) or none is left.
+    the search's), ``pick`` leaves one row: see ``pick_row``. ``damaged`` hears of files that cannot be read,
+    which are then left out. Raises InputError when the rows are of more than one data set, version of it or
+    sample of it (their scores cannot be compared), a file cannot be read, or no row is left.
     """
-    table = store.latest(store.read(folders))
+    return select_front(
+        folders, where=where, pick=pick, objectives=objectives, split=split, damaged=damaged
+    ).rows
+
+
+def select_front(
+    folders: Folders,
+    *,
+    where: str | None = None,
+    pick: str | None = None,
+    objectives: Sequence[str] = (),
+    split: str | None = None,
+    damaged: Damaged | None = None,
+) -> Front:
+    """``pareto``, and what it left out."""
+
+    def attempt() -> Front:
+        table = _rows_to_choose_from(folders, where, damaged)
+        chosen = chosen_rows(table, split)
+        directions = objectives_for(chosen, tuple(objectives))
+        best = front(chosen, directions)
+        if pick:
+            best = pick_row(best, pick, tuple(directions))
+        scored = with_test_scores(best, table)
+        if tables.FILE in best.schema.names:
+            full = tables.rows_at(best, store.ROWS)
+            scored = full.append_column(TEST_COLUMN, scored[TEST_COLUMN])
+        failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen["split"][0]))
+        return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
+
+    return tables.settled(attempt)
+
+
+_NARROW = (*store.LATEST_COLUMNS, "seed", "sample", "contents", *DIRECTIONS)
+"""What choosing a front needs; the rest is read of the front alone."""
+
+
+def _rows_to_choose_from(folders: Folders, where: str | None, damaged: Damaged | None) -> pa.Table:
+    """The last row of each trial. Without ``where``, which may name any column, few columns are read."""
     if where:
-        table = filter_rows(table, where)
-    chosen = chosen_rows(table, split)
-    directions = objectives_for(chosen, tuple(objectives))
-    best = front(chosen, directions)
-    if pick:
-        best = pick_row(best, pick, tuple(directions))
-    return with_test_scores(best, table)
+        return filter_rows(store.latest(store.read(folders, damaged=damaged)), where)
+    table = store.read(folders, columns=_NARROW, damaged=damaged, places=True)
+    if pc.any(pc.equal(table["sample"].fill_null(""), "")).as_py():  # rows before schema 4
+        table = store.read(
+            folders, columns=(*_NARROW, "trial"), damaged=None if damaged is None else _unheard, places=True
+        )
+    return store.latest(table)
+
+
+def _unheard(message: str) -> None:
+    """Of a file that was told of already."""
 
 
 def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
     """The successful rows a front is chosen from: one split (dev, where there is one), one data set, one
     sample of it."""
     chosen = _of_split(_successful(table), split)
-    datasets = sorted(set(chosen["dataset"].to_pylist()))
+    datasets = sorted(chosen["dataset"].unique().to_pylist())
     if len(datasets) > 1:
         raise InputError(
             f"the rows are of {len(datasets)} data sets ({', '.join(datasets)}): no comparison; "
@@ -63,8 +118,11 @@ def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
 
 def _check_one_sample(rows: pa.Table) -> None:
     """Scores over other queries or fewer documents are higher or lower for that alone."""
-    records = rows.select(["trial", "split", "dataset", "study", "seed"]).to_pylist()
-    found = {_sample(record): record for record in records}
+    names = ["sample", "split", "dataset", "study", "seed"]
+    rows = rows.set_column(rows.schema.get_field_index("sample"), "sample", _samples(rows))
+    found: dict[str, dict[str, Any]] = {}
+    for record in rows.group_by(names, use_threads=False).aggregate([]).to_pylist():
+        found.setdefault(record["sample"], record)
     if len(found) < 2:
         return
     (one, first), (other, second) = list(found.items())[:2]
@@ -80,11 +138,31 @@ def _check_one_sample(rows: pa.Table) -> None:
     )
 
 
+def _samples(rows: pa.Table) -> pa.Array:
+    """What part of its split each row was measured on. Rows before schema 4 say so in their ``trial``."""
+    told = rows["sample"].fill_null("")
+    if pc.all(pc.not_equal(told, "")).as_py():
+        return told
+    columns = (told.to_pylist(), rows["trial"].to_pylist(), rows["split"].to_pylist())
+    return pa.array(
+        [
+            sample or sample_in_words(json.loads(trial), split)
+            for sample, trial, split in zip(*columns, strict=True)
+        ],
+        pa.string(),
+    )
+
+
 def _check_one_content(rows: pa.Table) -> None:
     """A data set that was written anew keeps its name. Rows before schema 3 do not say what they read."""
     studies = {
         contents["dataset"]: study
-        for study, text in zip(rows["study"].to_pylist(), rows["contents"].to_pylist(), strict=True)
+        for study, text in (
+            pa.table([rows["study"], rows["contents"]], ["study", "contents"])
+            .group_by(["study", "contents"], use_threads=False)
+            .aggregate([])
+            .to_pylist()
+        )
         if "dataset" in (contents := json.loads(text or "{}"))
     }
     if len(studies) > 1:
@@ -92,15 +170,6 @@ def _check_one_content(rows: pa.Table) -> None:
             f"the rows are of {len(studies)} versions of {rows['dataset'][0].as_py()}, which changed in "
             "between: no comparison; choose the folder of one study"
         )
-
-
-def _sample(record: dict[str, Any]) -> str:
-    """In words, which part of its split a row was measured on."""
-    trial = json.loads(record["trial"])
-    sample = trial.get(record["split"]) or {}
-    if sample.get("queries") is None:
-        return f"all of {record['split']}"
-    return f"{sample['queries']} queries, {sample['documents']} documents, seed {trial.get('seed', 0)}"
 
 
 def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
@@ -154,26 +223,25 @@ def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
 
 
 def _successful(table: pa.Table) -> pa.Table:
-    kept = table.filter(pa.array([status == "ok" for status in table["status"].to_pylist()], pa.bool_()))
+    kept = table.filter(pc.equal(table["status"], "ok"))
     if len(kept) == 0:
         raise InputError(f"no successful trial among the {len(table)} rows that were asked for")
     return kept
 
 
 def _of_split(table: pa.Table, split: str | None) -> pa.Table:
-    splits = table["split"].to_pylist()
+    splits = table["split"].unique().to_pylist()
     wanted = split or ("dev" if "dev" in splits else splits[0])
     if wanted not in splits:
-        raise InputError(f"no rows of split '{wanted}'; there are {', '.join(sorted(set(splits)))}")
-    return table.filter(pa.array([item == wanted for item in splits], pa.bool_()))
+        raise InputError(f"no rows of split '{wanted}'; there are {', '.join(sorted(splits))}")
+    return table.filter(pc.equal(table["split"], wanted))
 
 
 def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
     """``rows`` with the column ``test_ndcg_at_10``, looked up among the test rows of ``table``."""
-    scores = {
-        (record["study"], record["trial_id"]): record["ndcg_at_10"]
-        for record in table.select(["study", "trial_id", "split", "ndcg_at_10"]).to_pylist()
-        if record["split"] == "test"
-    }
+    names = ["study", "trial_id", "ndcg_at_10"]
+    same = pc.is_in(table["trial_id"], rows["trial_id"].unique())
+    tested = table.filter(pc.and_(same, pc.equal(table["split"], "test"))).select(names).to_pylist()
+    scores = {(record["study"], record["trial_id"]): record["ndcg_at_10"] for record in tested}
     keys = zip(rows["study"].to_pylist(), rows["trial_id"].to_pylist(), strict=True)
     return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))

@@ -1,7 +1,8 @@
 """The folder of a study: whose it is, that only one search works in it, which rows it has.
 
 OUT/study.json      the search space this folder belongs to
-OUT/rows/           one Parquet file for every finished trial and split
+OUT/rows/           one Parquet file for every finished trial and split; one for all when the study ends
+OUT/query_scores/   what every query scored, in the same way
 OUT/stages/         every step of work, by content; shared by all trials
 OUT/optuna.db       what the sampler knows; ``optuna-dashboard sqlite:///OUT/optuna.db`` shows it
 OUT/tune/           Ray Tune's own logs

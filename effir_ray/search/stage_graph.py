@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from effir_ray.results.query_scores import QueryScores
 from effir_ray.search.space import TrialConfig
 from effir_ray.stages import StageStore
 
@@ -88,6 +89,7 @@ class Stage:
     asked: whether a trial has the parent of a role
     computed_on: what else the bits depend on: the kind of ``device`` and its dtype, or the ``machine``
     columns: what a finished folder adds to the row; a stage that has some is an end of its own
+    query_scores: what it knows of single queries, for the table beside the rows
     workers: how many workers it keeps busy
     exclusive: no two such stages run at once on one machine
     resumable: it goes on from what an interrupted run left in the folder
@@ -105,6 +107,7 @@ class Stage:
     version: int = 1
     computed_on: Literal["", "device", "machine"] = ""
     columns: Callable[[StageTask], Mapping[str, Any]] | None = None
+    query_scores: Callable[[StageTask], QueryScores] | None = None
     workers: Callable[[TrialConfig], int] = lambda config: 1
     exclusive: bool = False
     resumable: bool = False

@@ -19,7 +19,9 @@ from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
+from effir_ray.results.query_scores import QUERY_SCORES
 from effir_ray.results.schema import TrialRow
+from effir_ray.results.tables import compact
 from effir_ray.search.activity import remove_leftovers, reporting
 from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
@@ -90,6 +92,8 @@ def search(
         estimate = TimeEstimate(stages, backbone, sources)
         _work(proposals, folder, estimate, collector, address, restart=not given)
         stages.remove_locks()
+        for kind in (store.ROWS, QUERY_SCORES):
+            compact(folder, kind)
         return _result(proposals, folder, collector)
 
 
@@ -209,6 +213,7 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
                 study=study,
                 attempt=config["attempt"],
                 listener=listener,
+                out=folder,
             )
         except InputError as error:  # wrong for every trial: schedules were checked before
             tune.report({ABORT: str(error)})

@@ -22,8 +22,10 @@ from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.readers import parse_json
-from effir_ray.results import store
-from effir_ray.results.schema import TrialRow
+from effir_ray.results import query_scores, store
+from effir_ray.results.query_scores import QueryScores
+from effir_ray.results.schema import TrialRow, sample_in_words
+from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
@@ -42,8 +44,10 @@ def run_trial(
     study: str = "",
     attempt: int = 1,
     listener: Listener = lambda stage: None,
+    out: Path | None = None,
 ) -> TrialRow:
-    """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run.
+    """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run. Scores
+    of single queries go to the study's folder ``out``, before anyone writes the row: none lacks them.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
@@ -54,17 +58,25 @@ def run_trial(
     sources = sources_of(config)
     runner = StageRunner(config, split, stages, listener)
     measured: dict[str, Any] = {}
+    by_query: list[QueryScores] = []
     for stage in trial_stages(config, sources, split):
         if stage.stage.columns is not None:  # an end; it pulls in the rest
             runner.make(stage)
-            measured |= stage.stage.columns(runner.task(stage, stage.path(stages)))
-    return make_row(
+            task = runner.task(stage, stage.path(stages))
+            measured |= stage.stage.columns(task)
+            if stage.stage.query_scores is not None:
+                by_query.append(stage.stage.query_scores(task))
+    row = make_row(
         **_known_columns(config, split, study, attempt),
         **measured,
         contents=json.dumps(sources.contents),
         wall_seconds=time.monotonic() - started,
         device_seconds=runner.device_seconds,
     )
+    if out is not None:
+        for scores in by_query:
+            query_scores.append(out, row, scores)
+    return row
 
 
 class StageRunner:
@@ -143,6 +155,7 @@ def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) 
         "dataset": config.dataset,
         "split": split,
         "seed": config.seed,
+        "sample": sample_in_words(config.model_dump(include={"dev", "test", "seed"}), split),
         "attempt": attempt,
         "recovered": config.recovery is not None,
     }
@@ -158,7 +171,7 @@ def failure_reason(error: BaseException) -> str:
 
 
 def repeat(
-    results: store.Folders,
+    results: Folders,
     trial: str,
     out: Path | str,
     *,
@@ -181,7 +194,11 @@ def repeat(
         place = f"the row of trial {original.trial_id}"
         config = parse(parse_json(original.trial, place), TrialConfig, source=place)
         repeated = run_trial(
-            config, stages, split="test" if original.split == "test" else "dev", study=original.study
+            config,
+            stages,
+            split="test" if original.split == "test" else "dev",
+            study=original.study,
+            out=folder,
         )
         store.append(folder, [repeated])
         pairs.append((original, repeated))

@@ -2,6 +2,7 @@
 
     backbone -> base -> importance -> neurons -> pruned -> recovered -> embeddings -> scores
                                                                     \\-> timing
+    bm25, which needs no model
 
 A stage reads the folders of its parents and writes its own. Model folders hold ``checkpoint`` and
 ``plan.json``. Ray is imported where it is used: a dry run reads these declarations without it.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.corpus_search import search_corpus
 from effir_ray.evaluation.efficiency import measure_efficiency
-from effir_ray.evaluation.metrics import score_run
+from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
 from effir_ray.models.checkpoint import save_checkpoint
@@ -51,6 +54,7 @@ IMPORTANCE = "importance.json"
 NEURONS = "neurons.npz"
 SHARDS = "shards"
 SCORES = "scores.json"
+BM25 = "bm25.json"
 TIMING = "timing.json"
 
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
@@ -172,17 +176,32 @@ def _scores(task: StageTask) -> None:
     vectors = encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
     embedded = CorpusEmbeddings(ShardFolder(task.parents["embeddings"] / SHARDS))
     run = search_corpus(list(queries), vectors, embedded)
-    (task.out / SCORES).write_text(json.dumps(score_run(run, dataset.qrels(task.split)).mean, indent=1))
+    scores = score_run(run, dataset.qrels(task.split))
+    (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
+
+
+def _read_scores(task: StageTask) -> Scores:
+    return Scores(**json.loads((task.out / SCORES).read_text()))
 
 
 def _score_columns(task: StageTask) -> dict[str, Any]:
     config = task.config
     backbone = load_config(config.backbone, first_blocks=config.first_blocks)
-    plan = read_plan(task.parents["model"])
+    model = task.parents["model"]
     return {
-        **score_columns(json.loads((task.out / SCORES).read_text())),
-        **size_columns(backbone, plan, document_tokens=config.document_max_length),
+        **score_columns(_read_scores(task)),
+        **size_columns(backbone, read_plan(model), document_tokens=config.document_max_length),
+        "model": (model / CHECKPOINT).relative_to(task.store.root.parent).as_posix(),
     }
+
+
+def _bm25(task: StageTask) -> None:
+    scores = bm25_scores(_sampled(task.config, task.split), task.split)
+    (task.out / BM25).write_text(json.dumps(scores.mean, indent=1))
+
+
+def _bm25_columns(task: StageTask) -> dict[str, Any]:
+    return {"bm25_ndcg_at_10": json.loads((task.out / BM25).read_text())["ndcg@10"]}
 
 
 def _timing(task: StageTask) -> None:
@@ -218,7 +237,9 @@ def _timing_columns(task: StageTask) -> dict[str, Any]:
     timing = json.loads((task.out / TIMING).read_text())
     backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
     size = accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"])
-    return {"bytes": size, **{column: timing[name] for column, name in _TIMED.items()}}
+    low, high = timing["document_speedup_spread"]
+    figures = {column: timing[name] for column, name in _TIMED.items()}
+    return {"bytes": size, "document_speedup_low": low, "document_speedup_high": high, **figures}
 
 
 def _sampled(config: TrialConfig, split: Split) -> Dataset:
@@ -393,11 +414,22 @@ STAGES: tuple[Stage, ...] = (
         name="scores",
         title="searching and scoring",
         build=_scores,
+        version=2,
         columns=_score_columns,
+        query_scores=lambda task: _read_scores(task).per_query,
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
         computed_on="device",
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
+    ),
+    Stage(
+        name="bm25",
+        title="scoring BM25",
+        build=_bm25,
+        columns=_bm25_columns,
+        inputs=_sample_inputs,
+        shared=True,
+        cost=Cost(start_seconds=5.0),
     ),
     Stage(
         name="timing",

@@ -5,6 +5,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from effir_ray.errors import InputError
@@ -101,6 +102,6 @@ def test_other_formats_and_empty_studies_are_refused(study: Path, tmp_path: Path
         report([study], tmp_path / "report.pdf")
     failed = store.read([study]).slice(6)
     (tmp_path / "failed").mkdir()
-    store.pq.write_table(failed, tmp_path / "failed" / "rows.parquet")
+    pq.write_table(failed, tmp_path / "failed" / "rows.parquet")
     with pytest.raises(InputError, match="no successful trial"):
         report([tmp_path / "failed"], tmp_path / "report.html")

@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         place.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.pq, "write_table", full_disk)
+    monkeypatch.setattr(pq, "write_table", full_disk)
     with pytest.raises(InputError, match="no disk space"):
         store.append(tmp_path, [row()])
     assert list((tmp_path / "rows").iterdir()) == []

@@ -15,6 +15,7 @@ import torch
 from effir_ray import hardware
 from effir_ray.errors import TrialFailure
 from effir_ray.models.loading import load_config
+from effir_ray.results.query_scores import METRICS
 from effir_ray.search import trial_stages
 from effir_ray.search.activity import Activity
 from effir_ray.search.display import _activity_line
@@ -66,6 +67,7 @@ SCORES = replace(
     build=fake_scores,
     parents={"model": ("pruned", "backbone")},
     columns=lambda task: {"ndcg_at_10": 0.5},
+    query_scores=lambda task: {"q": dict.fromkeys(METRICS.values(), 0.5)},
 )
 
 
@@ -144,9 +146,9 @@ def test_what_bits_depend_on_is_in_the_key_and_nothing_else(tmp_path: Path) -> N
         return {name for name, key in keys().items() if keys(**changes)[name] != key}
 
     assert differing(machine="b") == {"timing"}
-    assert differing(dtype="bfloat16") == set(keys()) - {"backbone"}
+    assert differing(dtype="bfloat16") == set(keys()) - {"backbone", "bm25"}
     untrained = [stage for stage in trial_stages.STAGES if not stage.computed_on]
-    assert {stage.name for stage in untrained} == {"backbone", "pruned"}
+    assert {stage.name for stage in untrained} == {"backbone", "pruned", "bm25"}
 
 
 def test_a_failed_trial_keeps_nothing_alive() -> None:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from effir_ray.errors import InputError
-from effir_ray.evaluation.significance import bootstrap_interval, paired_difference
+from effir_ray.results.significance import bootstrap_interval, paired_difference
 
 
 def test_an_interval_is_scipys() -> None:
