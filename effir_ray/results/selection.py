@@ -100,7 +100,8 @@ def _sample(record: dict[str, Any]) -> str:
     sample = trial.get(record["split"]) or {}
     if sample.get("queries") is None:
         return f"all of {record['split']}"
-    return f"{sample['queries']} queries, {sample['documents']} documents, seed {trial.get('seed', 0)}"
+    seed = trial.get("sample_seed", trial.get("seed", 0))  # one seed for both, once
+    return f"{sample['queries']} queries, {sample['documents']} documents, seed {seed}"
 
 
 def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
