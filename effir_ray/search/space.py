@@ -80,8 +80,8 @@ class Timing(Config):
 class StudySettings(Config):
     """What all trials of a study have in common.
 
-    seed: everything random in a trial (calibration, gates, training); sample_seed: which queries and documents
-    ``dev`` and ``test`` draw, apart from it, so that trials of several seeds are scored on the same ones.
+    seed: everything random in a trial (calibration, gates, training); sample_seed: which queries and
+    documents ``dev`` and ``test`` draw, apart from it, so that trials of several seeds share them.
     """
 
     backbone: str
