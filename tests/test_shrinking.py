@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModel
 
 from effir_ray import shrinking
+from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
 from effir_ray.models.retriever import load_retriever
@@ -27,8 +28,10 @@ def texts(tmp_path: Path) -> Path:
 @pytest.mark.integration
 def test_half_of_minilm_learns_from_documents_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before it learns, it goes on with the cut it had chosen; then it answers at once."""
-    source, out = str(real_data("cranfield")), tmp_path / "half"
-    settings = {"texts": source, "minutes": 0.3}
+    documents = load_dataset(str(real_data("cranfield"))).corpus.iter_documents(0, 300)
+    openings = ({"title": d.title, "text": " ".join(d.text.split()[:50])} for d in documents)
+    source, out = write_lines(tmp_path / "texts.jsonl", *openings), tmp_path / "half"
+    settings = {"texts": str(source), "minutes": 0.3}
 
     def stopped(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
