@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,16 @@ def shrink(
     work = out.with_name(f"{out.name}.work")
     if (found := _claim(out, work, asked)) is not None:
         return found
-    run = _Run(str(model), source, dataset, keep, minutes, seed, work, address)
+    run = _Run(
+        model=str(model),
+        source=source,
+        dataset=dataset,
+        keep=keep,
+        minutes=minutes,
+        seed=seed,
+        work=work,
+        address=address,
+    )
     return run.finish(out, asked)
 
 
@@ -188,25 +198,23 @@ def _check_same(before: dict[str, Any], asked: dict[str, Any], place: Path) -> N
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One call's work, stage by stage."""
+    """One call's work, stage by stage; ``source``: where the texts come from."""
 
-    def __init__(
-        self,
-        model: str,
-        source: str,
-        dataset: str | None,
-        keep: float,
-        minutes: float,
-        seed: int,
-        work: Path,
-        address: str | None,
-    ) -> None:
-        self.model, self.source, self.dataset = model, source, dataset
-        self.keep, self.minutes, self.seed = keep, minutes, seed
-        self.work, self.address = work, address
-        self.store = StageStore(work / "stages")
-        self.began = time.monotonic()
+    model: str
+    source: str
+    dataset: str | None
+    keep: float
+    minutes: float
+    seed: int
+    work: Path
+    address: str | None
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def store(self) -> StageStore:
+        return StageStore(self.work / "stages")
 
     def finish(self, out: Path, asked: dict[str, Any]) -> Shrunk:
         self._check()
