@@ -99,7 +99,7 @@ def test_every_quoted_command_parses(file: Path) -> None:
 
 def test_commands_are_found_where_they_are() -> None:
     found = [words for file in FILES for words in quoted_commands(file.read_text())]
-    assert {words[0] for words in found} >= {"search", "data", "submit", "pareto", "jobs", "stop"}
+    assert {words[0] for words in found} >= {"search", "data", "submit", "results", "pareto", "jobs", "stop"}
     assert ["search", "$space", "--out", "$out", "--address", "auto", "--resume"] in found
     assert ["data", "get", "msmarco"] in found
     with pytest.raises(Exception, match="--adress"):
