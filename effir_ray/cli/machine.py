@@ -26,9 +26,9 @@ def demo(
 ) -> None:
     """Run the demonstration search and write its report.
 
-    Compresses a real retriever, all-MiniLM-L6-v2, in eight ways on a task made from Python's standard library,
-    teaches what is left the full model's embeddings, and shows the Pareto front. Stopped at any point, it
-    goes on from there.
+    Compresses a real retriever, all-MiniLM-L6-v2, in eight ways on a task made from Python's standard
+    library, teaches what is left the full model's embeddings, and shows the Pareto front. Stopped at any
+    point, it goes on from there.
 
     \b
     [bold]Examples[/bold]
