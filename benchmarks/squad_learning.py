@@ -24,12 +24,13 @@ from rows import known, measure_once
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.data.pairs import load_pairs, shuffled, write_pairs
 from effir_ray.errors import InputError
+from effir_ray.evaluation.bm25 import bm25_ranker
 from effir_ray.evaluation.evaluate import Evaluation, evaluate
 from effir_ray.hardware import detect
 from effir_ray.progress import show_progress
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import TrainResult, train
-from effir_ray.training.supervision.negatives import DEPTH, bm25, collect, mine_pairs
+from effir_ray.training.supervision.negatives import DEPTH, collect, mine_pairs
 
 
 def main() -> None:
@@ -91,7 +92,8 @@ def mine_once(squad: str, wanted: int, config: TrainConfig) -> None:
         return
     pairs = shuffled(load_pairs(squad), seed=config.seed)[: wanted + wanted // 10 + config.batch_size]
     collection = collect(squad, pairs)
-    mined = mine_pairs(pairs, rank=bm25(collection, DEPTH), collection=collection, negatives=7)
+    rank = bm25_ranker([text for _, text in collection.documents()], DEPTH)
+    mined = mine_pairs(pairs, rank=rank, collection=collection, negatives=7)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
     write_pairs((pair for pair in mined if pair.negatives), unfinished)

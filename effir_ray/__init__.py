@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
+    from effir_ray.results.fetch import fetch_results
     from effir_ray.results.query import query
     from effir_ray.results.report import report
     from effir_ray.results.selection import pareto
@@ -62,6 +63,7 @@ _PUBLIC = {
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
     "evaluate": "evaluation.evaluate:evaluate",
+    "fetch_results": "results.fetch:fetch_results",
     "follow_job": "cluster.jobs:follow_job",
     "get_dataset": "data.download:get",
     "job_logs": "cluster.jobs:job_logs",
@@ -105,6 +107,7 @@ __all__ = [
     "diagnose",
     "encode",
     "evaluate",
+    "fetch_results",
     "follow_job",
     "get_dataset",
     "job_logs",

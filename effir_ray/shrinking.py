@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.pipeline import cut, load_to_measure
 from effir_ray.compression.planning import make_plan, within
 from effir_ray.compression.schedule import Schedule
-from effir_ray.config import Config
+from effir_ray.config import Config, parse
 from effir_ray.data.datasets import Dataset, load_dataset
+from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedTexts, embed, pad
@@ -47,7 +49,7 @@ from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import progress
 from effir_ray.readers import read_json_object
 from effir_ray.results.significance import Interval, bootstrap_interval, paired_difference
-from effir_ray.stages import StageStore, fingerprint
+from effir_ray.stages import StageStore
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.run.launcher import train
 
@@ -146,37 +148,48 @@ def shrink(
     asked = {
         "model": backbone_fingerprint(str(model)),
         "keep": keep,
-        "texts": _contents(source),
+        "texts": source_fingerprint(source),
         "dataset": None if dataset is None else load_dataset(dataset).fingerprint,
         "minutes": minutes,
         "seed": seed,
     }
-    work = out.with_name(f"{out.name}.work")
-    if (found := _claim(out, work, asked)) is not None:
+    if (found := _finished(out, asked)) is not None:
         return found
-    run = _Run(str(model), source, dataset, keep, minutes, seed, work, address)
-    return run.finish(out, asked)
+    run = _Run(
+        model=str(model),
+        source=source,
+        dataset=dataset,
+        keep=keep,
+        minutes=minutes,
+        seed=seed,
+        work=out.with_name(f"{out.name}.work"),
+        address=address,
+    )
+    run.check()
+    texts_read = run.read_texts()
+    _claim(run.work, asked)
+    return run.finish(out, asked, *texts_read)
 
 
-def _contents(source: str) -> str:
-    place = Path(source).expanduser()
-    return fingerprint(place) if place.is_file() else source
-
-
-def _claim(out: Path, work: Path, asked: dict[str, Any]) -> Shrunk | None:
-    """The result where ``out`` holds it; else the work folder is this call's."""
-    record, settings = out / RECORD, work / "settings.json"
+def _finished(out: Path, asked: dict[str, Any]) -> Shrunk | None:
+    """The result where ``out`` holds it. Raises InputError where it holds anything else."""
+    record = out / RECORD
     if record.is_file():
         before = read_json_object(record)
         _check_same(before.get("asked", {}), asked, out)
-        return Shrunk.model_validate(before["result"])
-    if out.exists() and any(out.iterdir()):
+        return parse(before.get("result", {}), Shrunk, source=str(record))
+    if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out}: is there already, and not written by shrink; choose another folder")
+    return None
+
+
+def _claim(work: Path, asked: dict[str, Any]) -> None:
+    """The work folder is this call's, or that of the same call before."""
+    settings = work / "settings.json"
     if settings.is_file():
         _check_same(read_json_object(settings), asked, work)
     work.mkdir(parents=True, exist_ok=True)
     write_whole(settings, json.dumps(asked, indent=1))
-    return None
 
 
 def _check_same(before: dict[str, Any], asked: dict[str, Any], place: Path) -> None:
@@ -188,29 +201,27 @@ def _check_same(before: dict[str, Any], asked: dict[str, Any], place: Path) -> N
         )
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One call's work, stage by stage."""
+    """One call's work, stage by stage; ``source``: where the texts come from."""
 
-    def __init__(
-        self,
-        model: str,
-        source: str,
-        dataset: str | None,
-        keep: float,
-        minutes: float,
-        seed: int,
-        work: Path,
-        address: str | None,
-    ) -> None:
-        self.model, self.source, self.dataset = model, source, dataset
-        self.keep, self.minutes, self.seed = keep, minutes, seed
-        self.work, self.address = work, address
-        self.store = StageStore(work / "stages")
-        self.began = time.monotonic()
+    model: str
+    source: str
+    dataset: str | None
+    keep: float
+    minutes: float
+    seed: int
+    work: Path
+    address: str | None
+    began: float = field(default_factory=time.monotonic)
 
-    def finish(self, out: Path, asked: dict[str, Any]) -> Shrunk:
-        self._check()
-        learnt, held = self._texts()
+    @property
+    def store(self) -> StageStore:
+        return StageStore(self.work / "stages")
+
+    def finish(
+        self, out: Path, asked: dict[str, Any], learnt: Sequence[Pair], held: Sequence[Pair]
+    ) -> Shrunk:
         cut_model = self._stage("cut", partial(self._cut, learnt))
         paced = self._stage("pace", partial(self._pace, learnt, cut_model))
         pace = _Pace(**read_json_object(paced / "pace.json"))
@@ -222,7 +233,7 @@ class _Run:
         shutil.rmtree(self.work, ignore_errors=True)
         return result
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """What needs no time: the model has enough blocks, the data set can be scored."""
         blocks = len(kept_blocks(self._present))
         if round(self.keep * blocks) in (0, blocks):
@@ -240,7 +251,7 @@ class _Run:
     def _stage(self, name: str, build: Callable[[Path], None]) -> Path:
         return self.store.run(name, {}, build)
 
-    def _texts(self) -> tuple[list[Pair], list[Pair]]:
+    def read_texts(self) -> tuple[list[Pair], list[Pair]]:
         """What is learned from and what is held out, in the order of a hash."""
         with progress("Reading texts"):
             found = draw_examples(self.source, _MOST_TEXTS, self.seed)

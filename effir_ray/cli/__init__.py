@@ -18,7 +18,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Models": (models.shrink, models.analyze, models.compress),
     "Training": (training.train, training.mine, training.annotate),
     "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure),
-    "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop),
+    "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.results),
 }
 for _panel, _functions in _COMMANDS.items():
     for _function in _functions:

@@ -1,4 +1,4 @@
-"""submit, jobs, logs, stop: searches on a Ray cluster, through its job server."""
+"""submit, jobs, logs, stop, results: searches on a Ray cluster, through its job server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import effir_ray
-from effir_ray.cli._options import AsJson, JobAddress
+from effir_ray.cli._options import AsJson, JobAddress, out_option
 from effir_ray.cli._output import say, show_json, show_table
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printed or jobs lists.")]
@@ -93,3 +93,32 @@ def stop(job: JobId, address: JobAddress = None, as_json: AsJson = False) -> Non
         show_json({"job": job, "status": status})
     else:
         say(f"{job}: {status}")
+
+
+def results(
+    job: JobId,
+    out: Annotated[Path | None, out_option("Folder to copy the tables to.")] = None,
+    address: JobAddress = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the tables of a job's study lie, or copy them here with --out.
+
+    Rows appear while the job runs; the copy can be repeated. Copying needs the study's folder to be mounted
+    on this machine at the same path.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray results effir-ray-demo-4f2c
+    effir-ray results effir-ray-demo-4f2c --out runs/demo
+    """
+    found = effir_ray.fetch_results(job, out, address=address)
+    if as_json:
+        show_json(found)
+        return
+    say(
+        f"{job} ({found.status}): {found.place}" + ("" if found.seen else ", which this machine does not see")
+    )
+    if found.files:
+        say(f"{len(found.files)} files copied to {out}")
+    if found.seen:
+        say(f"Next: effir-ray pareto {out or found.place}")

@@ -24,8 +24,8 @@ def search(
 ) -> None:
     """Compress, train and measure a model in every way a search space names, and find the Pareto front.
 
-    Schedules are chosen on dev queries; the front is then scored on test queries. Work that trials have in
-    common is done once. A study that was stopped, however hard, goes on with --resume.
+    Schedules are chosen on dev queries; the front and the full model are then scored on test queries. Work
+    that trials have in common is done once. A study that was stopped, however hard, goes on with --resume.
 
     \b
     [bold]Examples[/bold]

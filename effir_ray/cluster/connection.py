@@ -11,6 +11,7 @@ import atexit
 import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -45,6 +46,9 @@ by default on Windows and macOS, hence the name; 127.0.0.1 as this node's addres
 
 _TOKEN = "token"
 
+_VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")
+"""In Ray's message about a cluster of another version, lines joined: of it, then of this process."""
+
 
 def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     """Make Ray usable in this process; does nothing when it already is.
@@ -70,11 +74,13 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         with _own_sigterm():
             _start_local(num_cpus, options)
         return
-    _check_reachable(target)
     try:
+        _ask(target)
         with _own_sigterm():
             ray.init(address=target, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except ray.exceptions.AuthenticationError:
+        raise token_refused(target, given=False) from None
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise _no_cluster(target, error) from None
 
 
@@ -215,18 +221,63 @@ def worker_environment(*, local: bool = False) -> dict[str, str]:
     return environment
 
 
-def _check_reachable(address: str) -> None:
-    """Ray itself retries an address where nobody listens for many minutes before it says so."""
-    host, separator, port = address.removeprefix("ray://").rpartition(":")
-    if not separator or not port.isdigit():
-        return  # "auto" and "local": Ray resolves them itself
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH_TIMEOUT).close()
-    except OSError as error:
-        raise _no_cluster(address, error) from None
+def _ask(target: str) -> None:
+    """One call to the cluster's control service. Ray itself tries for 10 seconds to many minutes where nobody
+    listens or its token is refused, and writes a line a second meanwhile.
+
+    Raises InputError for a refused token and another version of Ray, ConnectionError and OSError without an
+    answer, Ray's AuthenticationError when a token is to be used and there is none.
+    """
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    if target.startswith("ray://"):
+        check_reachable(target.removeprefix("ray://"))
+        return
+    place = canonicalize_bootstrap_address(target)
+    if place is None:  # "auto" and "local": Ray resolves them itself
+        return
+    with init_grpc_channel(place) as channel:
+        service = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            answer = service.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=_REACH_TIMEOUT)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                given = os.environ.get("RAY_AUTH_MODE") == "token"
+                raise token_refused(target, given=given) from None
+            raise ConnectionError(error.details()) from None
+    if answer.ray_version != ray.__version__:
+        raise _other_version(target, answer.ray_version, ray.__version__)
+
+
+def check_reachable(place: str) -> None:
+    """Raise OSError where nobody listens at ``host:port``."""
+    host, _, port = place.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_TIMEOUT).close()
+
+
+def token_refused(place: str, *, given: bool) -> InputError:
+    """The error of a cluster that wants its token, whether another was ``given`` or none."""
+    return InputError(
+        f"the Ray cluster at '{place}' asks for its token, and {'another' if given else 'none'} was given; "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+    )
+
+
+def _other_version(place: str, theirs: str, ours: str) -> InputError:
+    return InputError(
+        f"the cluster at '{place}' runs Ray {theirs}, this process Ray {ours}; both must be the same"
+    )
 
 
 def _no_cluster(address: str, error: BaseException) -> InputError:
+    reason = " ".join(str(error).split())
+    if "Version mismatch" in reason:
+        theirs, ours = (" with Python ".join(pair) for pair in _VERSIONS.findall(reason))
+        return _other_version(address, theirs, ours)
     reason = next(iter(str(error).splitlines()), type(error).__name__)
     return InputError(
         f"no Ray cluster answers at '{address}' ({reason}); start one with 'ray start --head' "

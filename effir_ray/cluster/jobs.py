@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import re
 import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effir_ray.errors import InputError
+from effir_ray.cluster.connection import check_reachable, token_refused
+from effir_ray.errors import InputError, LostProcess
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -22,6 +27,17 @@ if TYPE_CHECKING:
 _AGENT_TIMEOUT = 120.0  # seconds
 _STOP_TIMEOUT = 30.0  # seconds; Ray sends SIGTERM, then SIGKILL after 3 of them
 _LEFT_OUT = ["**/__pycache__/**"]
+_PACKAGE = Path(__file__).parents[1]
+_LARGEST = 3  # files that are named when too much would be sent
+
+OLDEST_RAY = (2, 60)
+"""Of clusters that jobs are sent to: what pyproject.toml asks for."""
+
+_PORTS = {"http": 80, "https": 443}
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Ray prefers these to the address it is given."""
+
+_CREDENTIALS = re.compile(r"\b(\w+)://[^/\s@]+:[^/\s@]+@([^/\s?]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +58,15 @@ def submit(
     """Start ``effir-ray ARGUMENTS`` on the cluster; returns the job's id, which begins with ``name``.
 
     ``files`` (name -> text) lie in the job's folder; the code of this effir_ray travels with it, and the
-    cluster's Python needs the packages effir-ray depends on. Raises InputError when no job server answers.
+    cluster's Python needs the packages effir-ray depends on. Nothing of this machine's environment travels.
+    Raises InputError when no job server answers or its Ray is too old, for credentials in what is sent, and
+    for more than a job server takes.
     """
+    for place, text in {"the command": shlex.join(arguments), **files}.items():
+        _check_credentials(place, text)
     client = _client(address)
+    _check_version(client)
+    check_upload_size(_PACKAGE)
     with tempfile.TemporaryDirectory() as folder:
         for file, text in files.items():
             (Path(folder) / file).write_text(text, encoding="utf-8")
@@ -54,9 +76,52 @@ def submit(
             submission_id=f"{name}-{uuid.uuid4().hex[:6]}",
             runtime_env={
                 "working_dir": folder,
-                "py_modules": [str(Path(__file__).parents[1])],
+                "py_modules": [str(_PACKAGE)],
                 "excludes": _LEFT_OUT,
             },
+        )
+
+
+def check_upload_size(module: Path) -> None:
+    """Raise InputError when the package that Ray makes of the folder ``module`` is more than a job server
+    takes, naming the largest files.
+    """
+    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+    from ray._private.runtime_env.packaging import create_package
+
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch) / "package.zip"
+        create_package(str(module), package, include_gitignore=True, excludes=_LEFT_OUT)
+        size = package.stat().st_size
+        if size < DASHBOARD_CLIENT_MAX_SIZE:
+            return
+        with zipfile.ZipFile(package) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: -entry.file_size)[:_LARGEST]
+    largest = ", ".join(f"{entry.filename} ({_mebibytes(entry.file_size)})" for entry in entries)
+    raise InputError(
+        f"{module}: {_mebibytes(size)} to send, and a Ray job server takes "
+        f"{_mebibytes(DASHBOARD_CLIENT_MAX_SIZE)}; move the largest files elsewhere: {largest}"
+    )
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _check_credentials(place: str, text: str) -> None:
+    """A job's command and files can be read by whoever sees the cluster's dashboard."""
+    if found := _CREDENTIALS.search(text):
+        raise InputError(
+            f"{place} holds credentials in a URI ({found[1]}://...@{found[2]}), which would travel to the "
+            "cluster and its logs; set them in the environment of its nodes"
+        )
+
+
+def _check_version(client: JobSubmissionClient) -> None:
+    version = str(client._server_ray_version)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_RAY:
+        raise InputError(
+            f"the cluster runs Ray {version}; effir-ray needs {'.'.join(map(str, OLDEST_RAY))} or newer there"
         )
 
 
@@ -73,6 +138,11 @@ def _submit(client: JobSubmissionClient, **job: Any) -> str:
             time.sleep(1)
 
 
+def find_job(job: str, *, address: str | None = None) -> Job:
+    """The job of that id; InputError when the cluster knows none."""
+    return _job(_known(_client(address), job).get_job_info(job))
+
+
 def list_jobs(*, address: str | None = None) -> list[Job]:
     """The jobs that were submitted to the cluster, newest first."""
     details = [item for item in _client(address).list_jobs() if item.submission_id]
@@ -86,15 +156,34 @@ def job_logs(job: str, *, address: str | None = None) -> str:
 
 
 def follow_job(job: str, *, write: Callable[[str], object], address: str | None = None) -> str:
-    """Pass what ``job`` writes to ``write`` until it ends; returns its final status."""
+    """Pass what ``job`` writes to ``write`` until it ends; returns its final status.
+
+    Raises LostProcess when the connection breaks, of which the job itself knows nothing.
+    """
+    import aiohttp
+
     client = _known(_client(address), job)
 
     async def tail() -> None:
         async for text in client.tail_job_logs(job):
             write(text)
 
-    asyncio.run(tail())
-    return str(client.get_job_status(job).value)
+    try:
+        asyncio.run(tail())
+    except (aiohttp.ClientError, RuntimeError) as error:  # a pipe of ``write`` may break as well: not this
+        raise _connection_lost(job, error) from None
+    try:
+        return str(client.get_job_status(job).value)
+    except (OSError, RuntimeError) as error:
+        raise _connection_lost(job, error) from None
+
+
+def _connection_lost(job: str, error: BaseException) -> LostProcess:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return LostProcess(
+        f"the connection to the cluster broke ({reason}); job {job} may still run: effir-ray logs {job} "
+        "--follow; when its head is gone, submit --resume goes on with the study"
+    )
 
 
 def stop_job(job: str, *, address: str | None = None) -> str:
@@ -112,19 +201,40 @@ def _client(address: str | None) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # it reports every upload and closed connection
+    place = address or "this machine"
     try:
-        return JobSubmissionClient(address)
-    except AuthenticationError:
-        raise InputError(
-            f"the Ray cluster at '{address or 'this machine'}' asks for its token; set "
-            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        ) from None
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if address is not None:
+            _check_address(address)
+        with _preferred(address):
+            return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise token_refused(place, given="Authentication failed" in str(error)) from None
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"no Ray job server answers at '{address or 'this machine'}' ({reason}); start a head with "
+            f"no Ray job server answers at '{place}' ({reason}); start a head with "
             "'ray start --head', or give --address http://HOST:8265"
         ) from None
+
+
+def _check_address(address: str) -> None:
+    """Ray takes HOST:PORT for an address of its own protocol, and waits minutes for an answer to that."""
+    scheme, mark, rest = address.partition("://")
+    if not mark and address != "auto":
+        raise InputError(f"--address {address}: expected the job server's address, http://{address}")
+    if scheme in _PORTS:
+        host = rest.partition("/")[0]
+        check_reachable(host if host.rpartition(":")[2].isdigit() else f"{host}:{_PORTS[scheme]}")
+
+
+@contextmanager
+def _preferred(address: str | None) -> Iterator[None]:
+    """Within it an ``address`` that was given is not overridden by the environment."""
+    aside = {name: os.environ.pop(name) for name in _ADDRESSES if address and name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(aside)
 
 
 def _known(client: JobSubmissionClient, job: str) -> JobSubmissionClient:

@@ -45,7 +45,7 @@ def _sweep_two(points: Points) -> Mask:
     """Kept is what is better in the last objective than everything before."""
     last = points[:, -1]
     if points.shape[1] == 1:
-        return np.arange(len(points)) == 0
+        return np.asarray(np.arange(len(points)) == 0)
     best = np.minimum.accumulate(last)
     return np.append(True, last[1:] < best[:-1])
 

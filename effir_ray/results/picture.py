@@ -69,7 +69,7 @@ def _draw(axes: Axes, records: list[dict[str, Any]], best: list[bool]) -> None:
                     label=label + suffix,
                     zorder=2,
                 )
-    tested = [r for r in front if r["test_ndcg_at_10"] is not None]
+    tested = [r for r in [*front, *others] if r["test_ndcg_at_10"] is not None]
     if tested and tested[0]["split"] != "test":
         axes.scatter(
             [_millions(r) for r in tested],
@@ -78,10 +78,14 @@ def _draw(axes: Axes, records: list[dict[str, Any]], best: list[bool]) -> None:
             edgecolors=_FRONT,
             marker="s",
             s=36,
-            label="the front on test queries",
+            label="the same on test queries",
             zorder=2,
         )
     full = [r for r in others if r["schedule"] == "full" and not r["recovered"]]
+    if records[0].get("bm25_ndcg_at_10") is not None:
+        axes.axhline(
+            records[0]["bm25_ndcg_at_10"], color=_OTHER, linestyle="--", linewidth=1, label="BM25", zorder=1
+        )
     axes.margins(x=0.12, y=0.1)
     _label(axes, front + full)
     axes.set_xlabel("Parameters without the LM head, millions")

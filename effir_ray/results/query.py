@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from effir_ray.errors import InputError
-from effir_ray.results import store
+from effir_ray.results import query_scores, store
 from effir_ray.results.published import published
 from effir_ray.results.tables import Folders
 
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 
 def query(folders: Folders, sql: str) -> pa.Table:
-    """The result of one SELECT over ``rows`` (those of ``folders``) and ``published`` (the paper's figures).
+    """The result of one SELECT over ``rows`` (those of ``folders``), ``query_scores`` (what every query
+    scored under each of them) and ``published`` (the paper's figures).
 
     The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL
     that is wrong or is no SELECT.
     """
-    return select({"rows": store.read(folders), "published": published()}, sql)
+    return select(
+        {"rows": store.read(folders), "query_scores": query_scores.read(folders), "published": published()},
+        sql,
+    )
 
 
 def where(table: pa.Table, condition: str) -> pa.Table:
@@ -70,7 +74,9 @@ def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     statements = connection.extract_statements(sql)
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(statement.type.name for statement in statements) or "nothing"
-        raise InputError(f"SQL: expected one SELECT over 'rows' and 'published', found {found}")
+        raise InputError(
+            f"SQL: expected one SELECT over 'rows', 'query_scores' and 'published', found {found}"
+        )
 
 
 _SECONDS = 8.0

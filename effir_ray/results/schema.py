@@ -60,7 +60,8 @@ def sample_in_words(trial: dict[str, Any], split: str) -> str:
     sample = trial.get(split) or {}
     if sample.get("queries") is None:
         return f"all of {split}"
-    return f"{sample['queries']} queries, {sample['documents']} documents, seed {trial.get('seed', 0)}"
+    seed = trial.get("sample_seed", trial.get("seed", 0))  # one seed for both, once
+    return f"{sample['queries']} queries, {sample['documents']} documents, seed {seed}"
 
 
 class TrialRow(Config):

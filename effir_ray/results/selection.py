@@ -25,7 +25,7 @@ TEST_COLUMN = "test_ndcg_at_10"
 
 @dataclass(frozen=True, kw_only=True)
 class Front:
-    """``rows``: what ``pareto`` returns; ``failed``: trials on the same queries that could not be measured."""
+    """``rows``: what ``pareto`` returns; ``failed``: how many trials of the same split have no score."""
 
     rows: pa.Table
     failed: int
@@ -155,15 +155,11 @@ def _samples(rows: pa.Table) -> pa.Array:
 
 def _check_one_content(rows: pa.Table) -> None:
     """A data set that was written anew keeps its name. Rows before schema 3 do not say what they read."""
+    told = rows.select(["study", "contents"]).group_by(["study", "contents"], use_threads=False).aggregate([])
     studies = {
-        contents["dataset"]: study
-        for study, text in (
-            pa.table([rows["study"], rows["contents"]], ["study", "contents"])
-            .group_by(["study", "contents"], use_threads=False)
-            .aggregate([])
-            .to_pylist()
-        )
-        if "dataset" in (contents := json.loads(text or "{}"))
+        contents["dataset"]: record["study"]
+        for record in told.to_pylist()
+        if "dataset" in (contents := json.loads(record["contents"] or "{}"))
     }
     if len(studies) > 1:
         raise InputError(

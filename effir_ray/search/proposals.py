@@ -1,4 +1,5 @@
-"""Which trial runs next: the listed schedules, then what Optuna proposes, then the front on the test split.
+"""Which trial runs next: the listed schedules, then what Optuna proposes, then the front and the full
+model on the test split.
 
 Optuna is driven by ask and tell on a study in the output folder. Rows are written before Optuna is told, so
 after a kill at any moment ``Proposals`` brings the two together again: what has a row is told, what was asked
@@ -93,7 +94,7 @@ class Proposals:
             return self._start(TrialRequest(config=config, split="dev"))
         if any(split == "dev" for _, split in self.running):
             return None
-        for best in self.front():
+        for best in self.to_test():
             if (best.id, "test") not in self.rows and (best.id, "test") not in self.running:
                 return self._start(TrialRequest(config=best, split="test"))
         return None
@@ -104,7 +105,7 @@ class Proposals:
         known, unknown = self.unfinished(), self._lacking
         if known or unknown:
             return known, unknown, None
-        return known, unknown, sum((config.id, "test") not in self.rows for config in self.front())
+        return known, unknown, sum((config.id, "test") not in self.rows for config in self.to_test())
 
     def unfinished(self) -> list[TrialConfig]:
         """Dev trials known but without a row; those that run are the last."""
@@ -120,7 +121,7 @@ class Proposals:
     def complete(self) -> bool:
         """Whether the study has all its rows."""
         listed = all(self._known(config.id) for config in self.listed)
-        tested = all((config.id, "test") in self.rows for config in self.front())
+        tested = all((config.id, "test") in self.rows for config in self.to_test())
         return listed and not self._lacking and not self.running and tested
 
     @property
@@ -151,6 +152,13 @@ class Proposals:
         best = [row for row, kept in zip(dev, on_front(table, OBJECTIVES), strict=True) if kept]
         best.sort(key=lambda row: -(row.ndcg_at_10 or 0.0))
         return [TrialConfig.model_validate_json(row.trial) for row in best]
+
+    def to_test(self) -> list[TrialConfig]:
+        """The front, and the full model, which test scores are read beside."""
+        front, full = self.front(), self.space.trial(Candidate())
+        row = self.rows.get((full.id, "dev"))
+        beside = row is not None and row.status == "ok" and full.id not in {config.id for config in front}
+        return [*front, full] if beside else front
 
     def _start(self, request: TrialRequest) -> TrialRequest:
         self.running[request.key] = request

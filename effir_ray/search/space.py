@@ -78,7 +78,11 @@ class Timing(Config):
 
 
 class StudySettings(Config):
-    """What all trials of a study have in common."""
+    """What all trials of a study have in common.
+
+    seed: everything random in a trial (calibration, gates, training); sample_seed: which queries and
+    documents ``dev`` and ``test`` draw, apart from it, so that trials of several seeds share them.
+    """
 
     backbone: str
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
@@ -96,6 +100,7 @@ class StudySettings(Config):
     timing: Timing = Timing()
     threads: int = Field(default=0, ge=0, le=4096)
     seed: Seed = 0
+    sample_seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod

@@ -63,7 +63,8 @@ class StudyResult(Config):
 def search(
     space: SearchSpace | Path | str, out: Path | str, *, resume: bool = False, address: str | None = None
 ) -> StudyResult:
-    """Run every trial of ``space`` that has no row in ``out`` yet, then the test scores of the front.
+    """Run every trial of ``space`` that has no row in ``out`` yet, then the test scores of the front and of
+    the full model.
 
     Raises InputError for a space that cannot run and for a folder that belongs to another study, is in use,
     or holds this study already while ``resume`` is False, and for an ``address`` that cannot be used;

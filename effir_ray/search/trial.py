@@ -155,7 +155,7 @@ def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) 
         "dataset": config.dataset,
         "split": split,
         "seed": config.seed,
-        "sample": sample_in_words(config.model_dump(include={"dev", "test", "seed"}), split),
+        "sample": sample_in_words(config.model_dump(include={"dev", "test", "sample_seed"}), split),
         "attempt": attempt,
         "recovered": config.recovery is not None,
     }

@@ -247,7 +247,7 @@ def _sampled(config: TrialConfig, split: Split) -> Dataset:
     dataset, sample = load_dataset(config.dataset), getattr(config, split)
     if sample.queries is None:
         return dataset
-    return dataset.sample(split, queries=sample.queries, documents=sample.documents, seed=config.seed)
+    return dataset.sample(split, queries=sample.queries, documents=sample.documents, seed=config.sample_seed)
 
 
 # -- what determines them, and what they cost ---------------------------------------------------------
@@ -287,7 +287,7 @@ def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
         "data": sources.dataset,
         "split": split,
         "sample": getattr(config, split).model_dump(),
-        "seed": config.seed,
+        "seed": config.sample_seed,
     }
 
 

@@ -5,12 +5,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
+import ray
 import torch
+from ray._private.utils import check_version_info
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from effir_ray.cluster.connection import private_folder, worker_environment
+from effir_ray.cluster.connection import _no_cluster, connect, private_folder, worker_environment
+from effir_ray.errors import InputError
 
 _LOCAL = """
 from effir_ray.cluster.connection import connect
@@ -42,15 +51,6 @@ assert os.environ["RAY_AUTH_MODE"] == "token" and len(token.read_text()) == 64
 assert stat.S_IMODE(token.stat().st_mode) == 0o600
 assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 assert ray._private.worker._global_node.get_session_dir_path().startswith(str(token.parent))
-"""
-
-_NOBODY = """
-from effir_ray.cluster.connection import connect
-from effir_ray.errors import InputError
-try:
-    connect("127.0.0.1:1")
-except InputError as error:
-    print(error)
 """
 
 
@@ -113,6 +113,71 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch:
     assert private_folder() != usual
 
 
-@pytest.mark.integration
-def test_an_address_where_nobody_answers_is_named() -> None:
-    assert _run(_NOBODY).stdout.startswith("no Ray cluster answers at '127.0.0.1:1'")
+@contextmanager
+def _control_service(answer: Callable[[grpc.ServicerContext], object]) -> Iterator[str]:
+    """A control service of a cluster that has nothing else; yields its address."""
+
+    class Service(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+        def CheckAlive(self, request: object, context: grpc.ServicerContext) -> object:
+            return answer(context)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Service(), server)
+    address = ray.util.get_node_ip_address()  # what Ray makes of 127.0.0.1
+    port = server.add_insecure_port(f"{address}:0")
+    server.start()
+    try:
+        yield f"{address}:{port}"
+    finally:
+        server.stop(None)
+
+
+@pytest.fixture
+def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what ``connect`` sets in the environment."""
+    for name in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_DATA_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.mark.usefixtures("untouched")
+def test_another_version_of_ray_on_the_cluster_is_one_line() -> None:
+    reply = gcs_service_pb2.CheckAliveReply(ray_version="2.40.0")
+    with _control_service(lambda _: reply) as address, pytest.raises(InputError) as refused:
+        connect(address)
+    runs = f"runs Ray 2.40.0, this process Ray {ray.__version__}; both must be the same"
+    assert str(refused.value) == f"the cluster at '{address}' {runs}"
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(("mode", "said"), [("token", "another"), ("disabled", "none")])
+def test_a_refused_token_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch, mode: str, said: str) -> None:
+    """Ray tries again for ten seconds, writes a line each, and then speaks of a failed connection."""
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+
+    def refuse(context: grpc.ServicerContext) -> None:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+    begun = time.monotonic()
+    with _control_service(refuse) as address, pytest.raises(InputError, match=f"token, and {said} was given"):
+        connect(address)
+    assert time.monotonic() - begun < 5
+
+
+def test_another_version_of_python_on_the_cluster_is_one_line() -> None:
+    """By Ray's own message, of eight lines."""
+    python = sys.version.partition(" ")[0]
+    theirs = {"ray_version": ray.__version__, "python_version": "3.8.1"}
+    with pytest.raises(RuntimeError, match="Version mismatch") as mismatch:
+        check_version_info(theirs, "this node")
+    assert str(_no_cluster("head:6379", mismatch.value)) == (
+        f"the cluster at 'head:6379' runs Ray {ray.__version__} with Python 3.8.1, this process Ray "
+        f"{ray.__version__} with Python {python}; both must be the same"
+    )
+
+
+@pytest.mark.usefixtures("untouched")
+def test_an_address_where_nobody_answers_is_named_at_once() -> None:
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'.*refused"):
+        connect("127.0.0.1:1")
+    assert time.monotonic() - begun < 5

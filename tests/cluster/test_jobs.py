@@ -1,6 +1,6 @@
-"""Searches as jobs of a real Ray head, which these tests start and end.
+"""Searches as jobs: of a server that keeps what it is sent, and of a real Ray head that tests start and end.
 
-The commands run in processes of their own, as users run them: Ray reads its token once a process.
+Commands with a token run in processes of their own, as users run them: Ray reads its token once a process.
 """
 
 from __future__ import annotations
@@ -20,12 +20,27 @@ from pathlib import Path
 import psutil
 import pytest
 
-from effir_ray.cluster.jobs import list_jobs
-from effir_ray.errors import InputError
+from effir_ray.cluster import jobs
+from effir_ray.cluster.jobs import check_upload_size, follow_job, list_jobs
+from effir_ray.errors import InputError, LostProcess
 from effir_ray.results import store
 from effir_ray.search.study import submit_search
+from tests.helpers.job_server import JobServer, job_server
 
 _ATTEMPTS = 3
+
+SECRETS = {
+    name: f"planted-{secrets.token_hex(8)}"
+    for name in (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "GOOGLE_API_KEY",
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+    )
+}
 
 
 def _free_port() -> int:
@@ -65,6 +80,109 @@ def space(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JobServer]:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with job_server() as running:
+        yield running
+
+
+def test_nothing_of_the_environment_travels_with_a_job(
+    server: JobServer, space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = SECRETS | {"RAY_AUTH_TOKEN": "planted-" + "0" * 32}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    job = submit_search(space, "/shared/tiny", address=server.address)
+    sent = server.sent()
+    assert b"effir_ray/cluster/jobs.py" in sent
+    assert space.read_bytes() in sent
+    assert [name for name, value in planted.items() if value.encode() in sent] == []
+    assert "env_vars" not in server.submitted[0]["runtime_env"]
+    (listed,) = list_jobs(address=server.address)
+    assert listed.id == job
+    assert listed.command == "python -m effir_ray search space.yaml --out /shared/tiny"
+
+
+def test_credentials_in_a_uri_are_not_sent(server: JobServer, space: Path) -> None:
+    with pytest.raises(InputError, match=r"credentials in a URI \(s3://\.\.\.@bucket\)") as refused:
+        jobs.submit(["search"], name="x", files={"space.yaml": "a: s3://key:hidden@bucket/x"}, address="auto")
+    assert "hidden" not in str(refused.value)
+    assert server.sent() == b""
+
+
+def test_more_than_a_job_server_takes_is_not_sent_and_the_largest_files_are_named(tmp_path: Path) -> None:
+    module = tmp_path / "module"
+    (module / "__pycache__").mkdir(parents=True)
+    for name, size in {"__pycache__/cached": 60, "weights.bin": 70, "vectors.bin": 40, "code.py": 0}.items():
+        with (module / name).open("wb") as file:
+            file.truncate(size * 2**20)
+    with pytest.raises(InputError) as refused:
+        check_upload_size(module)
+    said = str(refused.value)
+    assert "110.0 MiB to send, and a Ray job server takes 100.0 MiB" in said
+    assert said.endswith("weights.bin (70.0 MiB), vectors.bin (40.0 MiB), code.py (0.0 MiB)")
+    (module / "weights.bin").unlink()
+    check_upload_size(module)
+
+
+def test_the_code_that_travels_with_a_job_is_small() -> None:
+    check_upload_size(jobs._PACKAGE)
+
+
+def test_a_cluster_with_an_older_ray_is_told_before_anything_is_sent(server: JobServer, space: Path) -> None:
+    server.ray_version = "2.40.0"
+    with pytest.raises(InputError, match=r"runs Ray 2\.40\.0; effir-ray needs 2\.60 or newer"):
+        submit_search(space, "/shared/tiny", address=server.address)
+    assert server.sent() == b""
+    assert list_jobs(address=server.address) == []
+
+
+def test_the_oldest_ray_is_that_of_the_installation() -> None:
+    needs = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"ray[data,default,train,tune]>={".".join(map(str, jobs.OLDEST_RAY))}"' in needs
+
+
+def test_the_address_that_is_given_wins_over_the_environment(
+    server: JobServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    server.jobs["job-1"] = "python -m effir_ray search space.yaml --out /shared/tiny"
+    assert [job.id for job in list_jobs(address=server.address)] == ["job-1"]
+    assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
+
+
+def test_an_address_without_http_is_not_waited_for() -> None:
+    with pytest.raises(
+        InputError, match=r"--address 127\.0\.0\.1:8265: expected .* http://127\.0\.0\.1:8265"
+    ):
+        list_jobs(address="127.0.0.1:8265")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray about aiohttp
+def test_following_says_when_the_connection_breaks(server: JobServer) -> None:
+    server.jobs["job-1"] = "sleep 60"  # and no log of it: the server refuses to send one
+    with pytest.raises(LostProcess, match=r"connection to the cluster broke .*job-1 may still run"):
+        follow_job("job-1", write=print, address=server.address)
+
+
+@pytest.mark.parametrize(("token", "said"), [(None, "none was given"), ("0" * 32, "another was given")])
+def test_a_missing_and_a_wrong_token_are_one_line(server: JobServer, token: str | None, said: str) -> None:
+    server.token = "1" * 32
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    if token is not None:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    command = [sys.executable, "-m", "effir_ray", "jobs", "--address", server.address]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    (line,) = refused.stderr.splitlines()
+    assert said in line
+    assert "1" * 32 not in line
+
+
 @dataclass(frozen=True)
 class Head:
     """Job server of a Ray head on loopback, behind a token of its own."""
@@ -84,6 +202,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(16)
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment.pop("RAY_ADDRESS", None)
+    environment |= SECRETS  # which a cluster's nodes have, for data and models
     # Jobs run the first `python` on the head's PATH: this one, with its packages.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
@@ -116,28 +235,47 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> subpro
 
 
 @pytest.mark.integration
-def test_a_search_runs_as_a_job_and_leaves_its_rows(head: Head, space: Path, tmp_path: Path) -> None:
-    submitted = head.run("submit", str(space), "--out", str(tmp_path / "out"), "--follow")
+def test_a_search_runs_as_a_job_leaves_its_rows_and_no_secret(
+    head: Head, space: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    submitted = head.run("submit", str(space), "--out", str(out), "--follow")
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     job = submitted.stdout.splitlines()[0].removeprefix("Job: ")
-    rows = store.read([tmp_path / "out"]).to_pylist()
+    rows = store.read([out]).to_pylist()
     assert {row["schedule"] for row in rows if row["split"] == "dev"} == {"full"}
     (listed,) = [item for item in json.loads(head.run("jobs", "--json").stdout) if item["id"] == job]
     assert listed["status"] == "SUCCEEDED"
     assert "search space.yaml" in listed["command"]
-    assert "effir-ray pareto" in head.run("logs", job).stdout
+    logs = head.run("logs", job).stdout
+    assert "effir-ray pareto" in logs
+    fetched = json.loads(head.run("results", job, "--out", str(tmp_path / "copy"), "--json").stdout)
+    assert (fetched["status"], fetched["place"]) == ("SUCCEEDED", str(out))
+    assert store.read([tmp_path / "copy"]).equals(store.read([out]))
+    written = "".join(repr(row) for row in rows) + logs + json.dumps(listed)
+    for file in (path for path in out.rglob("*") if path.is_file() and not path.is_symlink()):
+        written += file.read_bytes().decode("latin-1")
+    planted = SECRETS | {"RAY_AUTH_TOKEN": head.token}
+    assert [name for name, value in planted.items() if value in written] == []
 
 
 @pytest.mark.integration
-def test_a_job_can_be_stopped(head: Head, space: Path, tmp_path: Path) -> None:
-    job = json.loads(head.run("submit", str(space), "--out", str(tmp_path / "out"), "--json").stdout)["job"]
+def test_a_job_can_be_stopped_and_goes_on_with_resume(head: Head, space: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    job = json.loads(head.run("submit", str(space), "--out", out, "--json").stdout)["job"]
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "study.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
     stopped = head.run("stop", job, "--json")
     assert json.loads(stopped.stdout) == {"job": job, "status": "STOPPED"}, stopped.stderr
+    again = head.run("submit", str(space), "--out", out, "--resume", "--follow")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {row["split"] for row in store.read([tmp_path / "out"]).to_pylist()} == {"dev", "test"}
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("token", "said"), [(None, "no job 'nope'"), ("0" * 32, "asks for its token")], ids=["job", "token"]
+    ("token", "said"), [(None, "no job 'nope'"), ("0" * 32, "another was given")], ids=["job", "token"]
 )
 def test_an_unknown_job_and_a_wrong_token_are_named(head: Head, token: str | None, said: str) -> None:
     refused = head.run("logs", "nope", token=token)

@@ -56,7 +56,7 @@ class Study:
         return {stage.name for stage in stages if self.store.has(stage.path(self.store))}
 
 
-EVERYTHING = {"backbone", "importance", "pruned", "embeddings", "scores", "timing"}
+EVERYTHING = {"backbone", "importance", "pruned", "embeddings", "scores", "timing", "bm25"}
 
 
 def test_models_and_embeddings_of_beaten_trials_go_and_those_of_the_front_stay(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_trials_share_every_stage_they_have_in_common() -> None:
         "pruned": 3,
         "neurons": 1,
         "recovered": 1,
+        "bm25": 1,
     }
     assert preview.trials[-1].new_stages == ("recovered", "embeddings", "scores", "timing")
 
@@ -61,7 +62,7 @@ def test_trials_share_every_stage_they_have_in_common() -> None:
 def test_a_test_score_only_adds_the_test_split() -> None:
     space = small_space()
     dev, test = stages(space, "dev", drop_mlp=1), stages(space, "test", drop_mlp=1)
-    assert {name for name in dev if dev[name] != test[name]} == {"embeddings", "scores"}
+    assert {name for name in dev if dev[name] != test[name]} == {"embeddings", "scores", "bm25"}
 
 
 def test_whatever_changes_a_result_changes_its_stage() -> None:

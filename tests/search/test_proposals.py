@@ -72,6 +72,18 @@ def test_test_scores_wait_for_running_trials_and_front_is_chosen_on_dev(tmp_path
     assert final == TrialRequest(config=full.config, split="test")
 
 
+def test_the_full_model_is_tested_even_when_it_is_beaten(tmp_path: Path) -> None:
+    study = proposals(small_space(schedules=[{"drop_mlp": 1}]), tmp_path)
+    full, pruned = study.next(), study.next()
+    assert full is not None and pruned is not None
+    study.finished(row(full.config, 0.5))
+    study.finished(row(pruned.config, 0.6, parameters=50, speed=2.0))
+    assert [config.id for config in study.front()] == [pruned.config.id]
+    assert study.to_come() == ([], 0, 2) and not study.complete
+    assert [request.config.id for request in finish(study)] == [pruned.config.id, full.config.id]
+    assert study.complete
+
+
 def test_failed_trials_teach_nothing_and_are_not_repeated(tmp_path: Path) -> None:
     study = proposals(small_space(parameters=AXES, trials=3, schedules=[{"drop_mlp": 2}]), tmp_path)
     seen = []

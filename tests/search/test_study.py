@@ -83,7 +83,8 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
         for kind in ("pruned", "recovered"):  # of what is beaten, or trained further, only small files stay
             models = len(list(tmp_path.glob(f"study/stages/{kind}/*/checkpoint")))
             assert models <= sum(row["trial_id"] in result.front for row in dev if row != full)
-        assert {row["trial_id"] for row in rows if row["split"] == "test"} == set(result.front)
+        tested = {row["trial_id"] for row in rows if row["split"] == "test"}
+        assert tested == {*result.front, full["trial_id"]}
         assert all(row["parameters"] and row["document_ms"] and row["document_speedup"] for row in dev)
         assert trained["parameter_ratio"] < 1 == full["parameter_ratio"]
         stages = Counter(builds(tmp_path / "study"))

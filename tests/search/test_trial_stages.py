@@ -153,6 +153,21 @@ def test_calibration_texts_of_ones_own_are_told_apart() -> None:
     assert named_sources(config).contents["calibration"] == "texts/corpus.jsonl"
 
 
+def test_seeds_share_their_queries_unless_another_sample_is_asked_for() -> None:
+    def keys(**changes: Any) -> dict[str, str]:
+        config = small_space(**changes).trial(Candidate(drop_mlp=1))
+        stages = trial_stages.trial_stages(config, named_sources(config), "dev")
+        return {stage.name: stage.key for stage in stages if stage.name in ("importance", "timing", "scores")}
+
+    def sampled(**changes: Any) -> list[str]:
+        config = small_space(**changes).trial(Candidate())
+        return sorted(trial_stages._sampled(config, "dev").queries("dev"))
+
+    assert sampled(seed=5) == sampled() != sampled(sample_seed=1)
+    assert keys(seed=5)["importance"] != keys()["importance"] == keys(sample_seed=1)["importance"]
+    assert keys(sample_seed=1)["scores"] != keys()["scores"]
+
+
 def test_seconds_count_once_a_worker() -> None:
     space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
     config = space.trial(Candidate(drop_mlp=1, recover=True))

@@ -74,6 +74,8 @@ def _show(out: Path, description: str, boards: Sequence[Board], stop: threading.
 
 def _advance(bar: Progress, row: dict[str, Any]) -> None:
     bar.total = row["steps"]
+    if not bar.done:
+        bar.go_on_from(row["step"] - 1)
     bar.advance(
         row["step"] - bar.done,
         loss=row["loss"],

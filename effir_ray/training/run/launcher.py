@@ -265,7 +265,8 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
         run_config=RunConfig(
             name=job["name"],
             storage_path=job["base"],
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            # A controller that tries again by itself does so without end; ``_fit`` counts.
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
             checkpoint_config=keep,
             callbacks=[HistoryWriter(out / HISTORY)],
         ),

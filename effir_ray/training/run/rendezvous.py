@@ -1,4 +1,4 @@
-"""How the workers of a run find each other."""
+"""How the workers of a run find each other, and what becomes of those that do not."""
 
 from __future__ import annotations
 
@@ -24,11 +24,37 @@ def torch_config(backend: str) -> TorchConfig:
     torch's store listens on every interface, and anyone who reaches it can write to it.
     """
     private = ray.util.get_node_ip_address() == LOOPBACK
-    return FileConfig(backend=backend) if private else TorchConfig(backend=backend)
+    return FileConfig(backend=backend) if private else StoreConfig(backend=backend)
+
+
+class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray has no types
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """A group that does not come to stand is taken down.
+
+        Ray Train's controller starts another one but forgets this one, whose CPUs and GPUs stay reserved for
+        as long as the driver lives: where there are no others, the next group waits for them for ever.
+        """
+        try:
+            self.meet(worker_group, backend_config)
+        except BaseException:
+            worker_group._worker_group_state.shutdown()
+            raise
+
+    def meet(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
 
 
 @dataclass
-class FileConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
+class StoreConfig(TorchConfig):  # type: ignore[misc]
+    """Workers that meet at torch's store, on the machine of the first."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+@dataclass
+class FileConfig(TorchConfig):  # type: ignore[misc]
     """Workers of one machine, which meet at a file of this user."""
 
     @property
@@ -36,8 +62,8 @@ class FileConfig(TorchConfig):  # type: ignore[misc]  # Ray has no types
         return _FileBackend
 
 
-class _FileBackend(_TorchBackend):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: FileConfig) -> None:
+class _FileBackend(_Backend):
+    def meet(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_set_torch_distributed_env_vars)
         # It lives in the controller, which outlives the group. mkdtemp's folder is this user's alone.
         self.folder = tempfile.TemporaryDirectory(prefix="effir-ray-")
