@@ -34,6 +34,7 @@ print(ray.get(worker_policy.remote()), int(ray.cluster_resources()["CPU"]))
 
 _LISTENERS = """
 import os, stat
+from contextlib import suppress
 from pathlib import Path
 from effir_ray.cluster.connection import connect, private_folder
 connect(num_cpus=1)
@@ -41,9 +42,10 @@ import psutil, ray
 ray.get(ray.remote(lambda: None).remote())
 me = psutil.Process()
 for process in [me, *me.children(recursive=True)]:
-    for connection in process.net_connections("inet"):
-        if connection.status == psutil.CONN_LISTEN:
-            print(connection.laddr.ip.removeprefix("::ffff:"))
+    with suppress(psutil.NoSuchProcess):  # a worker that Ray started to spare and has ended
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                print(connection.laddr.ip.removeprefix("::ffff:"))
 token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
 folder = token.parents[1]
 assert os.environ["RAY_AUTH_MODE"] == "token" and len(token.read_text()) == 64
@@ -67,11 +69,14 @@ assert time.monotonic() - began < 5
 """
 
 
-def _run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | more
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+def _run(code: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a process that has had no Ray yet: this one may, and its environment then says so."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | more
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
     )
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def test_only_a_training_worker_without_gpu_tells_deepspeed_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +133,11 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch:
 
 @contextmanager
 def _control_service(answer: Callable[[grpc.ServicerContext], object]) -> Iterator[str]:
-    """A control service of a cluster that has nothing else; yields its address."""
+    """A control service of a cluster that has nothing else; yields its address.
+
+    It listens everywhere: Ray makes this machine's outer address of 127.0.0.1, except while it runs on
+    loopback alone.
+    """
 
     class Service(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):  # type: ignore[misc]
         def CheckAlive(self, request: object, context: grpc.ServicerContext) -> object:
@@ -136,22 +145,17 @@ def _control_service(answer: Callable[[grpc.ServicerContext], object]) -> Iterat
 
     server = grpc.server(ThreadPoolExecutor(1))
     gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Service(), server)
-    address = ray.util.get_node_ip_address()  # what Ray makes of 127.0.0.1
-    port = server.add_insecure_port(f"{address}:0")
+    port = server.add_insecure_port("0.0.0.0:0")
     server.start()
     try:
-        yield f"{address}:{port}"
+        yield f"127.0.0.1:{port}"
     finally:
         server.stop(None)
 
 
 def _refusal(address: str, **more: str) -> str:
-    """What ``connect`` says in a process that has had no Ray yet, within five seconds."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | more
-    done = subprocess.run(
-        [sys.executable, "-c", _REFUSED, address], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
+    """What ``connect`` says, within five seconds."""
+    done = _run(_REFUSED, address, **more)
     assert done.stderr == ""
     return done.stdout.rstrip("\n")
 

@@ -28,6 +28,7 @@ from effir_ray.search.study import submit_search
 from tests.helpers.job_server import JobServer, job_server
 
 _ATTEMPTS = 3
+_START_SECONDS = 90
 
 SECRETS = {
     name: f"planted-{secrets.token_hex(8)}"
@@ -198,40 +199,56 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder = Path(tmp_path_factory.mktemp("r"))
-    port, dashboard, token = _free_port(), _free_port(), secrets.token_hex(16)
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    environment.pop("RAY_ADDRESS", None)
+    folder, token = Path(tmp_path_factory.mktemp("r")), secrets.token_hex(16)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment |= SECRETS  # which a cluster's nodes have, for data and models
     # Jobs run the first `python` on the head's PATH: this one, with its packages.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
-    command += [f"--dashboard-port={dashboard}", "--num-cpus=2", "--object-store-memory=268435456"]
-    # Ports of its own: the defaults may belong to another cluster of this machine.
-    command += [f"--ray-client-server-port={_free_port()}", f"--dashboard-agent-listen-port={_free_port()}"]
-    command += [f"--temp-dir={folder}", "--disable-usage-stats"]
-    process = _start(command, environment, folder / "head.log")
+    process, address = _start(folder, environment)
     try:
-        yield Head(f"http://127.0.0.1:{dashboard}", token)
+        yield Head(address, token)
     finally:
-        daemons = psutil.Process(process.pid).children(recursive=True)
-        process.kill()  # asked politely it would wait half a minute for its daemons
-        for daemon in daemons:
-            with suppress(psutil.NoSuchProcess):
-                daemon.kill()
-        process.wait()
+        _end(process)
 
 
-def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """Ray gives its daemons 30 seconds and then gives up; a busy machine may need another try."""
+def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+    """A head, and the address of its job server once that answers.
+
+    Ray gives its daemons 30 seconds and then gives up, and a port that was free may be taken meanwhile: a
+    busy machine may need another try.
+    """
+    log = folder / "head.log"
     for _ in range(_ATTEMPTS):
+        dashboard = _free_port()
+        command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+        # Ports of its own: the defaults may belong to another cluster of this machine.
+        command += [f"--port={_free_port()}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
+        command += [
+            f"--ray-client-server-port={_free_port()}",
+            f"--dashboard-agent-listen-port={_free_port()}",
+        ]
+        command += ["--num-cpus=2", "--object-store-memory=268435456"]
+        command += [f"--temp-dir={folder}", "--disable-usage-stats"]
         with log.open("w") as stream:
             process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
-        while process.poll() is None:
-            if "Ray runtime started" in log.read_text():
-                return process
+        deadline = time.monotonic() + _START_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", dashboard), timeout=10):
+                if "Ray runtime started" in log.read_text():
+                    return process, f"http://127.0.0.1:{dashboard}"
             time.sleep(0.5)
+        _end(process)
     raise AssertionError(f"the Ray head did not start:\n{log.read_text()}")
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    """Asked politely it would wait half a minute for its daemons."""
+    with suppress(psutil.NoSuchProcess):
+        for process in (*psutil.Process(head.pid).children(recursive=True), head):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    head.wait()
 
 
 @pytest.mark.integration
