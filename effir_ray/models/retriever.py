@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from effir_ray.errors import InputError
 from effir_ray.models import family as families
 from effir_ray.models import loading
 from effir_ray.models.folder import RetrieverSpec, TextKind
@@ -45,6 +46,7 @@ class Retriever:
         """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding.
 
         Never empty: a text without any token, as an empty document of a model that appends none, is one EOS.
+        Raises InputError for a token that the model does not know.
         """
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         if not texts:
@@ -56,7 +58,15 @@ class Retriever:
             return_attention_mask=False,
         )
         ending = self.tokenizer.eos_token_id
-        return [list(ids) or [0 if ending is None else ending] for ids in encoded["input_ids"]]
+        tokens = [list(ids) or [0 if ending is None else ending] for ids in encoded["input_ids"]]
+        # Not when loading: some tokenizers list tokens of images and tools that no text ever becomes.
+        largest, known = max(map(max, tokens)), self.model.config.vocab_size
+        if largest >= known:
+            raise InputError(
+                f"{self.name}: its tokenizer gives token {largest}, and the model has embeddings of {known}; "
+                "expected the tokenizer that belongs to the model"
+            )
+        return tokens
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(batch, tokens, hidden), (batch, tokens) -> (batch, hidden). Padding may be on either side."""

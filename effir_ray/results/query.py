@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -45,11 +48,35 @@ def select(tables: dict[str, pa.Table], sql: str) -> pa.Table:
             connection.execute(f"SET {setting}")
         try:
             _check_one_select(connection, sql)
-            return _within_limits(connection, sql)
+            with _memory():
+                return _within_limits(connection, sql)
         except duckdb.InterruptException:
             raise InputError(f"SQL: stopped after {_SECONDS:g} s; a SELECT over results takes less") from None
         except duckdb.Error as error:
             raise InputError(f"SQL: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Within it this process gets no more than ``_PROCESS_BYTES`` in addition, where the system can say so.
+
+    DuckDB's own limit does not count the text and lists that expressions make: ``repeat('x', 2000000000)``.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        yield
+        return
+    import resource
+
+    used = next(line for line in status.read_text().splitlines() if line.startswith("VmData:"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(used.split()[1]) * 1024 + _PROCESS_BYTES
+    known = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(known), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _within_limits(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
@@ -80,7 +107,8 @@ def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 
 _SECONDS = 8.0
-_BYTES = 256 * 2**20
+_BYTES = 256 * 2**20  # of a result
+_PROCESS_BYTES = 2**30
 _BATCH = 10_000  # rows
 
 _SANDBOX = (

@@ -41,9 +41,7 @@ class Collector:
 
     def _finished(self) -> Iterator[KeyedStage]:
         for (_, split), row in list(self.proposals.rows.items()):
-            yield from self._of(
-                TrialConfig.model_validate_json(row.trial), "test" if split == "test" else "dev"
-            )
+            yield from self._of(TrialConfig.of(row), "test" if split == "test" else "dev")
 
     def _wanted(self) -> Iterator[KeyedStage]:
         """Everything that leads to a row to come, and what the front's rows were measured on."""

@@ -13,6 +13,7 @@ import random
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ import optuna
 import pyarrow as pa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from sqlalchemy import URL
+from sqlalchemy.exc import SQLAlchemyError
 
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import on_front
@@ -56,16 +58,18 @@ class Proposals:
     def __init__(
         self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbone: PreTrainedConfig
     ) -> None:
-        self.space, self.backbone = space, backbone
+        self.space, self.out, self.backbone = space, out.resolve(), backbone
         self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
         self.running: dict[tuple[str, str], TrialRequest] = {}
-        self.study = _open_study(space, out)
+        with _readable(self.out / _STORAGE):
+            self.study = _open_study(space, self.out)
         self.distributions = {name: _distribution(axis) for name, axis in space.parameters.axes.items()}
         self.listed = deque(space.trial(candidate) for candidate in space.listed())
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.sampled: set[str] = set()
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
-        self._reconcile()
+        with _readable(self.out / _STORAGE):
+            self._reconcile()
         self.spent = self._lacking > 0 and self._countable and self._untried() is None
 
     @property
@@ -151,7 +155,7 @@ class Proposals:
         table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
         best = [row for row, kept in zip(dev, on_front(table, OBJECTIVES), strict=True) if kept]
         best.sort(key=lambda row: -(row.ndcg_at_10 or 0.0))
-        return [TrialConfig.model_validate_json(row.trial) for row in best]
+        return [TrialConfig.of(row) for row in best]
 
     def to_test(self) -> list[TrialConfig]:
         """The front, and the full model, which test scores are read beside."""
@@ -245,7 +249,7 @@ class Proposals:
         if row.trial_id in self.asked:
             self.study.tell(self.asked.pop(row.trial_id), values, state=state)
             return
-        params = self._params(TrialConfig.model_validate_json(row.trial))
+        params = self._params(TrialConfig.of(row))
         if params is not None:
             self.study.add_trial(
                 optuna.trial.create_trial(
@@ -281,14 +285,14 @@ class Proposals:
                 if text is None:  # killed between asking and noting what for
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     continue
-                config = TrialConfig.model_validate_json(text)
+                config = TrialConfig.read(text, str(self.out / _STORAGE))
                 self.asked[config.id] = trial.number
                 if config.id not in listed:
                     self.sampled.add(config.id)
                 if (config.id, "dev") not in self.rows:
                     self.listed.append(config)
             elif text is not None:
-                config = TrialConfig.model_validate_json(text)
+                config = TrialConfig.read(text, str(self.out / _STORAGE))
                 if trial.state == optuna.trial.TrialState.COMPLETE:
                     told.add(config.id)
                 elif _HANDED_OUT in trial.user_attrs and (config.id, "dev") not in self.rows:
@@ -318,17 +322,34 @@ def _open_study(space: SearchSpace, out: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study = optuna.create_study(
-        # Not pasted together: what follows a "?" in a path would be read as options.
-        storage=URL.create("sqlite", database=str(out.resolve() / _STORAGE)).render_as_string(),
-        study_name=space.name,
-        directions=["maximize" if direction == "max" else "minimize" for direction in OBJECTIVES.values()],
-        load_if_exists=True,
-    )
+    study = _study(space, out)
     study.set_metric_names(list(OBJECTIVES))
     # A resumed sampler must not begin again with the draws it made before.
     study.sampler = _sampler(space, space.seed + len(study.get_trials(deepcopy=False)))
     return study
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """A damaged database is an InputError of one line."""
+    try:
+        yield
+    except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{file}: not readable as Optuna's database ({reason}); move it away and --resume: it is made "
+            "anew of the rows"
+        ) from None
+
+
+def _study(space: SearchSpace, out: Path) -> optuna.Study:
+    return optuna.create_study(
+        # Not pasted together: what follows a "?" in a path would be read as options.
+        storage=URL.create("sqlite", database=str(out / _STORAGE)).render_as_string(),
+        study_name=space.name,
+        directions=["maximize" if direction == "max" else "minimize" for direction in OBJECTIVES.values()],
+        load_if_exists=True,
+    )
 
 
 def _sampler(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
-from effir_ray.config import Config, Length, Seed
-from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
+from effir_ray.config import Config, Length, Seed, parse
+from effir_ray.readers import parse_json
+from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction, TrialRow
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
@@ -157,6 +158,16 @@ class TrialConfig(StudySettings):
     ``threads`` is the number of compute threads the study resolved."""
 
     schedule: Schedule
+
+    @classmethod
+    def of(cls, row: TrialRow) -> TrialConfig:
+        """That of a row. Raises InputError for one that another version wrote, or nobody."""
+        return cls.read(row.trial, f"the row of trial {row.trial_id}")
+
+    @classmethod
+    def read(cls, text: str, source: str) -> TrialConfig:
+        """From JSON that lies in ``source``, which InputError names."""
+        return parse(parse_json(text, source), cls, source=source)
 
     @property
     def id(self) -> str:

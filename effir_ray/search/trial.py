@@ -16,12 +16,10 @@ from filelock import FileLock
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
-from effir_ray.config import parse
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.readers import parse_json
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
@@ -191,8 +189,7 @@ def repeat(
     stages = StageStore(folder / STAGES_FOLDER)
     pairs = []
     for original in originals:
-        place = f"the row of trial {original.trial_id}"
-        config = parse(parse_json(original.trial, place), TrialConfig, source=place)
+        config = TrialConfig.of(original)
         repeated = run_trial(
             config,
             stages,

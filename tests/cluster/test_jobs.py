@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -198,18 +200,22 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    folder, token = Path(tmp_path_factory.mktemp("r")), secrets.token_hex(16)
+def head() -> Iterator[Head]:
+    # Its daemons talk through sockets in its folder, whose paths may have 107 characters.
+    folder, token = Path(tempfile.mkdtemp(prefix="r", dir="/tmp")), secrets.token_hex(16)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment |= SECRETS  # which a cluster's nodes have, for data and models
     # Jobs run the first `python` on the head's PATH: this one, with its packages.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process, address = _start(folder, environment)
     try:
-        yield Head(address, token)
+        process, address = _start(folder, environment)
+        try:
+            yield Head(address, token)
+        finally:
+            _end(process)
     finally:
-        _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:

@@ -32,6 +32,22 @@ def embed(retriever: Retriever, text: str) -> torch.Tensor:
         return retriever.pool(retriever.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask)[0]
 
 
+def test_the_tokenizer_of_another_model_is_named_when_a_text_needs_it(folder: Path) -> None:
+    """Not when loading: tokenizers of real models list tokens that no text becomes."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    known = load_retriever(folder).model.config.vocab_size
+    vocabulary["z"] = known + 7
+    file.write_text(json.dumps(tokenizer))
+    retriever = load_retriever(folder)
+    retriever.tokenize(["abc"], "query")
+    with pytest.raises(
+        InputError, match=rf"token {known + 7}, .* embeddings of {known}; expected the tokenizer"
+    ):
+        retriever.tokenize(["abc", "xyz"], "query")
+
+
 @pytest.mark.integration
 def test_random_models_are_the_same_everywhere() -> None:
     """Also in another process, and without touching the caller's random state."""

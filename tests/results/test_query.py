@@ -1,5 +1,6 @@
 """SQL over results sees the tables and nothing else."""
 
+import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -44,6 +45,22 @@ def test_nothing_but_one_select_over_the_tables_runs(sql: str, tmp_path: Path) -
     assert secret_variable.num_rows == 1
     assert file.read_text() == "a\n1\n"
     assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT md5(repeat('x', 2000000000))",
+        "SELECT [i FOR i IN range(500000000)]",
+        "SELECT string_agg(range::VARCHAR, '') FROM range(1000000000)",
+    ],
+)
+def test_a_query_that_wants_all_memory_is_stopped(sql: str) -> None:
+    """DuckDB's own limit leaves out the first two."""
+    limit = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(InputError, match=r"^SQL: Out of Memory"):
+        select({"rows": TABLE}, sql)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 
 def test_a_condition_keeps_the_schema() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from effir_ray.errors import InputError
 from effir_ray.models.loading import load_config
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace
@@ -173,3 +174,28 @@ def test_a_study_that_finds_no_new_trial_says_so(tmp_path: Path) -> None:
     assert few.shortfall == (
         "2 of 9 trials were sampled: every combination of 'parameters' that can be built has been tried"
     )
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0" + b"x" * 5000])
+def test_a_damaged_database_is_one_line_and_made_anew_once_it_is_away(tmp_path: Path, content: bytes) -> None:
+    space = small_space(parameters=AXES, trials=4)
+    rows = [score(request) for request in finish(proposals(space, tmp_path))]
+    (tmp_path / "optuna.db").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"optuna\.db: not readable as Optuna's database .*move it away"
+    ) as said:
+        proposals(space, tmp_path, rows)
+    assert "\n" not in str(said.value)
+    (tmp_path / "optuna.db").unlink()
+    again = proposals(space, tmp_path, rows)
+    assert again.complete
+    assert len(again.study.get_trials()) == 5
+
+
+def test_a_row_of_another_version_is_named(tmp_path: Path) -> None:
+    space = small_space(parameters=AXES, trials=4)
+    rows = [score(request) for request in finish(proposals(space, tmp_path))]
+    rows[1] = rows[1].model_copy(update={"trial": rows[1].trial.replace('"drop_mlp"', '"drop_mlps"')})
+    (tmp_path / "optuna.db").unlink()
+    with pytest.raises(InputError, match=f"the row of trial {rows[1].trial_id}: .*drop_mlps"):
+        proposals(space, tmp_path, rows)
