@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from effir_ray.evaluation.evaluate import evaluate
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
+    from effir_ray.results.comparison import compare
     from effir_ray.results.fetch import fetch_results
     from effir_ray.results.query import query
     from effir_ray.results.report import report
@@ -59,6 +60,7 @@ _PUBLIC = {
     "TrialFailure": "errors:TrialFailure",
     "analyze": "compression.analysis.analyze:analyze",
     "annotate": "training.supervision.annotate:annotate",
+    "compare": "results.comparison:compare",
     "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
@@ -103,6 +105,7 @@ __all__ = [
     "__version__",
     "analyze",
     "annotate",
+    "compare",
     "compress",
     "diagnose",
     "encode",

@@ -1,4 +1,4 @@
-"""pareto, query, report: reading what searches have written."""
+"""pareto, compare, query, report: reading what searches have written."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def pareto(
 ) -> None:
     """Show the Pareto front: the models that no other model beats in every objective.
 
+    A model that over these queries is no better than a smaller one of the front, beyond chance, names it.
+
     \b
     [bold]Examples[/bold]
     effir-ray pareto runs/demo
@@ -64,6 +66,7 @@ def show_front(front: pa.Table) -> None:
             "trained",
             "nDCG@10",
             "test",
+            "no better than",
             "parameters",
             "of full",
             "doc ms",
@@ -76,6 +79,7 @@ def show_front(front: pa.Table) -> None:
                 "yes" if row["recovered"] else "",
                 _with_interval(row),
                 "" if row["test_ndcg_at_10"] is None else f"{row['test_ndcg_at_10']:.4f}",
+                row["not_better_than"] or "",
                 quantity(row["parameters"]),
                 "" if row["parameter_ratio"] is None else f"{row['parameter_ratio']:.1%}",
                 row["document_ms"],
@@ -95,6 +99,75 @@ def _with_interval(row: Mapping[str, Any]) -> str:
     """``0.7541 (0.70-0.81)``: nDCG@10 with its 95 % interval, where the row has one."""
     low, high = row["ndcg_at_10_low"], row["ndcg_at_10_high"]
     return f"{row['ndcg_at_10']:.4f}" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
+
+
+def compare(
+    results: Results,
+    trial: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Trial id, may be shortened; give two or more, the baseline first. When left out, all "
+            "trials against the full model.",
+            metavar="ID",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split whose queries count; test where two models have it.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="ndcg_at_10, recall_at_100, mrr_at_10 or map_at_100.")
+    ] = "ndcg_at_10",
+    as_json: AsJson = False,
+) -> None:
+    """Compare models over the same queries: which differences are more than chance.
+
+    Shows each difference to the baseline with its paired bootstrap 95 % interval, and the p of the paired
+    randomisation test, adjusted (Holm) for all differences shown.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray compare runs/demo               everything against the full model
+    effir-ray compare runs/demo --trial 3f2a --trial 91bc
+    effir-ray compare runs/demo --split dev --metric recall_at_100 --json
+    """
+    from effir_ray import compare as run
+
+    compared = run(results, trial or (), split=split, metric=metric).to_pylist()
+    if as_json:
+        show_json(compared)
+        return
+    first = compared[0]
+    show_table(
+        [
+            "trial",
+            "schedule",
+            "trained",
+            metric,
+            "difference",
+            "95 % interval",
+            "p (Holm)",
+            "of full",
+            "doc speed-up",
+        ],
+        [
+            (
+                row["trial_id"],
+                row["schedule"],
+                "yes" if row["recovered"] else "",
+                f"{row['score']:.4f}",
+                "baseline" if row["difference"] is None else f"{row['difference']:+.4f}",
+                ""
+                if row["difference"] is None
+                else f"{row['difference_low']:+.4f} to {row['difference_high']:+.4f}",
+                "" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
+                "" if row["parameter_ratio"] is None else f"{row['parameter_ratio']:.1%}",
+                row["document_speedup"],
+            )
+            for row in compared
+        ],
+        title=f"{first['queries']} {first['split']} queries of {first['dataset']}",
+    )
 
 
 def query(

@@ -23,6 +23,9 @@ METRICS = {
 QueryScores = Mapping[str, Mapping[str, float]]
 """Query id -> metric, as ``evaluation.metrics`` names it -> score, 0 to 1."""
 
+ByQuery = Mapping[str, float]
+"""Query id -> one score."""
+
 _VERSION = 1
 _KEY = {
     "study": "name of the study that ran the trial",

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
-from effir_ray.results import store, tables
+from effir_ray.results import query_scores, store, tables
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
 from effir_ray.results.schema import DIRECTIONS, sample_in_words
+from effir_ray.results.significance import paired_difference
 from effir_ray.results.tables import Damaged, Folders
 
 TEST_COLUMN = "test_ndcg_at_10"
+EQUAL_COLUMN = "not_better_than"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,9 @@ def pareto(
     """The Pareto front of the rows in ``folders``, best in the first objective first.
 
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
-    test score of a row that has one. ``where`` is an SQL condition, ``objectives`` are columns (by default
+    test score of a row that has one, ``not_better_than`` the trial id of the smallest smaller model on the
+    front that the row's nDCG@10 cannot be told from (the paired 95 % interval over queries holds zero).
+    ``where`` is an SQL condition, ``objectives`` are columns (by default
     the search's), ``pick`` leaves one row: see ``pick_row``. ``damaged`` hears of files that cannot be read,
     which are then left out. Raises InputError when the rows are of more than one data set, version of it or
     sample of it (their scores cannot be compared), a file cannot be read, or no row is left.
@@ -75,6 +79,7 @@ def select_front(
         if tables.FILE in best.schema.names:
             full = tables.rows_at(best, store.ROWS)
             scored = full.append_column(TEST_COLUMN, scored[TEST_COLUMN])
+        scored = _with_smaller_equals(scored, folders)
         failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen["split"][0]))
         return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
 
@@ -241,3 +246,30 @@ def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
     scores = {(record["study"], record["trial_id"]): record["ndcg_at_10"] for record in tested}
     keys = zip(rows["study"].to_pylist(), rows["trial_id"].to_pylist(), strict=True)
     return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))
+
+
+def _with_smaller_equals(rows: pa.Table, folders: Folders) -> pa.Table:
+    """``rows`` of a front with the column ``not_better_than``; null where scores of single queries are
+    missing."""
+    names = ("study", "trial_id", "dataset", "split", "parameters")
+    records = rows.select(names).to_pylist()
+    scores = query_scores.by_trial(query_scores.read(folders, trials=rows["trial_id"].unique().to_pylist()))
+    by_size = [
+        (record["parameters"], record["trial_id"], found)
+        for record in records
+        if record["parameters"] and (found := scores.get(tuple(record[name] for name in names[:-1])))
+    ]
+    by_size.sort(key=lambda entry: entry[:2])
+    equals = {
+        trial: next(
+            (
+                smaller
+                for size, smaller, theirs in by_size
+                if size < parameters and paired_difference(theirs, mine).low <= 0
+            ),
+            None,
+        )
+        for parameters, trial, mine in by_size
+    }
+    column = [equals.get(record["trial_id"]) for record in records]
+    return rows.append_column(EQUAL_COLUMN, pa.array(column, pa.string()))

@@ -1,0 +1,136 @@
+"""Models against one of them, query by query: which differences are more than the choice of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from effir_ray.errors import InputError
+from effir_ray.results import query_scores, store
+from effir_ray.results.schema import TrialRow
+from effir_ray.results.selection import chosen_rows
+from effir_ray.results.significance import Interval, holm, paired_difference, permutation_p
+from effir_ray.results.tables import Folders
+
+LEVEL = 0.05
+"""Of a difference that is called one."""
+
+_KNOWN = ("study", "trial_id", "schedule", "recovered", "parameters", "parameter_ratio", "document_speedup")
+_TYPES = {field.name: field.type for field in store.ROWS.schema}
+
+SCHEMA = pa.schema(
+    [pa.field(name, _TYPES[name]) for name in _KNOWN]
+    + [
+        pa.field("dataset", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("metric", pa.string()),
+        pa.field("queries", pa.int64()),
+        pa.field("score", pa.float64()),
+        pa.field("difference", pa.float64()),
+        pa.field("difference_low", pa.float64()),
+        pa.field("difference_high", pa.float64()),
+        pa.field("p", pa.float64()),
+        pa.field("p_holm", pa.float64()),
+    ]
+)
+
+
+def compare(
+    folders: Folders, trials: Sequence[str] = (), *, split: str | None = None, metric: str = "ndcg_at_10"
+) -> pa.Table:
+    """How far models are from a baseline over the same queries; the baseline is the first row, without a
+    difference, the others follow, best first.
+
+    ``trials``: trial ids, which may be shortened, the baseline first; without them the full model and all
+    others. ``split``: by default test, where at least two models have test scores, else dev. A difference has
+    its paired bootstrap 95 % interval, the p of the paired randomisation test, and that p by Holm for all
+    differences of the table. Raises InputError when there is nothing to compare, rows are of several data
+    sets or samples, or scores of single queries were not kept.
+    """
+    if metric not in query_scores.METRICS:
+        raise InputError(f"--metric {metric}: expected one of {', '.join(query_scores.METRICS)}")
+    table = store.latest(store.read(folders))
+    if trials:
+        table = _named(table, trials)
+    rows = store.trial_rows(chosen_rows(table, split or _usual_split(table)))
+    scores = query_scores.by_trial(query_scores.read(folders, trials=[row.trial_id for row in rows]), metric)
+    kept = [row for row in rows if _key(row) in scores]
+    if len(kept) < 2 or (trials and len(kept) < len(rows)):
+        missing = ", ".join(sorted(row.trial_id for row in rows if _key(row) not in scores)) or "a second one"
+        raise InputError(
+            f"scores of single queries on split {rows[0].split} are missing ({missing}): there is nothing to "
+            "compare; a search with this version of effir-ray keeps them"
+        )
+    baseline = _baseline(kept, trials)
+    others = [row for row in kept if row is not baseline]
+    differences = [paired_difference(scores[_key(baseline)], scores[_key(row)]) for row in others]
+    p = [permutation_p(_differences(scores[_key(baseline)], scores[_key(row)])) for row in others]
+    compared = [
+        _record(row, metric, scores[_key(row)], difference, once, together)
+        for row, difference, once, together in zip(others, differences, p, holm(p).tolist(), strict=True)
+    ]
+    compared.sort(key=lambda record: -record["score"])
+    first = _record(baseline, metric, scores[_key(baseline)], None, None, None)
+    return pa.Table.from_pylist([first, *compared], schema=SCHEMA)
+
+
+def _key(row: TrialRow) -> tuple[str, ...]:
+    return row.study, row.trial_id, row.dataset, row.split
+
+
+def _named(table: pa.Table, trials: Sequence[str]) -> pa.Table:
+    known = sorted(set(table["trial_id"].to_pylist()))
+    wanted = []
+    for trial in trials:
+        fits = [name for name in known if name.startswith(trial)]
+        if len(fits) != 1:
+            what = "there is no such trial" if not fits else f"it fits {len(fits)}; give more digits"
+            raise InputError(f"--trial {trial}: {what}; effir-ray pareto shows the ids there are")
+        wanted += fits
+    if len(set(wanted)) < 2:
+        raise InputError("a comparison needs two different trials: --trial BASELINE --trial OTHER")
+    return table.filter(pc.is_in(table["trial_id"], pa.array(wanted)))
+
+
+def _usual_split(table: pa.Table) -> str | None:
+    """Models were chosen on dev: its differences are too good."""
+    tested = table.filter(pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok")))
+    return "test" if len(tested) > 1 else None
+
+
+def _baseline(rows: Sequence[TrialRow], trials: Sequence[str]) -> TrialRow:
+    if trials:
+        return next(row for row in rows if row.trial_id.startswith(trials[0]))
+    full = [row for row in rows if row.schedule == "full"]
+    if len(full) != 1:
+        raise InputError(
+            f"{len(full)} of these rows are a full model: name the baseline, --trial BASELINE --trial OTHER"
+        )
+    return full[0]
+
+
+def _differences(first: query_scores.ByQuery, second: query_scores.ByQuery) -> list[float]:
+    return [second[query] - first[query] for query in first]
+
+
+def _record(
+    row: TrialRow,
+    metric: str,
+    scores: query_scores.ByQuery,
+    difference: Interval | None,
+    p: float | None,
+    p_holm: float | None,
+) -> dict[str, Any]:
+    known = {name: getattr(row, name) for name in (*_KNOWN, "dataset", "split")}
+    measured = {"metric": metric, "queries": len(scores), "score": sum(scores.values()) / len(scores)}
+    if difference is None:
+        return {**known, **measured}
+    bounds = {
+        "difference": difference.mean,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+    }
+    return {**known, **measured, **bounds, "p": p, "p_holm": p_holm}
