@@ -65,4 +65,8 @@ FirstBlocks = Annotated[
     int | None,
     typer.Option(min=1, help="Use only the first N blocks of the model; they count as its full depth."),
 ]
+SkipDamaged = Annotated[
+    bool,
+    typer.Option("--skip-damaged", help="Name files that cannot be read and go on without them."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
@@ -10,11 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _WIDE = 240  # columns when the output is a file or a pipe: cutting cells would lose data
 
@@ -63,6 +69,51 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: 
     console().print(table)
 
 
+Format = Literal["table", "csv", "json", "parquet", "arrow", "md"]
+
+
+def show_as(table: pa.Table, form: Format) -> None:
+    """``table`` on standard output: for people, or whole, for other programs."""
+    names = table.schema.names
+    if form in ("parquet", "arrow"):
+        _write_binary(table, form)
+    elif form == "json":
+        show_json(table.to_pylist())
+    elif form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([_csv_cell(row[name]) for name in names] for row in table.to_pylist())
+    else:
+        rows = [[row[name] for name in names] for row in table.to_pylist()]
+        (show_table if form == "table" else _show_markdown)(names, rows)
+
+
+def _write_binary(table: pa.Table, form: Format) -> None:
+    if sys.stdout.isatty():
+        raise InputError(f"--format {form}: not for a terminal; write it to a file: > table.{form}")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    if form == "parquet":
+        pq.write_table(table, sink)
+    else:
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    sys.stdout.buffer.write(sink.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
+    value = plain(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def _show_markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    for row in [columns, ["---"] * len(columns), *rows]:
+        cells = (" ".join(figure(value).split()).replace("|", "\\|") for value in row)
+        print(f"| {' | '.join(cells)} |")
+
+
 def figure(value: Any) -> str:
     """A cell: four significant digits, nothing for what was not measured."""
     if value is None:
@@ -82,6 +133,11 @@ def quantity(value: float | None) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.4g}{unit}"
     return f"{value:.4g}"
+
+
+def warn(text: str) -> None:
+    """One line for people, on standard error."""
+    print(text, file=sys.stderr)
 
 
 def say(text: str) -> None:

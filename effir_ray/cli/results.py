@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import AsJson, Results
-from effir_ray.cli._output import quantity, say, show_json, show_table
+from effir_ray.cli._options import AsJson, Results, SkipDamaged
+from effir_ray.cli._output import Format, quantity, say, show_as, show_json, show_table, warn
 from effir_ray.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from effir_ray.results.tables import Damaged
 
 
 def pareto(
@@ -32,6 +34,7 @@ def pareto(
     split: Annotated[
         str | None, typer.Option(help="Split the front is chosen on; dev where there is one.")
     ] = None,
+    skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the Pareto front: the models that no other model beats in every objective.
@@ -49,11 +52,17 @@ def pareto(
     from effir_ray import pareto as run
 
     names = [name.strip() for name in objectives.split(",")] if objectives else []
-    front = run(results, where=where, pick=pick, objectives=names, split=split)
+    damaged = _damaged(skip_damaged)
+    front = run(results, where=where, pick=pick, objectives=names, split=split, damaged=damaged)
     if as_json:
         show_json(front.to_pylist())
     else:
         show_front(front)
+
+
+def _damaged(skip: bool) -> Damaged | None:
+    """Who hears of files that are left out; None: they end the command."""
+    return (lambda message: warn(f"left out: {message}")) if skip else None
 
 
 def show_front(front: pa.Table) -> None:
@@ -118,6 +127,7 @@ def compare(
     metric: Annotated[
         str, typer.Option(help="ndcg_at_10, recall_at_100, mrr_at_10 or map_at_100.")
     ] = "ndcg_at_10",
+    skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare models over the same queries: which differences are more than chance.
@@ -133,7 +143,8 @@ def compare(
     """
     from effir_ray import compare as run
 
-    compared = run(results, trial or (), split=split, metric=metric).to_pylist()
+    found = run(results, trial or (), split=split, metric=metric, damaged=_damaged(skip_damaged))
+    compared = found.to_pylist()
     if as_json:
         show_json(compared)
         return
@@ -172,31 +183,40 @@ def compare(
 
 def query(
     results: Annotated[
-        list[str], typer.Argument(metavar="DIR SQL", help="Folders of results, then one SELECT.")
-    ],
+        list[str] | None, typer.Argument(metavar="DIR SQL", help="Folders of results, then one SELECT.")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="How to write the result; all but 'table' and 'md' are exact.")
+    ] = "table",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="List the tables and their columns, without any folder.")
+    ] = False,
+    skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask the result tables in SQL (DuckDB): `rows` are yours, `published` the paper's figures.
 
     `query_scores` has what every query scored. The query sees these three tables and nothing else of this
-    machine.
+    machine. Ends after 8 s.
 
     \b
     [bold]Examples[/bold]
     effir-ray query runs/demo "SELECT schedule, ndcg_at_10, parameters FROM rows WHERE split = 'dev'"
-    effir-ray query runs/demo "DESCRIBE rows"
-    effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --json
+    effir-ray query --schema
+    effir-ray query runs/demo "SELECT * FROM rows" --format parquet > rows.parquet
+    effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --format md
     """
     from effir_ray import query as run
+    from effir_ray.results import query as tables
 
-    *folders, sql = results
+    form = "json" if as_json else form
+    if schema:
+        show_as(tables.schema(), form)
+        return
+    *folders, sql = results or [""]
     if not folders:
         raise InputError('query needs folders and a SELECT: effir-ray query DIR "SELECT ..."')
-    table = run(folders, sql)
-    if as_json:
-        show_json(table.to_pylist())
-    else:
-        show_table(table.schema.names, zip(*(column.to_pylist() for column in table.columns), strict=True))
+    show_as(run(folders, sql, damaged=_damaged(skip_damaged)), form)
 
 
 def report(
@@ -205,6 +225,7 @@ def report(
         Path | None,
         typer.Option(help="File to write: .html interactive, .svg or .png a picture. DIR/report.html."),
     ] = None,
+    skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the results as one self-contained page with an interactive Pareto plot, or as a picture.
@@ -218,7 +239,8 @@ def report(
     from effir_ray import report as run
 
     first = results[0]
-    written = run(results, out or (first.parent if first.is_file() else first) / "report.html")
+    target = out or (first.parent if first.is_file() else first) / "report.html"
+    written = run(results, target, damaged=_damaged(skip_damaged))
     if as_json:
         show_json({"file": written})
     else:

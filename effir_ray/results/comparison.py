@@ -13,7 +13,7 @@ from effir_ray.results import query_scores, store
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import chosen_rows
 from effir_ray.results.significance import Interval, holm, paired_difference, permutation_p
-from effir_ray.results.tables import Folders
+from effir_ray.results.tables import Damaged, Folders
 
 LEVEL = 0.05
 """Of a difference that is called one."""
@@ -39,7 +39,12 @@ SCHEMA = pa.schema(
 
 
 def compare(
-    folders: Folders, trials: Sequence[str] = (), *, split: str | None = None, metric: str = "ndcg_at_10"
+    folders: Folders,
+    trials: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    metric: str = "ndcg_at_10",
+    damaged: Damaged | None = None,
 ) -> pa.Table:
     """How far models are from a baseline over the same queries; the baseline is the first row, without a
     difference, the others follow, best first.
@@ -47,16 +52,18 @@ def compare(
     ``trials``: trial ids, which may be shortened, the baseline first; without them the full model and all
     others. ``split``: by default test, where at least two models have test scores, else dev. A difference has
     its paired bootstrap 95 % interval, the p of the paired randomisation test, and that p by Holm for all
-    differences of the table. Raises InputError when there is nothing to compare, rows are of several data
-    sets or samples, or scores of single queries were not kept.
+    differences of the table. ``damaged`` hears of files that cannot be read, which are then left out. Raises
+    InputError when there is nothing to compare, rows are of several data sets or samples, or scores of single
+    queries were not kept.
     """
     if metric not in query_scores.METRICS:
         raise InputError(f"--metric {metric}: expected one of {', '.join(query_scores.METRICS)}")
-    table = store.latest(store.read(folders))
+    table = store.latest(store.read(folders, damaged=damaged))
     if trials:
         table = _named(table, trials)
     rows = store.trial_rows(chosen_rows(table, split or _usual_split(table)))
-    scores = query_scores.by_trial(query_scores.read(folders, trials=[row.trial_id for row in rows]), metric)
+    known = query_scores.read(folders, trials=[row.trial_id for row in rows], damaged=damaged)
+    scores = query_scores.by_trial(known, metric)
     kept = [row for row in rows if _key(row) in scores]
     if len(kept) < 2 or (trials and len(kept) < len(rows)):
         missing = ", ".join(sorted(row.trial_id for row in rows if _key(row) not in scores)) or "a second one"

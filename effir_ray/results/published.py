@@ -16,17 +16,21 @@ from typing import Any
 
 import pyarrow as pa
 
+_COLUMNS = {
+    "source": (pa.string(), "table of the paper"),
+    "backbone": (pa.string(), "model, as printed"),
+    "variant": (pa.string(), "compressed model, as printed"),
+    "schedule": (pa.string(), "the same in our notation; null where no schedule says it"),
+    "dataset": (pa.string(), "BEIR data set, as printed"),
+    "ndcg_at_10": (pa.float64(), "nDCG@10, 0 to 1"),
+    "parameters": (pa.int64(), "parameters, printed in billions with one digit"),
+    "query_speedup": (pa.float64(), "query encoding speed / that of the full model, on one H100"),
+    "document_speedup": (pa.float64(), "document encoding speed / that of the full model, on one H100"),
+}
 PUBLISHED_SCHEMA = pa.schema(
     [
-        ("source", pa.string()),  # table of the paper
-        ("backbone", pa.string()),
-        ("variant", pa.string()),  # as printed
-        ("schedule", pa.string()),  # the same in our notation; null where no schedule says it
-        ("dataset", pa.string()),
-        ("ndcg_at_10", pa.float64()),  # 0 to 1
-        ("parameters", pa.int64()),  # printed in billions with one digit
-        ("query_speedup", pa.float64()),
-        ("document_speedup", pa.float64()),
+        pa.field(name, kind, metadata={"description": description})
+        for name, (kind, description) in _COLUMNS.items()
     ]
 )
 

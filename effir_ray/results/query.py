@@ -13,22 +13,47 @@ import pyarrow as pa
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store
 from effir_ray.results.published import published
-from effir_ray.results.tables import Folders
+from effir_ray.results.tables import Damaged, Folders
 
 if TYPE_CHECKING:
     import duckdb
 
 
-def query(folders: Folders, sql: str) -> pa.Table:
+def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.Table:
     """The result of one SELECT over ``rows`` (those of ``folders``), ``query_scores`` (what every query
-    scored under each of them) and ``published`` (the paper's figures).
+    scored under each of them) and ``published`` (the paper's figures); ``schema`` lists their columns.
 
-    The database cannot read or write files, load extensions or reach the network. Raises InputError for SQL
-    that is wrong or is no SELECT.
+    The database cannot read or write files, load extensions or reach the network. ``damaged`` hears of files
+    that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
     return select(
-        {"rows": store.read(folders), "query_scores": query_scores.read(folders), "published": published()},
+        {
+            "rows": store.read(folders, damaged=damaged),
+            "query_scores": query_scores.read(folders, damaged=damaged),
+            "published": published(),
+        },
         sql,
+    )
+
+
+def schema() -> pa.Table:
+    """Every column that ``query`` knows: table, column, Arrow type and what it says."""
+    schemas = {
+        "rows": store.ROWS.schema,
+        "query_scores": query_scores.QUERY_SCORES.schema,
+        "published": published().schema,
+    }
+    return pa.Table.from_pylist(
+        [
+            {
+                "table": table,
+                "column": field.name,
+                "type": str(field.type),
+                "description": (field.metadata or {}).get(b"description", b"").decode(),
+            }
+            for table, fields in schemas.items()
+            for field in fields
+        ]
     )
 
 

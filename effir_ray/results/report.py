@@ -15,7 +15,7 @@ from effir_ray.results import store
 from effir_ray.results.picture import draw_front
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
-from effir_ray.results.tables import Folders
+from effir_ray.results.tables import Damaged, Folders
 
 LABELS = {
     "ndcg_at_10": ("nDCG@10", "score"),
@@ -47,14 +47,14 @@ _SHOWN = (
 )
 
 
-def report(folders: Folders, out: Path | str) -> Path:
+def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None) -> Path:
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
-    The page needs no network: plotly.js, data and styles are inside. Raises InputError for another suffix or
-    when no trial has succeeded.
+    The page needs no network: plotly.js, data and styles are inside. ``damaged`` hears of files that cannot
+    be read, which are then left out. Raises InputError for another suffix or when no trial has succeeded.
     """
     target = Path(out)
-    table = store.latest(store.read(folders))
+    table = store.latest(store.read(folders, damaged=damaged))
     if target.suffix in (".svg", ".png"):
         return draw_front(table, target)
     if target.suffix != ".html":

@@ -71,23 +71,23 @@ class TrialRow(Config):
     repeats it. A failed trial has no scores but a ``reason``. Scores are fractions (0.54, not 54).
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(default=SCHEMA_VERSION, description="version of these columns")
     study: str = Field(description="name of the study that ran the trial")
     trial_id: str = Field(description="hash of `trial`")
     trial: JsonText = Field(description="configuration that repeats the trial, JSON")
     schedule: str = Field(description="compression schedule in the paper's notation, e.g. 16M8A-w30")
     plan: JsonText = Field(default="{}", description="per_layer_config: what is left of every layer, JSON")
     backbone: str = Field(description="name or path of the uncompressed model")
-    dataset: str
-    split: Literal["train", "dev", "test"]
-    seed: int = 0
+    dataset: str = Field(description="name or path of the data set")
+    split: Literal["train", "dev", "test"] = Field(description="split whose queries were scored")
+    seed: int = Field(default=0, description="of training, samples and random draws")
     contents: JsonText = Field(
         default="{}", description="fingerprints of what was read: backbone, data sets, teachers, JSON"
     )
     sample: str = Field(default="", description="which part of the split was measured, in words")
     model: str = Field(default="", description="where the model was built, below the study's folder")
     attempt: Count = Field(default=1, description="1 at the first try on this split, 2 at the next")
-    status: Literal["ok", "failed"] = "ok"
+    status: Literal["ok", "failed"] = Field(default="ok", description="ok, or failed without scores")
     reason: str = Field(default="", description="why the trial failed")
     n_queries: Count | None = Field(default=None, description="judged queries that the scores are means of")
     ndcg_at_10: Score | None = Field(default=None, description="nDCG@10, mean over queries, 0 to 1")
@@ -138,9 +138,9 @@ class TrialRow(Config):
     git_commit: str = Field(default="", description="commit of the code that ran")
     versions: JsonText = Field(default="{}", description="package versions, JSON")
     hardware: str = Field(default="", description="the machine, in words")
-    wall_seconds: FiniteFloat | None = None
+    wall_seconds: FiniteFloat | None = Field(default=None, description="seconds this trial took")
     device_seconds: FiniteFloat | None = Field(default=None, description="wall seconds times workers")
-    created_at: datetime = Field(default_factory=_now)
+    created_at: datetime = Field(default_factory=_now, description="when the row was written, UTC")
 
     @model_validator(mode="after")
     def _trustworthy(self) -> TrialRow:

@@ -79,7 +79,7 @@ def select_front(
         if tables.FILE in best.schema.names:
             full = tables.rows_at(best, store.ROWS)
             scored = full.append_column(TEST_COLUMN, scored[TEST_COLUMN])
-        scored = _with_smaller_equals(scored, folders)
+        scored = _with_smaller_equals(scored, folders, damaged)
         failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen["split"][0]))
         return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
 
@@ -248,12 +248,13 @@ def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
     return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))
 
 
-def _with_smaller_equals(rows: pa.Table, folders: Folders) -> pa.Table:
+def _with_smaller_equals(rows: pa.Table, folders: Folders, damaged: Damaged | None) -> pa.Table:
     """``rows`` of a front with the column ``not_better_than``; null where scores of single queries are
     missing."""
     names = ("study", "trial_id", "dataset", "split", "parameters")
     records = rows.select(names).to_pylist()
-    scores = query_scores.by_trial(query_scores.read(folders, trials=rows["trial_id"].unique().to_pylist()))
+    known = query_scores.read(folders, trials=rows["trial_id"].unique().to_pylist(), damaged=damaged)
+    scores = query_scores.by_trial(known)
     by_size = [
         (record["parameters"], record["trial_id"], found)
         for record in records

@@ -38,6 +38,7 @@ class ActivityWriter:
     """The trial's side: call it with the name of each stage that begins."""
 
     def __init__(self, file: Path, trial: str, split: str) -> None:
+        """``trial`` is what people read."""
         self.file, self.trial, self.split = file, trial, split
 
     def __call__(self, stage: str) -> None:
@@ -47,11 +48,15 @@ class ActivityWriter:
 
 
 @contextmanager
-def reporting(out: Path, trial: str, split: str) -> Iterator[ActivityWriter]:
-    """Within this context the trial's progress lines go to its file; afterwards the files are gone."""
-    file = out / FOLDER / f"{trial}-{split}-{os.getpid()}.json"
+def reporting(out: Path, trial_id: str, trial: str, split: str) -> Iterator[ActivityWriter]:
+    """Within this context the trial's progress lines go to its file; afterwards the files are gone.
+
+    They belong to the trial, not to the process: one that is killed leaves them to its successor.
+    """
+    file = out / FOLDER / f"{trial_id}-{split}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
+    log.unlink(missing_ok=True)
     try:
         with log.open("a", buffering=1) as stream, show_progress(stream):
             yield ActivityWriter(file, trial, split)
@@ -61,7 +66,7 @@ def reporting(out: Path, trial: str, split: str) -> Iterator[ActivityWriter]:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Remove what a killed run left."""
+    """Remove what killed processes left."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 

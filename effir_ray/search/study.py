@@ -92,6 +92,7 @@ def search(
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbone, sources)
         _work(proposals, folder, estimate, collector, address, restart=not given)
+        remove_leftovers(folder)
         stages.remove_locks()
         for kind in (store.ROWS, QUERY_SCORES):
             compact(folder, kind)
@@ -147,6 +148,7 @@ def _work(
                     f"Ray was lost ({failure_reason(error)}); --resume goes on with {out}"
                 ) from error
             _disconnect()
+            remove_leftovers(out)
             time.sleep(pause_seconds(losses))
             proposals.take_back()
 
@@ -205,7 +207,7 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     folder = Path(out)
-    with reporting(folder, trial.name, split) as listener:
+    with reporting(folder, trial.id, trial.name, split) as listener:
         try:
             row = run_trial(
                 trial,

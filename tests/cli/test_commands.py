@@ -1,18 +1,25 @@
 """What every command promises: help with examples, JSON on request, fast start."""
 
+import csv
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from effir_ray.cli import app
+from effir_ray.cli._output import show_as
 from effir_ray.demo import Demo
+from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.results.query import query
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import pareto
 from effir_ray.training.config import TrainConfig
@@ -97,6 +104,54 @@ def test_a_query_prints_a_table_or_json(study: Path) -> None:
     sql = "SELECT schedule, parameters FROM rows WHERE split = 'test'"
     assert json.loads(run("query", study, sql, "--json").stdout) == [{"schedule": "2M", "parameters": 700}]
     assert "700" in run("query", study, sql).stdout
+
+
+def test_a_query_writes_what_other_programs_read(study: Path) -> None:
+    """Whole: a table for people has four digits."""
+    sql = "SELECT schedule, ndcg_at_10 / 3 AS third, [1, 2] AS list FROM rows WHERE schedule = '2M'"
+    expected = query(study, sql)
+
+    def written(form: str) -> bytes:
+        return run("query", study, sql, "--format", form).stdout_bytes
+
+    assert pq.read_table(pa.BufferReader(written("parquet"))) == expected
+    assert pa.ipc.open_file(written("arrow")).read_all() == expected
+    assert json.loads(written("json")) == expected.to_pylist()
+    rows = list(csv.DictReader(io.StringIO(written("csv").decode())))
+    assert [(row["schedule"], float(row["third"]), json.loads(row["list"])) for row in rows] == [
+        (row["schedule"], row["third"], row["list"]) for row in expected.to_pylist()
+    ]
+    assert written("md").decode().splitlines()[:2] == ["| schedule | third | list |", "| --- | --- | --- |"]
+
+
+def test_a_cell_of_markdown_stays_in_its_column(study: Path) -> None:
+    sql = "SELECT 'a|b' || chr(10) || 'c' AS text"
+    assert run("query", study, sql, "--format", "md").stdout.splitlines()[-1] == "| a\\|b c |"
+
+
+def test_a_terminal_gets_no_binary_table(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--format parquet: not for a terminal"), monkeypatch.context() as at:
+        at.setattr(sys.stdout, "isatty", lambda: True)
+        show_as(query(study, "SELECT 1"), "parquet")
+
+
+def test_the_schema_of_a_query_names_what_a_query_can_ask(study: Path) -> None:
+    listed = json.loads(run("query", "--schema", "--json").stdout)
+    for table in ("rows", "query_scores", "published"):
+        columns = query(study, f"SELECT * FROM {table} LIMIT 0").schema.names
+        assert [row["column"] for row in listed if row["table"] == table] == columns
+    assert all(row["description"] for row in listed), "a column that says nothing of itself"
+
+
+def test_damaged_tables_are_named_and_left_out_when_told_to(study: Path) -> None:
+    (study / "rows" / "00-damaged.parquet").write_bytes(b"PAR1 and no more")
+    for command in (["pareto", study], ["query", study, "SELECT 1"], ["report", study]):
+        refused = run(*command)
+        assert refused.exit_code == 2 and "00-damaged.parquet" in refused.stderr
+        done = run(*command, "--skip-damaged")
+        assert done.exit_code == 0 and "left out: " in done.stderr and "00-damaged.parquet" in done.stderr
+    told = run("compare", study, "--skip-damaged").stderr
+    assert "left out: " in told and "scores of single queries" in told  # these rows have none
 
 
 def test_a_report_is_written_beside_the_study_unless_told_otherwise(study: Path, tmp_path: Path) -> None:

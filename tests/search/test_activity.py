@@ -8,7 +8,7 @@ from effir_ray.search.activity import current, remove_leftovers, reporting
 
 def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path) -> None:
     assert current(tmp_path) == []
-    with reporting(tmp_path, "2M", "dev") as report:
+    with reporting(tmp_path, "3f2a", "2M", "dev") as report:
         report("embeddings")
         with progress("Encoding", total=4, unit="docs") as bar:
             bar.advance(4)
@@ -22,8 +22,17 @@ def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path)
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    killed = reporting(tmp_path, "2M", "dev")
+    killed = reporting(tmp_path, "3f2a", "2M", "dev")
     killed.__enter__()("base")
     assert len(current(tmp_path)) == 1
     remove_leftovers(tmp_path)
+    assert current(tmp_path) == []
+
+
+def test_a_trial_that_is_tried_again_is_shown_once(tmp_path: Path) -> None:
+    killed = reporting(tmp_path, "3f2a", "2M", "dev")
+    killed.__enter__()("base")
+    with reporting(tmp_path, "3f2a", "2M", "dev") as report:
+        report("scores")
+        assert [activity.stage for activity in current(tmp_path)] == ["scores"]
     assert current(tmp_path) == []

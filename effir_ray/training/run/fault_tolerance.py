@@ -57,13 +57,31 @@ class StepReports:
             try:
                 self._engine.save(self._staging)
                 if rank() == 0:
-                    (self._staging / _PROGRESS).write_text(json.dumps({"step": row["step"]}))
+                    progress = {"step": row["step"], "rows": self._rows}
+                    (self._staging / _PROGRESS).write_text(json.dumps(progress))
                 self._report(row, str(self._staging))
             finally:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self._saved = time.monotonic()
         elif due or last:
             self._report(row, None)
+
+    def restore(self) -> int:
+        """Load the newest checkpoint of this run into the engine; returns how many steps it had done.
+
+        Ray Train's controller keeps a checkpoint before the rows that came with it are written: a kill in
+        between would lose them, so they are in the checkpoint too and sent again.
+        """
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        progress = _load(self._engine, checkpoint)
+        self._rows = progress.get("rows", [])  # older versions wrote none
+        if self._rows:
+            self._report(self._rows[-1], None)
+        return int(progress["step"])
 
     def _periodic(self, step: int, steps: int) -> bool:
         if self._every is not None:
@@ -92,14 +110,6 @@ def _staging(run: str) -> Path:
     return Path(run) / f"staging-{rank()}"
 
 
-def restore(engine: Engine) -> int:
-    """Load the newest checkpoint of this run into ``engine``; returns how many steps it had done."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    return 0 if checkpoint is None else _load(engine, checkpoint)
-
-
 def restore_best(engine: Engine) -> int | None:
     """Load the checkpoint with the best dev score; returns its step, None when no checkpoint has one."""
     import ray.train
@@ -112,13 +122,15 @@ def restore_best(engine: Engine) -> int | None:
     if not reported:
         return None
     _, _, best = max(reported, key=lambda entry: entry[:2])
-    return _load(engine, best)
+    return int(_load(engine, best)["step"])
 
 
-def _load(engine: Engine, checkpoint: Any) -> int:
+def _load(engine: Engine, checkpoint: Any) -> dict[str, Any]:
+    """What ``StepReports`` wrote of its progress; the engine has the checkpoint's weights."""
     with checkpoint.as_directory() as folder:
         engine.load(Path(folder))
-        return int(json.loads((Path(folder) / _PROGRESS).read_text())["step"])
+        progress: dict[str, Any] = json.loads((Path(folder) / _PROGRESS).read_text())
+        return progress
 
 
 def note_reservation(run: str) -> None:

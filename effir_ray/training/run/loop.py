@@ -111,7 +111,7 @@ class Worker:
 
     def train(self) -> dict[str, Any]:
         reporter = fault_tolerance.StepReports(self.engine, self.config, self.run)
-        step = start = fault_tolerance.restore(self.engine)
+        step = start = reporter.restore()
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),
             grace=start + max(10, int(self.config.warmup * self.batches.steps)),

@@ -30,7 +30,7 @@ from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run import fault_tolerance, launcher, loop
-from effir_ray.training.run.history import read_history
+from effir_ray.training.run.history import HistoryWriter, read_history
 from effir_ray.training.run.launcher import TrainResult, train
 from effir_ray.training.step.gradcache import ContrastiveStep
 from tests.helpers.lost_node import lose_a_node
@@ -144,6 +144,24 @@ def test_a_worker_that_dies_before_it_trains_is_replaced(
     result = train("random:llama", config, tmp_path / "out")
     assert flag.exists()
     assert [row["step"] for row in result.history] == [1, 2]
+
+
+def test_rows_that_came_with_a_checkpoint_outlive_a_controller_that_did_not_write_them(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "killed"
+
+    class Writer(HistoryWriter):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if checkpoint is not None and not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().after_report(run_context, metrics, checkpoint)
+
+    monkeypatch.setattr(launcher, "HistoryWriter", Writer)
+    result = train("random:llama", settings(dataset), tmp_path / "out")
+    assert flag.exists()
+    assert losses(result) == pytest.approx(losses(uninterrupted), rel=1e-4)
 
 
 def test_a_killed_driver_goes_on_where_it_was(
