@@ -129,8 +129,11 @@ def _only_writer(folder: ShardFolder) -> Iterator[None]:
         return
     try:
         folder.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.local / ".lock", timeout=0):
-            yield
+        with FileLock(folder.local / ".lock", timeout=0) as lock:
+            try:
+                yield
+            finally:  # while it is held: who opens the file from now on makes another
+                Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
         raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
     except (FileExistsError, NotADirectoryError, PermissionError) as error:

@@ -21,7 +21,7 @@ import torch
 
 from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding import corpus_encoding
-from effir_ray.encoding.corpus_encoding import _ShardEncoder, _task, encode_corpus
+from effir_ray.encoding.corpus_encoding import _only_writer, _ShardEncoder, _task, encode_corpus
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
@@ -101,6 +101,16 @@ def no_memory(tokens):
 
 
 no_memory.padded = True
+
+
+def test_two_runs_do_not_write_one_folder_and_leave_no_lock(tmp_path: Path) -> None:
+    folder = ShardFolder(str(tmp_path / "embeddings"))
+    refused = pytest.raises(InputError, match="another run is writing here")
+    with _only_writer(folder), refused, _only_writer(folder):
+        pass
+    with _only_writer(folder):
+        pass
+    assert list((tmp_path / "embeddings").iterdir()) == []
 
 
 @pytest.mark.integration
