@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.comparison import compare
+    from effir_ray.results.export import export
     from effir_ray.results.fetch import fetch_results
     from effir_ray.results.query import query
     from effir_ray.results.report import report
@@ -65,6 +66,7 @@ _PUBLIC = {
     "diagnose": "doctor:diagnose",
     "encode": "encoding.corpus_encoding:encode_corpus",
     "evaluate": "evaluation.evaluate:evaluate",
+    "export": "results.export:export",
     "fetch_results": "results.fetch:fetch_results",
     "follow_job": "cluster.jobs:follow_job",
     "get_dataset": "data.download:get",
@@ -110,6 +112,7 @@ __all__ = [
     "diagnose",
     "encode",
     "evaluate",
+    "export",
     "fetch_results",
     "follow_job",
     "get_dataset",

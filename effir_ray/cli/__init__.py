@@ -14,7 +14,7 @@ __all__ = ["app", "main"]
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start": (machine.demo, machine.doctor),
     "Search": (search.search, search.repeat),
-    "Results": (results.pareto, results.compare, results.query, results.report),
+    "Results": (results.pareto, results.compare, results.query, results.report, results.export),
     "Models": (models.shrink, models.analyze, models.compress),
     "Training": (training.train, training.mine, training.annotate),
     "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure),

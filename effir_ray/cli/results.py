@@ -1,4 +1,4 @@
-"""pareto, compare, query, report: reading what searches have written."""
+"""pareto, compare, query, report, export: reading what searches have written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import AsJson, Results, SkipDamaged
+from effir_ray.cli._options import AsJson, Results, SkipDamaged, out_option
 from effir_ray.cli._output import Format, quantity, say, show_as, show_json, show_table, warn
 from effir_ray.errors import InputError
 
@@ -245,3 +245,40 @@ def report(
         show_json({"file": written})
     else:
         say(f"Report: {written}")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a study.", show_default=False)],
+    out: Annotated[Path, out_option("New folder for the model.")],
+    trial: Annotated[
+        str | None, typer.Option(help="Trial id, may be shortened.", metavar="ID", show_default=False)
+    ] = None,
+    pick: Annotated[
+        str | None,
+        typer.Option(
+            help="One of the front instead, as in pareto: 'knee', or the best that meets conditions.",
+            metavar="knee|CONDITIONS",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a trial's model out of a study, with a model card.
+
+    The card says what was taken out, scores, speed and how to load it. The folder loads in
+    sentence-transformers and transformers, and is what a model hub takes. A study keeps the models of its
+    front.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray export runs/demo --trial 3f2a9c01 --out small
+    effir-ray export runs/demo --pick "ndcg_at_10>=0.45" --out small
+    """
+    from effir_ray import export as run_export
+
+    done = run_export(run, out, trial=trial, pick=pick)
+    if as_json:
+        show_json(done)
+        return
+    remote = ", trust_remote_code=True" if done.remote_code else ""
+    say(f"{done.schedule} (trial {done.trial_id}), with its model card: {done.model / 'README.md'}")
+    say(f'Next: SentenceTransformer("{done.model}"{remote})')

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from effir_ray.errors import InputError
 from effir_ray.models.architecture import DROP_LISTS, is_compressed, model_class
-from effir_ray.models.folder import OWN_FILE, RetrieverSpec
+from effir_ray.models.folder import OWN_FILE, REMOTE_CODE, RetrieverSpec
 from effir_ray.models.ordinary import Layout, choose_layout, kept_blocks, ordinary_config, place_in_backbone
 from effir_ray.models.weights import quiet_transformers
 
@@ -95,7 +95,7 @@ def _write_model(retriever: Retriever, folder: Path) -> None:
     model, config = retriever.model, retriever.model.config
     settings: dict[str, Any] = {"architectures": [type(model).__name__]}
     if is_compressed(config):
-        code = Path(__file__).with_name("modeling_effir.py")
+        code = Path(__file__).with_name(REMOTE_CODE)
         shutil.copyfile(code, folder / code.name)
         settings["auto_map"] = {
             "AutoConfig": f"{code.stem}.{type(config).__name__}",

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 # in an ordinary one of a compressed model also "place", see ``ordinary.place_in_backbone``.
 OWN_FILE = "effir.json"
 
+REMOTE_CODE = "modeling_effir.py"
+"""In a checkpoint that no class of transformers can read: the modelling code it brings."""
+
 TextKind = Literal["query", "document"]
 
 

@@ -17,7 +17,7 @@ from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store, tables
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
-from effir_ray.results.schema import DIRECTIONS, sample_in_words
+from effir_ray.results.schema import DIRECTIONS, TrialRow, sample_in_words
 from effir_ray.results.significance import paired_difference
 from effir_ray.results.tables import Damaged, Folders
 
@@ -221,6 +221,23 @@ def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
     raise InputError(
         f"--pick: cannot read '{text}'; expected 'knee' or conditions such as 'ndcg_at_10>=0.45'"
     )
+
+
+def rows_of_trial(table: pa.Table, trial: str, split: str | None = None) -> list[TrialRow]:
+    """The rows of one trial in ``table``. Raises InputError where ``trial``, which may be shortened, fits
+    none or several."""
+    rows = [
+        row
+        for row in store.trial_rows(table.filter(pc.starts_with(table["trial_id"], trial)))
+        if split in (None, row.split)
+    ]
+    if not rows:
+        where = f" on split {split}" if split else ""
+        raise InputError(f"there is no trial '{trial}'{where}; effir-ray pareto shows the ids there are")
+    found = sorted({row.trial_id for row in rows})
+    if len(found) > 1:
+        raise InputError(f"'{trial}' fits {len(found)} trials ({', '.join(found)}); give more digits")
+    return rows
 
 
 def _successful(table: pa.Table) -> pa.Table:

@@ -23,6 +23,7 @@ from effir_ray.models.names import backbone_fingerprint
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
+from effir_ray.results.selection import rows_of_trial
 from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
@@ -182,7 +183,7 @@ def repeat(
     speeds are measured anew. Raises InputError when there is no such row, it failed, or ``out`` is not empty.
     """
     folder = Path(out).resolve()
-    originals = _rows_of(store.read(results), trial, split)
+    originals = _measured(store.read(results), trial, split)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
     connect(address)
@@ -202,19 +203,11 @@ def repeat(
     return pairs
 
 
-def _rows_of(table: Any, trial: str, split: str | None) -> list[TrialRow]:
-    rows = [
-        row
-        for row in store.trial_rows(store.latest(table))
-        if row.trial_id.startswith(trial) and split in (None, row.split)
-    ]
-    if not rows:
-        where = f" on split {split}" if split else ""
-        raise InputError(f"there is no trial '{trial}'{where}; effir-ray pareto shows the ids there are")
-    found = sorted({row.trial_id for row in rows})
-    if len(found) > 1:
-        raise InputError(f"'{trial}' fits {len(found)} trials ({', '.join(found)}); give more digits")
+def _measured(table: Any, trial: str, split: str | None) -> list[TrialRow]:
+    rows = rows_of_trial(store.latest(table), trial, split)
     failed = [row for row in rows if row.status == "failed"]
     if failed:
-        raise InputError(f"trial {found[0]} failed ({failed[0].reason}): there are no scores to compare with")
+        raise InputError(
+            f"trial {rows[0].trial_id} failed ({failed[0].reason}): there are no scores to compare with"
+        )
     return rows
