@@ -30,6 +30,8 @@ from effir_ray.readers import read_json
 from effir_ray.results import store
 from effir_ray.search.space import SearchSpace
 
+pytestmark = pytest.mark.timeout(600)
+
 SECONDS = float(os.environ.get("EFFIR_RAY_FUZZ_SECONDS", "0"))
 
 
@@ -38,7 +40,7 @@ def fuzz(strategy: st.SearchStrategy[Any], attempt: Callable[[Any], object]) -> 
 
     @settings(
         max_examples=100,
-        deadline=5000,  # ms an example
+        deadline=30_000,  # ms an example: the machine may be busy
         suppress_health_check=list(HealthCheck),
         database=None,
     )
