@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
-from effir_ray.hardware import available_cores
+from effir_ray.hardware import Hardware, available_cores, detect
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
@@ -35,6 +35,7 @@ class StudyRecord(Config):
     """What a study was started with.
 
     threads: compute threads of a trial, fixed for the whole study because sums depend on it
+    computes: on what its stages do: device and number format; a study does not mix them
     contents: role -> fingerprint of what its trials read (``stage_graph.Sources``)
     effir_ray: version of effir-ray
     """
@@ -43,6 +44,7 @@ class StudyRecord(Config):
     threads: int
     contents: dict[str, str]
     effir_ray: str
+    computes: str = ""
 
 
 def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool) -> StudyRecord | None:
@@ -73,11 +75,16 @@ def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: 
     return record
 
 
-def claim(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool) -> StudyRecord:
+def claim(
+    out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool, here: Hardware | None = None
+) -> StudyRecord:
     """Make ``out`` the folder of ``space``, or check that it is; returns what it was started with.
 
-    Raises InputError as ``find`` does.
+    ``here``: what stages compute on, this machine unless told. Raises InputError as ``find`` does, and for a
+    study that computes on something else.
     """
+    here = here or detect()
+    computes = f"{here.device}, {here.dtype}"
     record = find(out, space, contents, resume=resume)
     if record is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -86,8 +93,14 @@ def claim(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume:
             threads=space.threads or max(1, available_cores() // space.concurrency),
             contents=dict(contents),
             effir_ray=__version__,
+            computes=computes,
         )
         write_whole(out / STUDY_FILE, record.model_dump_json(indent=1) + "\n")
+    elif record.computes not in ("", computes):
+        raise InputError(
+            f"{out}: the study computes on {record.computes}, and here it would on {computes}: its scores "
+            "would stand on one front; go on where it was started, or choose another --out"
+        )
     return record
 
 

@@ -87,6 +87,7 @@ class Stage:
     inputs: what of the configuration and the sources determines the content, besides the parents
     parents: role -> names of stages, of which the first that the trial needs takes the role
     asked: whether a trial has the parent of a role
+    on_device: it computes in one process, on a GPU where there is one; others start workers of their own
     computed_on: what else the bits depend on: the kind of ``device`` and its dtype, or the ``machine``
     columns: what a finished folder adds to the row; a stage that has some is an end of its own
     query_scores: what it knows of single queries, for the table beside the rows
@@ -105,6 +106,7 @@ class Stage:
     asked: Callable[[TrialConfig, str], bool] = lambda config, role: True
     needed: Callable[[TrialConfig], bool] = lambda config: True
     version: int = 1
+    on_device: bool = False
     computed_on: Literal["", "device", "machine"] = ""
     columns: Callable[[StageTask], Mapping[str, Any]] | None = None
     query_scores: Callable[[StageTask], QueryScores] | None = None

@@ -6,15 +6,18 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import machine
 from effir_ray.cluster.jobs import submit
 from effir_ray.cluster.lost import is_lost_process, pause_seconds
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
+from effir_ray.hardware import Hardware
 from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
@@ -77,13 +80,15 @@ def search(
     sources = _checked_sources(space)
     need = Footprint(peak=preview.peak_bytes, end=preview.end_bytes)
     check_space(folder, need, size_on_disk(folder / STAGES_FOLDER))
-    if find(folder, space, sources.contents, resume=resume) is None:
-        connect(address)  # before anything is written: a mistyped address leaves no claimed folder
-    record = claim(folder, space, sources.contents, resume=resume)
+    find(folder, space, sources.contents, resume=resume)
+    given = _ray_runs()
+    connect(address)  # before anything is written: a mistyped address leaves no claimed folder
+    here = machine()
+    record = claim(folder, space, sources.contents, resume=resume, here=here)
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
+    sources = replace(sources, device=here.device, dtype=here.dtype, machine=here.name)
     with exclusive(folder):
-        given = _ray_runs()
         remove_leftovers(folder)
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)
@@ -91,7 +96,7 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbone, sources)
-        _work(proposals, folder, estimate, collector, address, restart=not given)
+        _work(proposals, folder, estimate, collector, here, address, restart=not given)
         remove_leftovers(folder)
         stages.remove_locks()
         for kind in (store.ROWS, QUERY_SCORES):
@@ -125,6 +130,7 @@ def _work(
     out: Path,
     estimate: TimeEstimate,
     collector: Collector,
+    here: Hardware,
     address: str | None,
     *,
     restart: bool,
@@ -137,7 +143,7 @@ def _work(
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector)
+            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -153,7 +159,9 @@ def _work(
             proposals.take_back()
 
 
-def _run(proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector) -> None:
+def _run(
+    proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector, here: Hardware
+) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
     from ray import tune
@@ -168,7 +176,7 @@ def _run(proposals: Proposals, out: Path, display: StudyDisplay, collector: Coll
     space = proposals.space
     searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(out), study=space.name), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(out), study=space.name, here=here), {"cpu": _TRIAL_CPUS}
     )
     tuner = tune.Tuner(
         trainable,
@@ -199,7 +207,7 @@ def _disconnect() -> None:
     ray.shutdown()
 
 
-def _trial(config: dict[str, Any], out: str, study: str) -> None:
+def _trial(config: dict[str, Any], out: str, study: str, here: Hardware) -> None:
     """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
     from ray import tune
 
@@ -217,6 +225,7 @@ def _trial(config: dict[str, Any], out: str, study: str) -> None:
                 attempt=config["attempt"],
                 listener=listener,
                 out=folder,
+                here=here,
             )
         except InputError as error:  # wrong for every trial: schedules were checked before
             tune.report({ABORT: str(error)})

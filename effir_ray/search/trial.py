@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import machine, on_device
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row
@@ -44,17 +45,18 @@ def run_trial(
     attempt: int = 1,
     listener: Listener = lambda stage: None,
     out: Path | None = None,
+    here: hardware.Hardware | None = None,
 ) -> TrialRow:
     """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run. Scores
     of single queries go to the study's folder ``out``, before anyone writes the row: none lacks them.
+    ``here``: what stages compute on, where that is known.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
     """
-    torch.set_num_threads(config.threads or hardware.detect().threads)
-    torch.manual_seed(config.seed)
+    _settle(config)
     started = time.monotonic()
-    sources = sources_of(config)
+    sources = sources_of(config, here)
     runner = StageRunner(config, split, stages, listener)
     measured: dict[str, Any] = {}
     by_query: list[QueryScores] = []
@@ -76,6 +78,18 @@ def run_trial(
         for scores in by_query:
             query_scores.append(out, row, scores)
     return row
+
+
+def _settle(config: TrialConfig) -> None:
+    """What sums and draws depend on besides the stage's own inputs."""
+    torch.set_num_threads(config.threads or hardware.available_cores())
+    torch.manual_seed(config.seed)
+
+
+def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
+    """``build`` in whatever process it runs in."""
+    _settle(task.config)
+    build(task)
 
 
 class StageRunner:
@@ -105,10 +119,15 @@ class StageRunner:
 
     def _build(self, keyed: KeyedStage, out: Path) -> None:
         self.listener(keyed.name)
-        with self._exclusive(keyed.stage):
-            started = time.monotonic()
-            keyed.stage.build(self.task(keyed, out))
-            self.device_seconds += (time.monotonic() - started) * keyed.stage.workers(self.config)
+        stage, task = keyed.stage, self.task(keyed, out)
+        with self._exclusive(stage):
+            if stage.on_device:
+                seconds = on_device(_build, stage.build, task).seconds
+            else:
+                started = time.monotonic()
+                stage.build(task)
+                seconds = time.monotonic() - started
+        self.device_seconds += seconds * stage.workers(self.config)
 
     @contextmanager
     def _exclusive(self, stage: Stage) -> Iterator[None]:
@@ -128,10 +147,10 @@ def failed_row(
     return make_row(**_known_columns(config, split, study, attempt), status="failed", reason=reason)
 
 
-def sources_of(config: StudySettings) -> Sources:
-    """Fingerprints of everything from outside that a trial or a whole study reads. Raises InputError for
-    what is not there."""
-    here = hardware.detect()
+def sources_of(config: StudySettings, here: hardware.Hardware | None = None) -> Sources:
+    """Fingerprints of everything from outside that a trial or a whole study reads, and ``here`` (this
+    machine, unless told), what it computes on. Raises InputError for what is not there."""
+    here = here or hardware.detect()
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
         dataset=source_fingerprint(config.dataset),
@@ -187,7 +206,7 @@ def repeat(
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
     connect(address)
-    stages = StageStore(folder / STAGES_FOLDER)
+    stages, here = StageStore(folder / STAGES_FOLDER), machine()
     pairs = []
     for original in originals:
         config = TrialConfig.of(original)
@@ -197,6 +216,7 @@ def repeat(
             split="test" if original.split == "test" else "dev",
             study=original.study,
             out=folder,
+            here=here,
         )
         store.append(folder, [repeated])
         pairs.append((original, repeated))

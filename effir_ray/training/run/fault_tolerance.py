@@ -7,12 +7,14 @@ import json
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from effir_ray import storage
 from effir_ray.training.config import TrainConfig
@@ -28,7 +30,7 @@ DEV_SCORE = "dev_ndcg_at_10"
 SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
 
-_PROGRESS, _BUDGET, _RESERVED = "progress.json", "token_budget.json", "placement_group.json"
+_PROGRESS, _BUDGET = "progress.json", "token_budget.json"
 
 
 class StepReports:
@@ -133,27 +135,45 @@ def _load(engine: Engine, checkpoint: Any) -> dict[str, Any]:
         return progress
 
 
-def note_reservation(run: str) -> None:
-    """Write down in which placement group this worker runs, for ``release``."""
-    from ray.util.placement_group import get_current_placement_group
+class NamedReservation(WorkerGroupCallback):  # type: ignore[misc]  # Ray has no types
+    """Gives what Ray Train reserves for the workers of ``run`` a name from the start, for ``release``."""
 
-    group = get_current_placement_group()
-    if group is not None and rank() == 0:
-        storage.write_json(storage.join(run, _RESERVED), {"id": group.id.hex()})
+    def __init__(self, run: str) -> None:
+        self._prefix = _reservations(run)
+
+    @contextmanager
+    def on_worker_group_start(self) -> Iterator[None]:
+        from ray.train.v2._internal.execution.worker_group import worker_group
+
+        unnamed = worker_group.placement_group
+
+        def named(*arguments: Any, **options: Any) -> Any:
+            return unnamed(*arguments, name=f"{self._prefix}{uuid.uuid4().hex}", **options)
+
+        worker_group.placement_group = named
+        try:
+            yield
+        finally:
+            worker_group.placement_group = unnamed
 
 
 def release(run: str) -> None:
-    """Give back what the workers of a failed start had reserved.
+    """Give back what the workers of an earlier start of this run have reserved.
 
-    Ray Train's controller does it, unless helpers of its own died with the workers, as they do under Ray's
-    memory monitor: then CPUs and GPUs stay taken until the driver ends, and the next start waits for them.
+    Ray Train's controller does it, unless it is killed itself. Then CPUs and GPUs stay taken until the driver
+    ends, and the next start waits for them: Ray's own cleaner hears of a reservation only when its workers
+    run, and asks the dashboard whether the controller lives.
     """
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    found = storage.read_json(storage.join(run, _RESERVED))
-    if found is not None:
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(found["id"])))
+    for group, known in ray.util.placement_group_table().items():
+        if known["name"].startswith(_reservations(run)) and known["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def _reservations(run: str) -> str:
+    return f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
 
 
 class OutOfMemory(RuntimeError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import machine, on_device
 from effir_ray.cluster.lost import is_lost_process, pause_seconds
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
@@ -23,12 +24,19 @@ from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 from effir_ray.training.identity import training_identity
-from effir_ray.training.run.fault_tolerance import DEV_SCORE, SMALLEST_BUDGET, halve, halved_budget, release
+from effir_ray.training.run.fault_tolerance import (
+    DEV_SCORE,
+    SMALLEST_BUDGET,
+    NamedReservation,
+    halve,
+    halved_budget,
+    release,
+)
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
 from effir_ray.training.run.loop import train_worker
 from effir_ray.training.run.rendezvous import torch_config
 from effir_ray.training.run.trackers import Board, check_installed, tracked
-from effir_ray.training.supervision.training_data import prepare
+from effir_ray.training.supervision.training_data import needs_model, prepare
 
 _SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
@@ -85,7 +93,7 @@ def train(
         return _finished(out)
     began = time.monotonic()
     connect(address)
-    job |= prepare(config, stages)
+    job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
     with tracked(
         track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
     ) as boards:
@@ -194,6 +202,7 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
     from ray.train import TrainingFailedError, WorkerGroupError
 
     lost = 0
+    release(job["run"])  # of a driver that was killed
     while True:
         budget = halved_budget(job["run"])
         try:
@@ -268,7 +277,7 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
             # A controller that tries again by itself does so without end; ``_fit`` counts.
             failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
             checkpoint_config=keep,
-            callbacks=[HistoryWriter(out / HISTORY)],
+            callbacks=[HistoryWriter(out / HISTORY), NamedReservation(job["run"])],
         ),
     )
 
@@ -303,7 +312,7 @@ def _scaling(config: TrainConfig) -> tuple[Any, str]:
         use_gpu=gpu,
         resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
     )
-    return scaling, "nccl" if gpu else "gloo"
+    return scaling, "nccl" if gpu and machine().device == "cuda" else "gloo"
 
 
 def _in_worker() -> bool:

@@ -55,7 +55,6 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
-        fault_tolerance.note_reservation(self.run)
         device, bfloat16 = _device(config)
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
@@ -210,11 +209,12 @@ def write_checkpoint(engine: Engine, skeleton: Retriever, target: str) -> None:
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     """This worker's device, and whether to compute in bfloat16 there.
 
-    CUDA only where Ray assigned a GPU: one that is merely visible may be in use by others.
+    CUDA only where Ray assigned a GPU: one that is merely visible may be in use by others. And only where
+    torch has it: a GPU of Ray's is a number that somebody gave.
     """
     import ray
 
-    if ray.get_gpu_ids():
+    if ray.get_gpu_ids() and torch.cuda.is_available():
         from ray.train.torch import get_device
 
         wanted = detect().dtype if config.precision == "auto" else config.precision

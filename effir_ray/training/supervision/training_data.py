@@ -45,6 +45,12 @@ def prepare(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
     }
 
 
+def needs_model(config: TrainConfig) -> bool:
+    """Whether ``prepare`` encodes texts: for a teacher, or negatives that are mined by a model."""
+    mines = config.hard_negatives > 0 and config.negatives not in ("given", "bm25")
+    return config.distillation.teacher is not None or mines
+
+
 def dev_dataset(config: TrainConfig) -> Dataset | None:
     """The data set whose dev split chooses the weights; None where none does."""
     return None if config.dev is None else load_dataset(config.dev.dataset or config.dataset)

@@ -11,19 +11,19 @@ import pytest
 import ray
 import ray.train
 import torch
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.util.placement_group import placement_group, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from effir_ray.cluster.connection import connect
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run import fault_tolerance
 from effir_ray.training.run.fault_tolerance import (
+    NamedReservation,
     OutOfMemory,
     StepReports,
     halved_budget,
     halving,
-    note_reservation,
     release,
 )
 from effir_ray.training.step.engine import PlainEngine
@@ -93,12 +93,17 @@ def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_what_a_failed_start_reserved_is_given_back(tmp_path: Path) -> None:
+    """What other runs have reserved stays theirs."""
     connect(None)
-    group = placement_group([{"CPU": 0.1}])
-    inside = PlacementGroupSchedulingStrategy(placement_group=group)
-    note = ray.remote(note_reservation).options(num_cpus=0.1, scheduling_strategy=inside)
-    release(str(tmp_path))  # nothing was written down: nothing to do
-    ray.get(note.remote(str(tmp_path)))
-    assert placement_group_table(group)["state"] == "CREATED"
-    release(str(tmp_path))
+    mine, other = str(tmp_path), str(tmp_path / "other")
+    with NamedReservation(mine).on_worker_group_start():
+        group = worker_group.placement_group([{"CPU": 0.1}])
+    assert worker_group.placement_group is placement_group
+    with NamedReservation(other).on_worker_group_start():
+        kept = worker_group.placement_group([{"CPU": 0.1}])
+    ray.get([group.ready(), kept.ready()])
+    release(mine)
+    release(mine)  # nothing is left: nothing to do
     assert placement_group_table(group)["state"] == "REMOVED"
+    assert placement_group_table(kept)["state"] == "CREATED"
+    release(other)

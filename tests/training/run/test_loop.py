@@ -117,8 +117,9 @@ def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
     assert first_steps(tmp_path / "out") == 1
 
 
-def test_a_worker_that_dies_before_it_trains_is_replaced(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("victim", ["worker", "controller"])
+def test_a_process_that_dies_before_it_trains_is_replaced(
+    victim: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray Train calls it an error of its controller. Every CPU is asked for: none may stay reserved."""
     flag = tmp_path / "killed"
@@ -131,6 +132,8 @@ def test_a_worker_that_dies_before_it_trains_is_replaced(
             def meet(self, worker_group: Any, backend_config: Any) -> None:
                 if not flag.exists():
                     flag.touch()
+                    if victim == "controller":
+                        os.kill(os.getpid(), signal.SIGKILL)
                     worker_group.execute_single(0, lambda: os.kill(os.getpid(), signal.SIGKILL))
                 super().meet(worker_group, backend_config)
 

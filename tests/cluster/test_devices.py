@@ -1,0 +1,130 @@
+"""What computes on a GPU has reserved it: logical GPUs of Ray, on any machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from effir_ray.cluster.devices import WAITING
+from effir_ray.search.space import Candidate
+from tests.helpers.search_examples import small_space, write_corpus
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+CALLS = """
+import json, sys, time
+from pathlib import Path
+import ray
+from effir_ray.cluster.devices import machine, on_device
+from effir_ray.errors import InputError
+from effir_ray.progress import progress, show_progress
+
+def used():
+    return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+def nested():
+    return used(), on_device(used).value
+
+def slow():
+    with progress("Working", total=1, unit="steps") as bar:
+        bar.advance(1)
+    time.sleep(3)
+    return time.time()
+
+def wrong():
+    raise InputError("no such file")
+
+before = on_device(used).value if ray.is_initialized() else "here"
+ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+found = dict(before=before, outside=used(), inside=on_device(used).value, machine=machine().device)
+found["nested"] = on_device(nested).value
+try:
+    on_device(wrong)
+except InputError as error:
+    found["error"] = str(error)
+log = Path(sys.argv[1])
+with log.open("a", buffering=1) as stream, show_progress(stream):
+    first = ray.remote(num_cpus=0, num_gpus=1)(slow).remote()
+    while ray.available_resources().get("GPU", 0) == 1:
+        time.sleep(0.05)
+    second = on_device(slow)
+found["seconds"], found["apart"] = second.seconds, second.value - ray.get(first)
+print(json.dumps(found))
+"""
+
+
+def run(script: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_function_runs_where_a_gpu_is_reserved_for_it_and_waits_for_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = json.loads(run(CALLS, log).splitlines()[-1])
+    assert found["before"] == "here" and found["outside"] == []
+    assert found["inside"] == ["0"]
+    assert found["nested"] == [["0"], ["0"]], "a second one would wait for ever"
+    assert found["error"] == "no such file"
+    assert found["machine"] == "cpu", "no GPU of Ray's is a GPU here"
+    assert found["apart"] >= 3 and 3 <= found["seconds"] < 5, "waiting is not computing"
+    lines = log.read_text()
+    assert lines.startswith(WAITING) and "Working 1/1 steps" in lines
+
+
+TRIAL = """
+import dataclasses, functools, json, sys
+from pathlib import Path
+import ray
+from effir_ray.search import trial_stages
+from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.trial import run_trial
+from effir_ray.stages import StageStore
+from effir_ray.training.run import launcher
+
+def told(name, build, *arguments):
+    with open(sys_argv[2] + "/" + name, "a") as file:
+        file.write(json.dumps(ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+    return build(*arguments)
+
+sys_argv = sys.argv
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+trial_stages.STAGES = tuple(
+    dataclasses.replace(stage, build=functools.partial(told, stage.name, stage.build))
+    for stage in trial_stages.STAGES
+)
+launcher.prepare = functools.partial(told, "prepare", launcher.prepare)
+config = TrialConfig.model_validate_json(sys.argv[1])
+run_trial(config, StageStore(Path(sys.argv[2]) / "study" / "stages"))
+"""
+
+
+def test_every_stage_of_a_trial_that_computes_in_one_process_has_reserved_a_gpu(tmp_path: Path) -> None:
+    """Those that start workers of their own leave the GPU to them: there is one."""
+    training = {
+        "steps": 2,
+        "batch_size": 4,
+        "lora": None,
+        "info_nce": 0,
+        "distillation": {"teacher": "base", "embedding": 1.0},
+        "hard_negatives": 0,
+        "query_max_length": 16,
+        "document_max_length": 32,
+        "cpus_per_worker": 1,
+    }
+    space = small_space(
+        dataset=str(write_corpus(tmp_path / "data")), dev={}, test={}, recovery=training, schedules=[]
+    )
+    candidate = Candidate(drop_mlp=1, width_reduction=0.3, recover=True)
+    run(TRIAL, space.trial(candidate).model_dump_json(), tmp_path)
+    told = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir() if path.is_file()}
+    computing = {"importance", "neurons", "scores", "timing", "prepare"}
+    assert {name for name, gpus in told.items() if gpus == ["0"]} == computing
+    left = {name for name, gpus in told.items() if gpus == []}
+    assert left >= {"pruned", "recovered", "embeddings", "bm25"}
