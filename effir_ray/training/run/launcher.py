@@ -263,7 +263,9 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    scaling, backend = _scaling(config)
+    scaling = _scaling(config)
+    # A GPU of Ray's is a number that somebody gave: torch decides what workers talk through.
+    backend = "nccl" if scaling.use_gpu and machine().device == "cuda" else "gloo"
     best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
     keep = CheckpointConfig(num_to_keep=config.keep_checkpoints, **(best if config.dev else {}))
     return TorchTrainer(
@@ -282,8 +284,8 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
     )
 
 
-def _scaling(config: TrainConfig) -> tuple[Any, str]:
-    """Resources of the workers and their communication backend; InputError for more than the cluster has.
+def _scaling(config: TrainConfig) -> Any:
+    """Resources of the workers; InputError for more than the cluster has.
 
     Asking for more than there is would wait for ever without a word. A Tune trial that calls this holds a
     sliver of a CPU itself, so the workers' share is cut to what is left.
@@ -307,12 +309,11 @@ def _scaling(config: TrainConfig) -> tuple[Any, str]:
             f"{cpus:g}; lower workers or cpus_per_worker"
         )
     share = min(config.cpus_per_worker, int((cpus - own) / config.workers * 100) / 100)
-    scaling = ScalingConfig(
+    return ScalingConfig(
         num_workers=config.workers,
         use_gpu=gpu,
         resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
     )
-    return scaling, "nccl" if gpu and machine().device == "cuda" else "gloo"
 
 
 def _in_worker() -> bool:
