@@ -232,7 +232,7 @@ def _said_when_full(target: Path) -> Iterator[None]:
 
 def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
     with _opened(file, kind) as parquet:
-        present = set(parquet.schema_arrow.names)
+        present = set(_decoded(file, lambda: parquet.schema_arrow.names))
         table = _decoded(file, lambda: parquet.read(columns=[n for n in schema.names if n in present]))
         return _typed(file, table, parquet.metadata.num_rows, kind, schema)
 
@@ -273,7 +273,7 @@ def _decoded(file: Path, decode: Callable[[], Any]) -> Any:
         return decode()
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:  # that one: of column names
         raise InputError(f"{file}: not a readable Parquet file ({_first_line(error)})") from None
 
 

@@ -69,6 +69,14 @@ def test_an_older_file_reads_with_nulls_for_later_columns(tmp_path: Path) -> Non
     assert both["ndcg_at_10"].to_pylist() == [0.5, 0.5]
 
 
+def test_a_damaged_column_name_is_a_damaged_file(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"columnname": [1]}), tmp_path / "a.parquet", compression="none")
+    damaged = (tmp_path / "a.parquet").read_bytes().replace(b"columnname", b"\x80olumnname")
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable Parquet file"):
+        store.read([tmp_path])
+
+
 def test_a_newer_or_foreign_file_is_refused_by_name(tmp_path: Path) -> None:
     table = pa.table({"x": [1]})
     pq.write_table(table, tmp_path / "foreign.parquet")
