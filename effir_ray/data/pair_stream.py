@@ -261,7 +261,7 @@ def _read(chunk: Chunk) -> Iterator[Pair]:
 def _parquet(file: Any, path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as Parquet: {_reason(error)}") from None
 
 

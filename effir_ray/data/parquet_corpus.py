@@ -88,7 +88,7 @@ def _open(path: Path) -> Any:
 
     try:
         return parquet.ParquetFile(path)
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{path}: cannot be read as Parquet: {reason}") from None
 

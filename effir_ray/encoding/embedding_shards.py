@@ -146,7 +146,7 @@ class ShardFolder:
         path = f"{root}/shards/{shard:06d}.parquet"
         try:
             table = parquet.read_table(path, filesystem=system, columns=list(columns))
-        except (OSError, ArrowInvalid) as error:
+        except (OSError, ArrowInvalid, UnicodeDecodeError) as error:
             raise InputError(
                 f"{path}: not a readable shard ({error}); delete it and its .json, then resume"
             ) from None
