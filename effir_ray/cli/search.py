@@ -25,7 +25,8 @@ def search(
     """Compress, train and measure a model in every way a search space names, and find the Pareto front.
 
     Schedules are chosen on dev queries; the front and the full model are then scored on test queries. Work
-    that trials have in common is done once. A study that was stopped, however hard, goes on with --resume.
+    that trials have in common is done once. A study that was stopped, however hard, goes on with --resume;
+    its trials, budget, concurrency and keep may be others then. Exit code 1 when trials failed.
 
     \b
     [bold]Examples[/bold]
@@ -46,14 +47,36 @@ def search(
         result = run_search(space, out, resume=resume, address=address)
     if as_json:
         show_json(result)
-        return
+    else:
+        _show_result(space, out, result)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _show_result(file: Path, out: Path, result: Any) -> None:
+    from effir_ray import SearchSpace
+    from effir_ray.config import load_yaml
+
+    space = load_yaml(file, SearchSpace)
     say(f"{result.trials} trials, {result.failed} failed, {len(result.front)} on the front")
+    if not result.front:
+        say(f"No trial meets the constraints: {', '.join(space.constraints)}")
     if result.freed_bytes:
         kept, freed = quantity(result.kept_bytes), quantity(result.freed_bytes)
         say(f"{kept}B of models and embeddings kept (those of the front), {freed}B freed")
     if result.shortfall:
         say(result.shortfall)
-    say(f"Next: effir-ray pareto {out}; effir-ray report {out}")
+    say(f"Next: effir-ray pareto {out}{_front_options(space)}; effir-ray report {out}")
+
+
+def _front_options(space: Any) -> str:
+    """With what ``pareto`` shows the front that the study chose."""
+    from effir_ray.results.schema import DEFAULT_OBJECTIVES
+
+    options = "" if space.objectives == DEFAULT_OBJECTIVES else f" --objectives {','.join(space.objectives)}"
+    if space.constraints:
+        options += f' --where "{" AND ".join(map(str, space.conditions))}"'
+    return options
 
 
 def _show_preview(space: Path, as_json: bool) -> None:
@@ -93,6 +116,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+    if preview.excluded:
+        say(f"Left out, because they cannot meet the constraints: {preview.excluded} combinations")
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
 

@@ -46,5 +46,6 @@ def size_columns(backbone: PreTrainedConfig, plan: Plan, *, document_tokens: int
         "plan": json.dumps(plan.per_layer_config()),
         "parameters": parameters,
         "parameter_ratio": parameters / full,
+        "block_parameters": accounting.count_block_parameters(backbone, plan),
         "flops_per_document": accounting.flops(backbone, plan, document_tokens) or None,
     }

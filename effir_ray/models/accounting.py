@@ -54,9 +54,14 @@ class Anatomy:
 
 def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
     """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out."""
+    return anatomy_of(config).rest + count_block_parameters(config, plan)
+
+
+def count_block_parameters(config: PreTrainedConfig, plan: Plan) -> int:
+    """Those of the blocks alone: what dropping and slimming can take away."""
     anatomy = anatomy_of(config)
     check_plan(anatomy, plan)
-    total = anatomy.rest
+    total = 0
     for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
         if kept.attention:
             total += parts.attention_parameters

@@ -24,12 +24,16 @@ LABELS = {
     "map_at_100": ("MAP@100", "score"),
     "parameters": ("Parameters", "count"),
     "parameter_ratio": ("Parameters of full", "ratio"),
+    "block_parameters": ("Parameters of the blocks", "count"),
     "flops_per_document": ("Compute a document", "flops"),
     "bytes": ("Size of the weights", "bytes"),
     "document_ms": ("Time a document", "ms"),
     "query_ms": ("Time a query", "ms"),
     "document_speedup": ("Document speed-up", "speedup"),
     "query_speedup": ("Query speed-up", "speedup"),
+    "query_ms_p95": ("Time a query, 95th percentile", "ms"),
+    "tokens_per_s": ("Document tokens a second", "count"),
+    "peak_memory_bytes": ("Memory while encoding", "bytes"),
 }
 """Objective -> what an axis is called and how its numbers are written."""
 

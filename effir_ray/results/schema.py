@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from effir_ray.config import Config
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -26,12 +26,16 @@ DIRECTIONS: dict[str, Direction] = {
     "map_at_100": "max",
     "parameters": "min",
     "parameter_ratio": "min",
+    "block_parameters": "min",
     "flops_per_document": "min",
     "bytes": "min",
     "document_ms": "min",
     "query_ms": "min",
     "document_speedup": "max",
     "query_speedup": "max",
+    "query_ms_p95": "min",
+    "tokens_per_s": "max",
+    "peak_memory_bytes": "min",
 }
 """Every column that can be an objective, and which way is better."""
 
@@ -104,6 +108,9 @@ class TrialRow(Config):
     map_at_100: Score | None = Field(default=None, description="MAP@100, mean over queries, 0 to 1")
     parameters: Count | None = Field(default=None, description="parameters without the LM head")
     parameter_ratio: Positive | None = Field(default=None, description="parameters / those of the full model")
+    block_parameters: Count | None = Field(
+        default=None, description="parameters of attention, MLPs and norms of the blocks; no embeddings"
+    )
     flops_per_document: Positive | None = Field(default=None, description="FLOPs to encode one document")
     bytes: Count | None = Field(default=None, description="size of the weights in bytes")
     document_ms: Positive | None = Field(default=None, description="milliseconds to encode one document")

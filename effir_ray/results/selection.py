@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import operator
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store, tables
+from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
 from effir_ray.results.schema import DIRECTIONS, TrialRow, sample_in_words
@@ -188,39 +187,23 @@ def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
         span = np.ptp(costs, axis=0)
         scaled = (costs - costs.min(axis=0)) / np.where(span > 0, span, 1.0)
         return rows.slice(int(np.linalg.norm(scaled, axis=1).argmin()), 1)
-    conditions = [_condition(text) for text in pick.split(",")]
-    for column, compare, value in conditions:
-        if column not in DIRECTIONS:
-            raise InputError(f"--pick: '{column}' is not measured; choose from {', '.join(DIRECTIONS)}")
-        kept = [item is not None and compare(item, value) for item in rows[column].to_pylist()]
+    conditions = [_pick_condition(text) for text in pick.split(",")]
+    for wanted in conditions:
+        kept = [wanted.holds(value) for value in rows[wanted.column].to_pylist()]
         rows = rows.filter(pa.array(kept, pa.bool_()))
     if len(rows) == 0:
         raise InputError(f"--pick: no row of the front has {pick}; see the front without --pick")
-    named = {column for column, _, _ in conditions}
+    named = {wanted.column for wanted in conditions}
     decisive = next((name for name in objectives if name not in named), objectives[0])
     costs = costs_of(rows, objectives_for(rows, (decisive,)))
     return rows.slice(int(costs[:, 0].argmin()), 1)
 
 
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-}
-_CONDITION = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
-
-
-def _condition(text: str) -> tuple[str, Callable[[float, float], bool], float]:
-    match = _CONDITION.fullmatch(text)
+def _pick_condition(text: str) -> Condition:
     try:
-        if match:
-            return match[1], _COMPARISONS[match[2]], float(match[3])
-    except ValueError:
-        pass
-    raise InputError(
-        f"--pick: cannot read '{text}'; expected 'knee' or conditions such as 'ndcg_at_10>=0.45'"
-    )
+        return condition(text)
+    except InputError as error:
+        raise InputError(f"--pick: {error}, or 'knee'") from None
 
 
 def rows_of_trial(table: pa.Table, trial: str, split: str | None = None) -> list[TrialRow]:

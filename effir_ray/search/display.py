@@ -95,6 +95,8 @@ class StudyDisplay:
         if tests := self.proposals.done("test"):
             parts.append(f"{tests} tested")
         parts.append(f"{duration(time.monotonic() - self.started)} elapsed")
+        if self.proposals.stopped:
+            parts.append(self.proposals.stopped)
         left = self._seconds_left()
         return ", ".join(parts + ([f"about {duration(left)} left"] if left > 0 else []))
 

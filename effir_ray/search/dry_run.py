@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,9 @@ from effir_ray.models import accounting
 from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
+from effir_ray.results.conditions import Condition
 from effir_ray.search.footprint import ModelSize, study_footprint
-from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
+from effir_ray.search.space import Candidate, SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import Sources
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.training.identity import check_names, training_identity
@@ -44,7 +46,8 @@ class TrialPreview(Config):
 
 class StudyPreview(Config):
     """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
-    it goes; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the end."""
+    it goes; ``excluded``: combinations of a grid that cannot meet the constraints; ``peak_bytes`` and
+    ``end_bytes``: about what the study takes on disk, at most and in the end."""
 
     study: str
     backbone: str
@@ -52,6 +55,7 @@ class StudyPreview(Config):
     sampler: str
     trials: tuple[TrialPreview, ...]
     sampled: int
+    excluded: int
     stages: dict[str, int]
     peak_bytes: int
     end_bytes: int
@@ -70,7 +74,8 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     full_flops = accounting.flops(backbone, full, tokens)
     seen: dict[str, str] = {}
     trials, sizes = [], []
-    for candidate in space.listed():
+    candidates = allowed_candidates(space, backbone)
+    for candidate in candidates:
         config = space.trial(candidate)
         plan = expected_plan(config, backbone)
         parameters = accounting.count_parameters(backbone, plan)
@@ -99,10 +104,42 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         sampler=space.sampler,
         trials=tuple(trials),
         sampled=space.trials,
+        excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
         peak_bytes=disk.peak,
         end_bytes=disk.end,
     )
+
+
+def allowed_candidates(space: SearchSpace, backbone: PreTrainedConfig) -> tuple[Candidate, ...]:
+    """``space.listed()`` without the combinations of a grid that cannot meet the constraints."""
+    always = space.always()
+    return tuple(
+        candidate
+        for candidate in space.listed()
+        if candidate in always or may_meet(space.conditions, space.trial(candidate), backbone)
+    )
+
+
+def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbone: PreTrainedConfig) -> bool:
+    """Whether the trial's size and FLOPs meet ``conditions``; what has to be measured is not asked.
+
+    Raises InputError when the schedule cannot be built.
+    """
+    full = Plan.full(backbone.num_hidden_layers)
+    known: dict[str, Callable[[Plan], float]] = {
+        "parameters": lambda plan: accounting.count_parameters(backbone, plan),
+        "parameter_ratio": lambda plan: (
+            accounting.count_parameters(backbone, plan) / accounting.count_parameters(backbone, full)
+        ),
+        "block_parameters": lambda plan: accounting.count_block_parameters(backbone, plan),
+        "flops_per_document": lambda plan: accounting.flops(backbone, plan, config.document_max_length),
+    }
+    asked = [condition for condition in conditions if condition.column in known]
+    if not asked:
+        return True
+    plan = expected_plan(config, backbone)
+    return all(condition.holds(known[condition.column](plan)) for condition in asked)
 
 
 def _model_size(backbone: PreTrainedConfig, parameters: int) -> ModelSize:

@@ -31,6 +31,10 @@ STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
 
 
+_NOT_IDENTITY = ("budget", "concurrency", "keep", "trials")
+"""Fields of a search space that no row depends on: they may be others when a study is resumed."""
+
+
 class StudyRecord(Config):
     """What a study was started with.
 
@@ -59,9 +63,11 @@ def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: 
             raise InputError(f"{out} is not empty and holds no study; choose another --out")
         return None
     record = _read(file)
-    if record.space != space:
+    differing = _differing(record.space, space)
+    if differing:
+        which = f", which differs in {', '.join(differing)}" if record.space.name == space.name else ""
         raise InputError(
-            f"{out} holds another study ('{record.space.name}'{_difference(record.space, space)}); "
+            f"{out} holds another study ('{record.space.name}'{which}); "
             "choose another --out, or give back the search space that study was started with"
         )
     if not resume:
@@ -101,6 +107,9 @@ def claim(
             f"{out}: the study computes on {record.computes}, and here it would on {computes}: its scores "
             "would stand on one front; go on where it was started, or choose another --out"
         )
+    elif record.space != space:
+        record = record.model_copy(update={"space": space})
+        write_whole(out / STUDY_FILE, record.model_dump_json(indent=1) + "\n")
     return record
 
 
@@ -141,6 +150,7 @@ def _read(file: Path) -> StudyRecord:
         raise InputError(f"{file}: not readable as a study of this version of effir-ray") from None
 
 
-def _difference(old: SearchSpace, new: SearchSpace) -> str:
-    changed = [name for name in type(old).model_fields if getattr(old, name) != getattr(new, name)]
-    return f", which differs in {', '.join(changed)}" if old.name == new.name else ""
+def _differing(old: SearchSpace, new: SearchSpace) -> list[str]:
+    """The fields that make it another study."""
+    fields = (name for name in type(old).model_fields if name not in _NOT_IDENTITY)
+    return [name for name in fields if getattr(old, name) != getattr(new, name)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import on_front
 from effir_ray.results.schema import ARROW_SCHEMA, TrialRow
-from effir_ray.search.dry_run import expected_plan
-from effir_ray.search.space import OBJECTIVES, Axis, Candidate, SearchSpace, TrialConfig
+from effir_ray.search.dry_run import allowed_candidates, expected_plan, may_meet
+from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ class Proposals:
         with _readable(self.out / _STORAGE):
             self.study = _open_study(space, self.out)
         self.distributions = {name: _distribution(axis) for name, axis in space.parameters.axes.items()}
-        self.listed = deque(space.trial(candidate) for candidate in space.listed())
+        self.listed = deque(space.trial(candidate) for candidate in allowed_candidates(space, backbone))
+        self.known_from_start = len(self.listed)
+        self.started = time.monotonic()
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.sampled: set[str] = set()
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
@@ -74,19 +77,34 @@ class Proposals:
 
     @property
     def shortfall(self) -> str:
-        """Why fewer trials were sampled than asked for; empty when they were not."""
+        """Why fewer trials ran than asked for; empty when they did not."""
+        if self.stopped and not self._all_known:
+            return f"{self.done('dev')} of {self.planned} trials ran: {self.stopped}"
         found, asked = len(self.sampled), self.space.trials
         if found >= asked or not self.spent:
             return ""
-        why = "every combination of 'parameters' that can be built has been tried"
+        possible = "can be built and meets the constraints" if self.space.constraints else "can be built"
+        why = f"every combination of 'parameters' that {possible} has been tried"
         if not self._countable:
-            why = f"{_DRAWS} random combinations of 'parameters' were all tried before or cannot be built"
+            why = f"of {_DRAWS} random combinations of 'parameters' none is new and {possible}"
         return f"{found} of {asked} trials were sampled: {why}"
+
+    @property
+    def stopped(self) -> str:
+        """Which budget is spent; empty while none is."""
+        budget = self.space.budget
+        if budget.hours is not None and time.monotonic() - self.started >= budget.hours * 3600:
+            return f"the budget of {budget.hours:g} hours is spent"
+        if budget.device_hours is not None:
+            used = sum(row.device_seconds or 0.0 for row in list(self.rows.values())) / 3600
+            if used >= budget.device_hours:
+                return f"the budget of {budget.device_hours:g} device-hours is spent ({used:.3g})"
+        return ""
 
     @property
     def planned(self) -> int:
         """Dev trials of the whole study."""
-        return len(self.space.listed()) + len(self.sampled) + self._lacking
+        return self.known_from_start + len(self.sampled) + self._lacking
 
     def done(self, split: Split) -> int:
         return sum(1 for _, place in list(self.rows) if place == split)
@@ -106,7 +124,7 @@ class Proposals:
     def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
         """Dev trials known but without a row, how many the sampler will add, and the test scores still to
         come (None while the front is open)."""
-        known, unknown = self.unfinished(), self._lacking
+        known, unknown = (self._under_way, 0) if self.stopped else (self.unfinished(), self._lacking)
         if known or unknown:
             return known, unknown, None
         return known, unknown, sum((config.id, "test") not in self.rows for config in self.to_test())
@@ -114,7 +132,11 @@ class Proposals:
     def unfinished(self) -> list[TrialConfig]:
         """Dev trials known but without a row; those that run are the last."""
         waiting = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
-        return waiting + [request.config for request in list(self.running.values()) if request.split == "dev"]
+        return waiting + self._under_way
+
+    @property
+    def _under_way(self) -> list[TrialConfig]:
+        return [request.config for request in list(self.running.values()) if request.split == "dev"]
 
     @property
     def _lacking(self) -> int:
@@ -123,10 +145,14 @@ class Proposals:
 
     @property
     def complete(self) -> bool:
-        """Whether the study has all its rows."""
-        listed = all(self._known(config.id) for config in self.listed)
+        """Whether the study has all its rows, or all that its budget allows."""
         tested = all((config.id, "test") in self.rows for config in self.to_test())
-        return listed and not self._lacking and not self.running and tested
+        return (self._all_known or bool(self.stopped)) and not self.running and tested
+
+    @property
+    def _all_known(self) -> bool:
+        """Whether every dev trial has a row or is under way."""
+        return all(self._known(config.id) for config in self.listed) and not self._lacking
 
     @property
     def exhausted(self) -> bool:
@@ -148,14 +174,22 @@ class Proposals:
         self.running.clear()
 
     def front(self) -> list[TrialConfig]:
-        """The configurations no other dev trial beats, best quality first."""
-        dev = [row for row in list(self.rows.values()) if row.split == "dev" and row.status == "ok"]
+        """The configurations no other dev trial that meets the constraints beats, the best in the first
+        objective first."""
+        dev = [row for row in list(self.rows.values()) if row.split == "dev" and self._meets(row)]
         if not dev:
             return []
         table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
-        best = [row for row, kept in zip(dev, on_front(table, OBJECTIVES), strict=True) if kept]
-        best.sort(key=lambda row: -(row.ndcg_at_10 or 0.0))
+        directions = self.space.directions
+        best = [row for row, kept in zip(dev, on_front(table, directions), strict=True) if kept]
+        first = self.space.objectives[0]
+        best.sort(key=lambda row: float(getattr(row, first)), reverse=directions[first] == "max")
         return [TrialConfig.of(row) for row in best]
+
+    def _meets(self, row: TrialRow) -> bool:
+        return row.status == "ok" and all(
+            wanted.holds(getattr(row, wanted.column)) for wanted in self.space.conditions
+        )
 
     def to_test(self) -> list[TrialConfig]:
         """The front, and the full model, which test scores are read beside."""
@@ -172,6 +206,8 @@ class Proposals:
         return (trial_id, "dev") in self.rows or (trial_id, "dev") in self.running
 
     def _next_dev(self) -> TrialConfig | None:
+        if self.stopped:
+            return None
         while self.listed:
             config = self.listed.popleft()
             if not self._known(config.id):
@@ -223,10 +259,7 @@ class Proposals:
         trial.set_user_attr("trial", config.model_dump_json())
         if self._known(config.id) or not self._possible(config):
             known = self.rows.get((config.id, "dev"))
-            if known is not None and known.status == "ok":
-                self.study.tell(trial, _values(known))
-            else:
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._end(trial, known)
             return None
         trial.set_user_attr(_HANDED_OUT, True)
         self.asked[config.id] = trial.number
@@ -234,27 +267,53 @@ class Proposals:
         return config
 
     def _possible(self, config: TrialConfig) -> bool:
+        """Whether the trial can be built and may meet the constraints."""
         try:
             expected_plan(config, self.backbone)
+            return may_meet(self.space.conditions, config, self.backbone)
         except InputError:
             return False
-        return True
+
+    def _values(self, row: TrialRow | None) -> list[float] | None:
+        """The objectives; None where one was not measured."""
+        if row is None or row.status == "failed":
+            return None
+        measured = [getattr(row, name) for name in self.space.objectives]
+        return None if None in measured else [float(value) for value in measured]
+
+    def _violations(self, row: TrialRow) -> dict[str, float]:
+        """Constraint -> how far the row is from meeting it, 0 or less where it does."""
+        return {
+            str(wanted): wanted.violation(getattr(row, wanted.column)) for wanted in self.space.conditions
+        }
+
+    def _end(self, trial: optuna.Trial, row: TrialRow | None) -> None:
+        """Tell Optuna what came of ``trial``; without a row, or values in it, that it failed."""
+        values = self._values(row)
+        if row is None or values is None:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        for name, violation in self._violations(row).items():
+            trial.set_constraint(name, violation)
+        self.study.tell(trial, values)
 
     def _tell(self, row: TrialRow) -> None:
         """Give Optuna the values of a dev row: to the trial it asked for, or as a new one it can learn
         from."""
-        failed = row.status == "failed"
-        state = optuna.trial.TrialState.FAIL if failed else optuna.trial.TrialState.COMPLETE
-        values = None if failed else _values(row)
         if row.trial_id in self.asked:
-            self.study.tell(self.asked.pop(row.trial_id), values, state=state)
+            number = self.asked.pop(row.trial_id)
+            stored = self.study.get_trials(deepcopy=False)[number]
+            self._end(optuna.Trial(self.study, stored._trial_id), row)
             return
+        values = self._values(row)
+        done = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
         params = self._params(TrialConfig.of(row))
         if params is not None:
             self.study.add_trial(
                 optuna.trial.create_trial(
-                    state=state,
+                    state=done,
                     values=values,
+                    constraints=None if values is None else self._violations(row),
                     params=params,
                     distributions=self.distributions,
                     user_attrs={"trial": row.trial},
@@ -305,10 +364,6 @@ class Proposals:
                 self._tell(row)
 
 
-def _values(row: TrialRow) -> list[float]:
-    return [float(getattr(row, name)) for name in OBJECTIVES]
-
-
 def _drawn(axis: Axis, draw: random.Random) -> Any:
     values = axis.values()
     if values:
@@ -323,7 +378,7 @@ def _open_study(space: SearchSpace, out: Path) -> optuna.Study:
     # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     study = _study(space, out)
-    study.set_metric_names(list(OBJECTIVES))
+    study.set_metric_names(list(space.objectives))
     # A resumed sampler must not begin again with the draws it made before.
     study.sampler = _sampler(space, space.seed + len(study.get_trials(deepcopy=False)))
     return study
@@ -343,11 +398,12 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _study(space: SearchSpace, out: Path) -> optuna.Study:
+    better = {"max": "maximize", "min": "minimize"}
     return optuna.create_study(
         # Not pasted together: what follows a "?" in a path would be read as options.
         storage=URL.create("sqlite", database=str(out / _STORAGE)).render_as_string(),
         study_name=space.name,
-        directions=["maximize" if direction == "max" else "minimize" for direction in OBJECTIVES.values()],
+        directions=[better[direction] for direction in space.directions.values()],
         load_if_exists=True,
     )
 

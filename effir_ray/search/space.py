@@ -17,14 +17,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
 from effir_ray.config import Config, Length, Seed, parse
+from effir_ray.errors import InputError
 from effir_ray.readers import parse_json
+from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction, TrialRow
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
-
-OBJECTIVES: dict[str, Direction] = {name: DIRECTIONS[name] for name in DEFAULT_OBJECTIVES}
-"""Columns of a dev row that the sampler improves and the front is made of."""
 
 _MOST_VALUES = 10_000
 """Schedules, values of an axis or combinations of a grid: a study of more would not end."""
@@ -277,18 +276,50 @@ class Parameters(Config):
         return {name: axis for name in type(self).model_fields if (axis := getattr(self, name)) is not None}
 
 
+class Budget(Config):
+    """When a study stops proposing: what runs ends, and the front is still tested.
+
+    hours: of one run, by the clock; a resumed study begins to count anew
+    device_hours: of the whole study, each trial's seconds times the workers they were spent on
+    """
+
+    hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
-    proposes ``trials`` more from ``parameters`` (grid: all combinations). ``keep``: of which trials the
-    models and embeddings are kept once their rows exist."""
+    proposes ``trials`` more from ``parameters`` (grid: all combinations) until the ``budget`` is spent.
+
+    objectives: columns of a dev row that the sampler improves and the front is made of
+    constraints: conditions such as ``parameters <= 5e7`` that a model on the front meets. What follows from a
+    schedule (sizes, FLOPs) is checked before it runs, what is measured is told to the sampler
+    keep: of which trials the models and embeddings are kept once their rows exist
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
     trials: int = Field(default=0, ge=0, le=10**6)
+    budget: Budget = Budget()
+    objectives: tuple[str, ...] = Field(default=DEFAULT_OBJECTIVES, min_length=1, max_length=len(DIRECTIONS))
+    constraints: tuple[str, ...] = Field(default=(), max_length=len(DIRECTIONS))
     concurrency: int = Field(default=1, ge=1, le=4096)
     keep: Literal["front", "all", "none"] = "front"
+
+    @model_validator(mode="after")
+    def _measured(self) -> SearchSpace:
+        for name in self.objectives:
+            if name not in DIRECTIONS:
+                raise ValueError(f"objective '{name}' is not measured; choose from {', '.join(DIRECTIONS)}")
+            if self.objectives.count(name) > 1:
+                raise ValueError(f"objective '{name}' is named twice")
+        try:
+            assert self.conditions is not None
+        except InputError as error:
+            raise ValueError(f"constraints: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpace:
@@ -314,12 +345,26 @@ class SearchSpace(StudySettings):
             raise ValueError("a schedule asks to recover, but 'recovery' (training settings) is missing")
         return self
 
-    def listed(self) -> tuple[Candidate, ...]:
-        """The candidates that always run: the full model, ``schedules``, and the combinations of a grid."""
-        everything = itertools.chain(
-            (Candidate(),), self.schedules, self.grid() if self.sampler == "grid" else ()
-        )
+    @property
+    def directions(self) -> dict[str, Direction]:
+        """Objective -> which way is better."""
+        return {name: DIRECTIONS[name] for name in self.objectives}
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """``constraints``, read."""
+        return tuple(condition(text) for text in self.constraints)
+
+    def always(self) -> tuple[Candidate, ...]:
+        """The candidates that run whatever the constraints say: the full model and ``schedules``."""
+        everything = (Candidate(), *self.schedules)
         return tuple(dict.fromkeys(candidate.canonical() for candidate in everything))
+
+    def listed(self) -> tuple[Candidate, ...]:
+        """The candidates known from the start: ``always()``, and the combinations of a grid."""
+        grid = self.grid() if self.sampler == "grid" else ()
+        everything = itertools.chain(self.always(), (candidate.canonical() for candidate in grid))
+        return tuple(dict.fromkeys(everything))
 
     def grid(self) -> Iterator[Candidate]:
         axes = self.parameters.axes

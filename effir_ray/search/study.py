@@ -49,9 +49,10 @@ _ALL = 10**9  # Tune's number of samples: the searcher says when the study is fi
 
 
 class StudyResult(Config):
-    """What a search leaves. ``front``: ids of the dev trials that no other beats, best quality first;
-    ``shortfall``: why the sampler found fewer trials than were asked for, else empty. ``kept_bytes`` of
-    models and embeddings of trials are on disk, ``freed_bytes`` were deleted (the space's ``keep``)."""
+    """What a search leaves. ``front``: ids of the dev trials that meet the constraints and no other beats,
+    best in the first objective first; ``shortfall``: why fewer trials ran than were asked for, else empty.
+    ``kept_bytes`` of models and embeddings of trials are on disk, ``freed_bytes`` were deleted (the space's
+    ``keep``)."""
 
     out: Path
     study: str

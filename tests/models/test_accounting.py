@@ -12,7 +12,8 @@ from effir_ray.compression.planning import make_plan, uniform_width
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
-from effir_ray.models.accounting import count_parameters, flops, model_bytes
+from effir_ray.models import family
+from effir_ray.models.accounting import count_block_parameters, count_parameters, flops, model_bytes
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
@@ -99,6 +100,8 @@ def test_parameters_of_a_cut_model(kind: str) -> None:
     assert count_parameters(config, Plan.full(4)) == sum(p.numel() for p in retriever.model.parameters())
     apply_plan(retriever, PLAN)
     assert count_parameters(config, PLAN) == sum(p.numel() for p in retriever.model.parameters())
+    blocks = family.get(retriever.model.config.model_type).layers(retriever.model)
+    assert count_block_parameters(config, PLAN) == sum(p.numel() for p in blocks.parameters())
     assert count_parameters(retriever.model.config, PLAN) == count_parameters(config, PLAN)
     stored = sum(parameter.nbytes for parameter in retriever.model.parameters())
     assert model_bytes(config, PLAN) == stored == 2 * model_bytes(config, PLAN, "bfloat16")

@@ -32,6 +32,25 @@ def test_the_papers_grid_has_the_papers_sizes() -> None:
     assert preview.stages["neurons"] == 2  # one for every depth: 16M and 16M8A
 
 
+def test_combinations_that_cannot_meet_the_constraints_are_left_out() -> None:
+    grid = {"sampler": "grid", "parameters": {"drop_mlp": [1, 2, 3], "width_reduction": [0.0, 0.5]}}
+    everything = dry_run(small_space(**grid, schedules=[{"drop_attention": 1}]))
+    assert everything.excluded == 0
+    sizes = {trial.schedule: trial.parameters for trial in everything.trials}
+    bound = sizes["2M"]
+    preview = dry_run(
+        small_space(**grid, schedules=[{"drop_attention": 1}], constraints=[f"parameters <= {bound}"])
+    )
+    small = {name for name, size in sizes.items() if size <= bound}
+    assert {trial.schedule for trial in preview.trials} == small | {"full", "1A"}
+    assert preview.excluded == len(sizes) - len(preview.trials) > 0
+
+
+def test_what_has_to_be_measured_excludes_nothing_before_it_is() -> None:
+    grid = {"sampler": "grid", "parameters": {"drop_mlp": [1, 2]}}
+    assert dry_run(small_space(**grid, constraints=["document_speedup >= 100"])).excluded == 0
+
+
 def test_trials_share_every_stage_they_have_in_common() -> None:
     space = small_space(
         base_training=TRAINING,

@@ -34,6 +34,22 @@ def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
         claim(tmp_path / "notes", small_space(), CONTENTS, resume=True)
 
 
+def test_what_no_row_depends_on_may_change(tmp_path: Path) -> None:
+    axes = {"drop_mlp": [0, 1]}
+    study = tmp_path / "study"
+    claim(study, small_space(parameters=axes, trials=1), CONTENTS, resume=False)
+    more = small_space(parameters=axes, trials=2, concurrency=2, keep="all", budget={"hours": 1.0})
+    assert claim(study, more, CONTENTS, resume=True).space == more
+    assert claim(study, more, CONTENTS, resume=True).space == more
+    with pytest.raises(InputError, match=r"which differs in constraints\)"):
+        claim(
+            study,
+            more.model_copy(update={"constraints": ("parameters <= 5",)}),
+            CONTENTS,
+            resume=True,
+        )
+
+
 def test_a_resumed_study_reads_what_it_read_before(tmp_path: Path) -> None:
     """Rows of two corpora would stand on one front."""
     data = write_corpus(tmp_path / "data")

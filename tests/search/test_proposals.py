@@ -9,8 +9,9 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.models.loading import load_config
+from effir_ray.search.dry_run import dry_run
 from effir_ray.search.proposals import Proposals, TrialRequest
-from effir_ray.search.space import SearchSpace
+from effir_ray.search.space import Candidate, SearchSpace
 from tests.helpers.search_examples import row, small_space
 
 AXES = {"drop_mlp": {"low": 0, "high": 3}, "drop_attention": [0, 1, 2], "width_reduction": [0.0, 0.5]}
@@ -168,7 +169,7 @@ def test_a_study_that_finds_no_new_trial_says_so(tmp_path: Path) -> None:
     one = {"width_reduction": {"low": 0.5, "high": 0.5}}
     study = proposals(small_space(parameters=one, trials=3), tmp_path / "one")
     finish(study)
-    assert "1 of 3 trials were sampled: 500 random combinations" in study.shortfall
+    assert "1 of 3 trials were sampled: of 500 random combinations" in study.shortfall
     few = proposals(small_space(parameters={"drop_mlp": [0, 1, 2]}, trials=9), tmp_path / "few")
     finish(few)
     assert few.shortfall == (
@@ -199,3 +200,101 @@ def test_a_row_of_another_version_is_named(tmp_path: Path) -> None:
     (tmp_path / "optuna.db").unlink()
     with pytest.raises(InputError, match=f"the row of trial {rows[1].trial_id}: .*drop_mlps"):
         proposals(space, tmp_path, rows)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random", "gp"])
+def test_what_breaks_a_constraint_is_not_on_the_front_and_teaches(tmp_path: Path, sampler: str) -> None:
+    space = small_space(
+        sampler=sampler, parameters=AXES, trials=6, constraints=["document_speedup >= 1.25"], seed=3
+    )
+
+    def measured(request: TrialRequest) -> Any:
+        dropped = int(request.config.schedule.drop_mlp) + int(request.config.schedule.drop_attention)
+        found = row(request.config, 0.9 - 0.1 * dropped, split=request.split, speed=1 + 0.1 * dropped)
+        return found.model_copy(update={"parameters": 100 - dropped})
+
+    study = proposals(space, tmp_path)
+    while (request := study.next()) is not None:
+        study.finished(measured(request))
+    dev = [found for (_, split), found in study.rows.items() if split == "dev"]
+    front = {study.rows[config.id, "dev"].document_speedup for config in study.front()}
+    assert front == {found.document_speedup for found in dev if found.document_speedup >= 1.25}
+    assert {config.id for config in study.to_test()} == {config.id for config in study.front()} | {
+        space.trial(Candidate()).id
+    }
+    told = [trial for trial in study.study.get_trials() if trial.state.name == "COMPLETE"]
+    assert told
+    for trial in told:
+        (violation,) = trial.constraints.values()
+        assert (violation <= 0) == (trial.values[2] >= 1.25)
+    assert study.complete
+
+
+def test_trials_that_cannot_meet_the_constraints_do_not_run(tmp_path: Path) -> None:
+    two = small_space(schedules=[{"drop_mlp": 2}])
+    bound = {trial.schedule: trial.parameters for trial in dry_run(two).trials}["2M"]
+    space = small_space(parameters={"drop_mlp": [0, 1, 2, 3]}, trials=9, constraints=[f"parameters<={bound}"])
+    study = proposals(space, tmp_path)
+    names = [request.config.name for request in finish(study) if request.split == "dev"]
+    assert sorted(names) == ["2M", "3M", "full"]
+    assert study.shortfall == (
+        "2 of 9 trials were sampled: every combination of 'parameters' that can be built and meets the "
+        "constraints has been tried"
+    )
+
+
+def test_no_trial_that_meets_the_constraints_leaves_the_full_model_to_test(tmp_path: Path) -> None:
+    study = proposals(small_space(schedules=[{"drop_mlp": 1}], constraints=["ndcg_at_10 > 0.95"]), tmp_path)
+    done = finish(study)
+    assert study.front() == []
+    assert [request.config.name for request in done if request.split == "test"] == ["full"]
+    assert study.complete
+
+
+def test_other_objectives_make_another_front(tmp_path: Path) -> None:
+    space = small_space(schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}], objectives=["parameters"])
+    study = proposals(space, tmp_path)
+    finish(study)
+    assert [config.name for config in study.front()] == ["2M"]
+    assert [direction.name for direction in study.study.directions] == ["MINIMIZE"]
+
+
+def test_a_spent_budget_ends_a_study_in_order_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    """Each dev trial takes an hour of the device: the second is the last within 1.5 device-hours."""
+
+    def costly(request: TrialRequest) -> Any:
+        seconds = 3600.0 if request.split == "dev" else 0.0
+        return score(request).model_copy(update={"device_seconds": seconds})
+
+    def run(study: Proposals) -> list[str]:
+        names = []
+        while (request := study.next()) is not None:
+            names.append(f"{request.config.name} {request.split}")
+            study.finished(costly(request))
+        return names
+
+    schedules = [{"drop_mlp": 1}, {"drop_mlp": 2}, {"drop_mlp": 3}]
+    study = proposals(small_space(schedules=schedules, budget={"device_hours": 1.5}), tmp_path)
+    assert run(study) == ["full dev", "1M dev", "full test", "1M test"]
+    assert study.complete
+    assert study.shortfall == "2 of 4 trials ran: the budget of 1.5 device-hours is spent (2)"
+    assert study.to_come() == ([], 0, 0)
+    more = proposals(
+        small_space(schedules=schedules, budget={"device_hours": 3}), tmp_path, study.rows.values()
+    )
+    assert run(more) == ["2M dev", "2M test"]
+    rest = proposals(small_space(schedules=schedules), tmp_path, more.rows.values())
+    assert run(rest) == ["3M dev", "3M test"]
+    assert rest.shortfall == ""
+
+
+def test_hours_are_counted_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = proposals(small_space(schedules=[{"drop_mlp": 1}], budget={"hours": 2}), tmp_path)
+    first = study.next()
+    assert first is not None
+    study.started -= 3 * 3600
+    assert study.next() is None  # what runs ends
+    study.finished(score(first))
+    later = [request.split for request in finish(study)]
+    assert later == ["test"]
+    assert study.shortfall == "1 of 2 trials ran: the budget of 2 hours is spent"
