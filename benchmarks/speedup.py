@@ -88,7 +88,7 @@ def measure(
     found = measure_efficiency(models, queries, documents, rounds=rounds, reference="full")
     row: dict[str, Any] = {"variant": name}
     for kind, texts in (("query", queries), ("document", documents)):
-        low, high = getattr(found[name], f"{kind}_speedup_spread")
+        low, high = getattr(found[name], f"{kind}_speedup_interval")
         row |= {
             f"{kind}_speedup": round(getattr(found[name], f"{kind}_speedup"), 3),
             f"{kind}_speedup_lowest": round(low, 3),

@@ -34,7 +34,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedTexts, embed, pad
 from effir_ray.errors import InputError
 from effir_ray.evaluation.bm25 import bm25_scores
-from effir_ray.evaluation.efficiency import measure_efficiency
+from effir_ray.evaluation.efficiency import PRECISION, measure_efficiency
 from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.index import exact_search
 from effir_ray.files import write_whole
@@ -69,6 +69,7 @@ _FEWEST_STEPS = 20
 _START_SECONDS = 30.0  # of Ray and its workers
 _LOOKED_AT = 512  # texts whose lengths say how long texts are
 _NEAREST = 10
+_MOST_ROUNDS = 15  # of measuring speed
 _TIMED = 64  # texts that speed is measured on
 
 
@@ -89,7 +90,7 @@ class Comparison(Config):
     full_parameters: int
     flops_ratio: float
     document_speedup: float
-    document_speedup_spread: tuple[float, float]
+    document_speedup_interval: tuple[float, float]
     query_speedup: float
     hardware: str
 
@@ -350,6 +351,8 @@ class _Run:
             {"full": full, "small": student},
             [pair.query for pair in held[:_TIMED]],
             [pair.positives[0] for pair in held[:_TIMED]],
+            rounds=_MOST_ROUNDS,
+            precision=PRECISION,
             reference="full",
         )["small"]
         plans = full.retriever.plan, student.retriever.plan
@@ -360,7 +363,7 @@ class _Run:
             flops_ratio=flops(student.retriever.model.config, plans[1], _CALIBRATION_TOKENS)
             / flops(config, plans[0], _CALIBRATION_TOKENS),
             document_speedup=speed.document_speedup,
-            document_speedup_spread=speed.document_speedup_spread,
+            document_speedup_interval=speed.document_speedup_interval,
             query_speedup=speed.query_speedup,
             hardware=hardware.detect().name,
         )

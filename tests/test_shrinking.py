@@ -47,7 +47,7 @@ def test_half_of_minilm_learns_from_documents_alone(tmp_path: Path, monkeypatch:
     assert found.kept_blocks == (0, 4, 5) and found.blocks == 6 and found.ordinary
     assert found.comparison.parameters < found.comparison.full_parameters
     assert found.comparison.flops_ratio == pytest.approx(0.5, abs=0.02)
-    assert found.comparison.document_speedup_spread[0] > 0
+    assert found.comparison.document_speedup_interval[0] > 0
     assert found.comparison.scores["small"]["cosine"] > 0.9  # 0.85 before it learns
     assert found.comparison.lost.low < 1 - found.comparison.scores["small"]["overlap@10"] < 0.4
 

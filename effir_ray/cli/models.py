@@ -101,13 +101,13 @@ def _show_shrunk(result: Any) -> None:
         ],
         title=compared.measure,
     )
-    lost, speed = compared.lost, compared.document_speedup_spread
+    lost, (low, high) = compared.lost, compared.document_speedup_interval
     say(
         f"Lost of {metrics[0]}: {lost.mean:.4f} (95 % interval {lost.low:.4f} to {lost.high:.4f}, {lost.n} "
         "queries)"
     )
     say(
-        f"Documents {compared.document_speedup:.2f}x as fast ({speed[0]:.2f} to {speed[1]:.2f} over rounds; "
+        f"Documents {compared.document_speedup:.2f}x as fast (95 % interval {low:.2f} to {high:.2f}; "
         f"{compared.flops_ratio:.0%} of the FLOPs), queries {compared.query_speedup:.2f}x, on "
         f"{compared.hardware}"
     )

@@ -167,8 +167,10 @@ def measure(
         "query, ms (95th percentile)": [figures.query_ms_p95 for figures in found.values()],
         "documents a second": [figures.documents_per_s for figures in found.values()],
         "tokens a second": [figures.tokens_per_s for figures in found.values()],
-        "query speed-up": [_spread(f.query_speedup, f.query_speedup_spread) for f in found.values()],
-        "document speed-up": [_spread(f.document_speedup, f.document_speedup_spread) for f in found.values()],
+        "query speed-up": [_interval(f.query_speedup, f.query_speedup_interval) for f in found.values()],
+        "document speed-up": [
+            _interval(f.document_speedup, f.document_speedup_interval) for f in found.values()
+        ],
         "MFU": [f"{figures.mfu:.0%}" for figures in found.values()],
         "peak memory": [f"{quantity(figures.peak_memory_bytes)}B" for figures in found.values()],
         "isotropy": [figures.isotropy for figures in found.values()],
@@ -177,5 +179,5 @@ def measure(
     show_table(["", *found], [[name, *cells] for name, cells in rows.items()])
 
 
-def _spread(ratio: float, spread: tuple[float, float]) -> str:
-    return f"{ratio:.2f}x ({spread[0]:.2f} to {spread[1]:.2f})"
+def _interval(ratio: float, ends: tuple[float, float]) -> str:
+    return f"{ratio:.2f}x ({ends[0]:.2f} to {ends[1]:.2f})"

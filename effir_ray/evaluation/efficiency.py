@@ -1,18 +1,22 @@
 """How fast, how large and how spread out: efficiency figures of encoders, measured side by side.
 
 All models are measured in turn within every round, so that whatever else the machine does hits them alike;
-reported are medians over rounds, and speed-ups are ratios taken inside a round.
+reported are medians over rounds, and speed-ups are ratios taken inside a round, with the interval in which
+their median lies.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from effir_ray.config import Config
 from effir_ray.data.datasets import Dataset, load_dataset
@@ -24,16 +28,19 @@ from effir_ray.models.accounting import flops
 from effir_ray.progress import progress
 
 _SEARCH_DEPTH = 100
+PRECISION = 0.03  # of a speed-up, to both sides: enough to tell models a block apart
+_SIX_ROUNDS = 6  # the fewest whose range holds the median with 95 % confidence
 
 
 class Efficiency(Config):
-    """One model's figures. ``*_speedup`` is relative to the reference, ``*_spread`` its range over rounds.
+    """One model's figures. ``*_speedup``: relative to the reference, ``*_interval``: its median_interval.
 
     query_ms_*: latency of one query alone, tokenisation included. search_ms: exact search of one query over
     the measured documents, k = 100. document_ms, documents_per_s, tokens_per_s: throughput on all documents
     together. mfu: model FLOPs a second over the highest ``gemm_peak`` of the run. peak_memory_bytes: the
     weights of model and encoder and what encoding adds to them, on the GPU or in the process. isotropy: mean
-    cosine between different documents (0 is best spread, near 1 is collapsed).
+    cosine between different documents (0 is best spread, near 1 is collapsed). other_load: share of the
+    machine's cores that was busy with other work meanwhile.
     """
 
     query_ms_p50: float
@@ -43,12 +50,13 @@ class Efficiency(Config):
     tokens_per_s: float
     document_ms: float
     query_speedup: float
-    query_speedup_spread: tuple[float, float]
+    query_speedup_interval: tuple[float, float]
     document_speedup: float
-    document_speedup_spread: tuple[float, float]
+    document_speedup_interval: tuple[float, float]
     mfu: float
     peak_memory_bytes: int
     isotropy: float
+    other_load: float
 
 
 def measure(
@@ -84,12 +92,15 @@ def measure_efficiency(
     documents: Sequence[str],
     *,
     rounds: int = 5,
+    precision: float = 0.0,
     reference: str,
     query_max_length: int | None = None,
     document_max_length: int | None = None,
 ) -> dict[str, Efficiency]:
     """Figures of every model, by name; ``reference`` names the one that speed-ups are relative to.
 
+    There are ``rounds`` rounds, or fewer (six at least) once every speed-up's interval is no wider than
+    ``precision`` to both sides, as a share of it.
     Texts are cut to ``*_max_length`` tokens, by default to what each model's own settings say.
     Raises InputError for a reference that is not among the models and for empty inputs.
     """
@@ -100,17 +111,50 @@ def measure_efficiency(
     cut = {"query": query_max_length, "document": document_max_length}
     runs = {name: _Meter(encoder, queries, documents, cut) for name, encoder in models.items()}
     names = list(runs)
+    load = _OtherLoad()
     with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
         for number in range(rounds):
             shift = number % len(names)  # nobody always runs after the same neighbour
             for name in names[shift:] + names[:shift]:
                 runs[name].round()
                 bar.advance()
+            if number + 1 >= _SIX_ROUNDS and all(
+                run.uncertainty(runs[reference]) <= precision for run in runs.values()
+            ):
+                break
+    other = load.share()
     # A peak is what a machine can do at best: other work can only have lowered what was measured of it.
     peaks: dict[object, float] = {}
     for run in runs.values():
         peaks[run.place] = max(run.peak, peaks.get(run.place, 0.0))
-    return {name: run.figures(runs[reference], peaks[run.place]) for name, run in runs.items()}
+    return {name: run.figures(runs[reference], peaks[run.place], other) for name, run in runs.items()}
+
+
+def median_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Two of the values between which the median lies with 95 % confidence, whatever they are distributed as
+    (order statistics: Conover, Practical Nonparametric Statistics, 3.2). Of fewer than six: their range."""
+    ordered, n = np.sort(values), len(values)
+    left_out = 0  # on either side: the median lies among them with a probability of at most 2.5 %
+    while sum(math.comb(n, below) for below in range(left_out + 2)) <= 0.025 * 2**n:
+        left_out += 1
+    return float(ordered[left_out]), float(ordered[-1 - left_out])
+
+
+class _OtherLoad:
+    """How busy the machine is with anything but this process, from when it is made on."""
+
+    def __init__(self) -> None:
+        self._started = self._now()
+
+    def share(self) -> float:
+        seconds, busy, own = (now - then for now, then in zip(self._now(), self._started, strict=True))
+        return max(0.0, busy - own) / (max(seconds, 1e-9) * (psutil.cpu_count() or 1))
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        everything, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = everything.user + everything.system
+        return time.monotonic(), busy, own.user + own.system
 
 
 class _Meter:
@@ -155,11 +199,23 @@ class _Meter:
     def _search(self) -> object:
         return exact_search(self._embeddings[:1], self._embeddings, k=_SEARCH_DEPTH)
 
-    def figures(self, reference: _Meter, peak: float) -> Efficiency:
+    def _ratios(self, reference: _Meter) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """(rounds,) speed-ups on queries, and on documents."""
+        queries = np.sum(reference._query_seconds, axis=1) / np.sum(self._query_seconds, axis=1)
+        return queries, np.array(reference._document_seconds) / np.array(self._document_seconds)
+
+    def uncertainty(self, reference: _Meter) -> float:
+        """Half the width of the wider interval, as a share of the speed-up."""
+        widths = []
+        for ratios in self._ratios(reference):
+            low, high = median_interval(ratios)
+            widths.append((high - low) / 2 / float(np.median(ratios)))
+        return max(widths)
+
+    def figures(self, reference: _Meter, peak: float, other_load: float) -> Efficiency:
         latencies = np.median(self._query_seconds, axis=0)  # (queries,): the median over rounds of each
         seconds = float(np.median(self._document_seconds))
-        query_ratios = np.sum(reference._query_seconds, axis=1) / np.sum(self._query_seconds, axis=1)
-        document_ratios = np.array(reference._document_seconds) / np.array(self._document_seconds)
+        query_ratios, document_ratios = self._ratios(reference)
         return Efficiency(
             query_ms_p50=1000 * float(np.quantile(latencies, 0.5)),
             query_ms_p95=1000 * float(np.quantile(latencies, 0.95)),
@@ -168,23 +224,27 @@ class _Meter:
             tokens_per_s=self._tokens / seconds,
             document_ms=1000 * seconds / len(self._documents),
             query_speedup=float(np.median(query_ratios)),
-            query_speedup_spread=(float(query_ratios.min()), float(query_ratios.max())),
+            query_speedup_interval=median_interval(query_ratios),
             document_speedup=float(np.median(document_ratios)),
-            document_speedup_spread=(float(document_ratios.min()), float(document_ratios.max())),
+            document_speedup_interval=median_interval(document_ratios),
             mfu=self._flops / seconds / peak,
             peak_memory_bytes=self._memory,
-            isotropy=isotropy(self._embeddings),
+            isotropy=isotropy([self._embeddings]),
+            other_load=other_load,
         )
 
 
-def isotropy(embeddings: npt.NDArray[np.float32]) -> float:
-    """Mean cosine over all pairs of different rows of (n, d), in one pass: (|sum u|^2 - n) / (n (n - 1))."""
-    n = len(embeddings)
+def isotropy(blocks: Iterable[npt.NDArray[np.float32]]) -> float:
+    """Mean cosine over all pairs of different rows of all (n, d) blocks, in one pass:
+    (|sum u|^2 - n) / (n (n - 1)). Raises InputError for fewer than two rows."""
+    n, total = 0, np.zeros(())
+    for block in blocks:
+        units = block.astype(np.float64)
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+        n, total = n + len(units), total + units.sum(axis=0)
     if n < 2:
         raise InputError(f"isotropy needs at least 2 embeddings, found {n}")
-    units = embeddings.astype(np.float64)
-    units /= np.linalg.norm(units, axis=1, keepdims=True)
-    return float((np.square(units.sum(axis=0)).sum() - n) / (n * (n - 1)))
+    return float((np.square(total).sum() - n) / (n * (n - 1)))
 
 
 def peak_memory(

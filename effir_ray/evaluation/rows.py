@@ -41,11 +41,14 @@ def size_columns(backbone: PreTrainedConfig, plan: Plan, *, document_tokens: int
     """The columns that follow from backbone and plan alone. Ratios are to the backbone with all its layers;
     FLOPs are for one document of ``document_tokens`` tokens."""
     parameters = accounting.count_parameters(backbone, plan)
-    full = accounting.count_parameters(backbone, Plan.full(len(plan.layers)))
+    whole = Plan.full(len(plan.layers))
+    full = accounting.count_parameters(backbone, whole)
+    flops = accounting.flops(backbone, plan, document_tokens)
     return {
         "plan": json.dumps(plan.per_layer_config()),
         "parameters": parameters,
         "parameter_ratio": parameters / full,
         "block_parameters": accounting.count_block_parameters(backbone, plan),
-        "flops_per_document": accounting.flops(backbone, plan, document_tokens) or None,
+        "flops_per_document": flops or None,
+        "flops_ratio": flops / accounting.flops(backbone, whole, document_tokens) or None,
     }

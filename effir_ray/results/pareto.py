@@ -96,8 +96,38 @@ _RIVALS = 16
 
 
 def on_front(table: pa.Table, objectives: Mapping[str, Direction]) -> Mask:
-    """(rows,) True where the row is on the front of ``objectives``; failed rows and nulls never are."""
-    return non_dominated(costs_of(table, objectives))
+    """(rows,) True where the row is on the front of ``objectives``; failed rows and nulls never are.
+
+    Nor is a row that only its speed keeps there, where that is not beyond noise: another is at least as good
+    in all other objectives, better in one, and its speed-up's interval reaches this one's.
+    """
+    costs = costs_of(table, objectives)
+    mask = non_dominated(costs)
+    names = list(objectives)
+    for speed in names:
+        if len(names) > 1 and f"{speed}_low" in table.schema.names:
+            low, high = (_filled(table, f"{speed}{end}", speed) for end in ("_low", "_high"))
+            _leave_out_noise(mask, np.delete(costs, names.index(speed), axis=1), low, high)
+    return mask
+
+
+def _leave_out_noise(mask: Mask, others: Points, low: Points, high: Points) -> None:
+    """Clears ``mask`` where a kept row with better ``others`` (costs) is not surely slower."""
+    order = [row for row in np.lexsort(others.T[::-1]) if mask[row]]
+    kept: list[int] = []
+    for row in order:  # what could beat it comes before it
+        better = others[kept]
+        beats = (better <= others[row]).all(axis=1) & (better < others[row]).any(axis=1)
+        if (beats & (high[kept] >= low[row])).any():
+            mask[row] = False
+        else:
+            kept.append(row)
+
+
+def _filled(table: pa.Table, name: str, instead: str) -> Points:
+    """A column of floats, with another's values where it has none."""
+    values = pc.coalesce(table[name].cast(pa.float64()), table[instead].cast(pa.float64()))
+    return np.asarray(values.to_numpy(), dtype=np.float64)
 
 
 def front(table: pa.Table, objectives: Mapping[str, Direction]) -> pa.Table:

@@ -112,6 +112,9 @@ class TrialRow(Config):
         default=None, description="parameters of attention, MLPs and norms of the blocks; no embeddings"
     )
     flops_per_document: Positive | None = Field(default=None, description="FLOPs to encode one document")
+    flops_ratio: Positive | None = Field(
+        default=None, description="flops_per_document / those of the full model"
+    )
     bytes: Count | None = Field(default=None, description="size of the weights in bytes")
     document_ms: Positive | None = Field(default=None, description="milliseconds to encode one document")
     query_ms: Positive | None = Field(default=None, description="milliseconds to encode one query")
@@ -119,11 +122,9 @@ class TrialRow(Config):
         default=None, description="document encoding speed / that of the full model in the same run"
     )
     document_speedup_low: Positive | None = Field(
-        default=None, description="lowest document_speedup of the rounds it is the median of"
+        default=None, description="lower end of the 95 % interval of document_speedup"
     )
-    document_speedup_high: Positive | None = Field(
-        default=None, description="highest document_speedup of those rounds"
-    )
+    document_speedup_high: Positive | None = Field(default=None, description="upper end of that interval")
     query_speedup: Positive | None = Field(
         default=None, description="query encoding speed / that of the full model in the same run"
     )
@@ -137,6 +138,9 @@ class TrialRow(Config):
     )
     peak_memory_bytes: Count | None = Field(
         default=None, description="weights and what encoding adds to them, in bytes"
+    )
+    other_load: FiniteFloat | None = Field(
+        default=None, description="share of the machine that other work took while speed was measured"
     )
     isotropy: FiniteFloat | None = Field(
         default=None, description="mean cosine of different documents; near 1 is collapsed"

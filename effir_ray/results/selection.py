@@ -85,7 +85,8 @@ def select_front(
     return tables.settled(attempt)
 
 
-_NARROW = (*store.LATEST_COLUMNS, "seed", "sample", "contents", *DIRECTIONS)
+_INTERVAL = ("document_speedup_low", "document_speedup_high")
+_NARROW = (*store.LATEST_COLUMNS, "seed", "sample", "contents", *DIRECTIONS, *_INTERVAL)
 """What choosing a front needs; the rest is read of the front alone."""
 
 

@@ -44,7 +44,7 @@ class Collector:
             yield from self._of(TrialConfig.of(row), "test" if split == "test" else "dev")
 
     def _wanted(self) -> Iterator[KeyedStage]:
-        """Everything that leads to a row to come, and what the front's rows were measured on."""
+        """Everything that leads to a row to come, and what the scores of the front's rows are of."""
         for config in self.proposals.unfinished():
             yield from self._of(config, "dev")
         for config in self.proposals.front():
@@ -53,7 +53,7 @@ class Collector:
                 continue
             for split in _SPLITS:
                 for end in self._of(config, split):
-                    if end.stage.columns is not None:
+                    if end.stage.query_scores is not None:
                         yield from end.parents.values()
 
     def _of(self, config: TrialConfig, split: Split) -> list[KeyedStage]:

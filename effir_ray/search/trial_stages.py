@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from effir_ray import hardware
 from effir_ray.compression.pipeline import (
@@ -35,7 +36,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.corpus_search import search_corpus
-from effir_ray.evaluation.efficiency import measure_efficiency
+from effir_ray.evaluation.efficiency import PRECISION, isotropy, measure_efficiency
 from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
@@ -54,6 +55,7 @@ IMPORTANCE = "importance.json"
 NEURONS = "neurons.npz"
 SHARDS = "shards"
 SCORES = "scores.json"
+ISOTROPY = "isotropy.json"
 BM25 = "bm25.json"
 TIMING = "timing.json"
 
@@ -177,6 +179,8 @@ def _scores(task: StageTask) -> None:
     embedded = CorpusEmbeddings(ShardFolder(task.parents["embeddings"] / SHARDS))
     run = search_corpus(list(queries), vectors, embedded)
     scores = score_run(run, dataset.qrels(task.split))
+    spread = isotropy(embedded.shards()) if len(embedded) > 1 else None
+    (task.out / ISOTROPY).write_text(json.dumps(spread))
     (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
 
 
@@ -190,6 +194,7 @@ def _score_columns(task: StageTask) -> dict[str, Any]:
     model = task.parents["model"]
     return {
         **score_columns(_read_scores(task)),
+        "isotropy": json.loads((task.out / ISOTROPY).read_text()),
         **size_columns(backbone, read_plan(model), document_tokens=config.document_max_length),
         "model": (model / CHECKPOINT).relative_to(task.store.root.parent).as_posix(),
     }
@@ -205,41 +210,87 @@ def _bm25_columns(task: StageTask) -> dict[str, Any]:
 
 
 def _timing(task: StageTask) -> None:
-    """Speed of this model and of the full one, taking turns on the same texts in the same process."""
-    config, here = task.config, hardware.detect()
+    """The speed of this model's shape, which is measured once for all models that have it, beside the full
+    model's own."""
+    record = _speed(task, task.parents["model"])
+    full = _speed(task, task.parents["reference"])
+    (task.out / TIMING).write_text(json.dumps(record | {"full": full}, indent=1))
+
+
+def _speed(task: StageTask, model: Path) -> dict[str, Any]:
+    """Of the model and of the full one, taking turns on the same texts in the same process; what was measured
+    of a model of this shape before, where one was."""
+    config, here, reference = task.config, hardware.detect(), task.parents["reference"]
+    shape, full = (_shape(config, place) for place in (model, reference))
     dataset = _sampled(config, "dev")
-    models = {"full": task.parents["reference"], "trial": task.parents["model"]}
-    if models["trial"] == models["full"]:
-        del models["trial"]
-    measured = measure_efficiency(
-        {name: Encoder(load_to_measure(place / CHECKPOINT)) for name, place in models.items()},
-        list(dataset.queries("dev").values())[: config.timing.queries],
-        dataset.corpus.texts(dataset.corpus.ids[: config.timing.documents]),
-        rounds=config.timing.rounds,
-        reference="full",
-        query_max_length=config.query_max_length,
-        document_max_length=config.document_max_length,
-    )
-    figures = measured[list(models)[-1]].model_dump()
-    record = {"hardware": here.name, "dtype": here.dtype, **figures}
-    (task.out / TIMING).write_text(json.dumps(record, indent=1))
+
+    def build(out: Path) -> None:
+        models = {"full": reference} if shape == full else {"full": reference, "trial": model}
+        measured = measure_efficiency(
+            {name: Encoder(load_to_measure(place / CHECKPOINT)) for name, place in models.items()},
+            list(dataset.queries("dev").values())[: config.timing.queries],
+            dataset.corpus.texts(dataset.corpus.ids[: config.timing.documents]),
+            rounds=config.timing.rounds,
+            precision=PRECISION,
+            reference="full",
+            query_max_length=config.query_max_length,
+            document_max_length=config.document_max_length,
+        )
+        figures = measured[list(models)[-1]].model_dump()
+        record = {"hardware": here.name, "dtype": here.dtype, **figures}
+        (out / TIMING).write_text(json.dumps(record, indent=1))
+
+    inputs = {
+        "shape": shape,
+        "full": reference.name,
+        "machine": [here.name, here.device, here.dtype],
+        "threads": torch.get_num_threads(),
+        "data": dataset.fingerprint,
+        "lengths": {"query": config.query_max_length, "document": config.document_max_length},
+        "timing": config.timing.model_dump(),
+    }
+    place = task.store.run("speed", inputs, build)
+    found: dict[str, Any] = json.loads((place / TIMING).read_text())
+    return found
 
 
-_TIMED = {
-    **{name: name for name in ("document_ms", "document_speedup", "query_speedup", "query_ms_p95")},
-    **{name: name for name in ("tokens_per_s", "mfu", "peak_memory_bytes", "isotropy", "hardware")},
-    "query_ms": "query_ms_p50",
-}
+def _shape(config: TrialConfig, model: Path) -> list[Any]:
+    """What the speed of a model depends on besides its backbone: what each block that is left computes, not
+    which one it was."""
+    backbone = load_config(config.backbone, first_blocks=config.first_blocks)
+    blocks = zip(accounting.anatomy_of(backbone).layers, read_plan(model).layers, strict=True)
+    return [
+        [layer.attention_parameters, layer.window] * kept.attention
+        + [layer.parameters_a_neuron, accounting.width(layer, kept)] * kept.mlp
+        for layer, kept in blocks
+        if kept.attention or kept.mlp
+    ]
 
 
 def _timing_columns(task: StageTask) -> dict[str, Any]:
-    """Speeds, the machine that had them, and the size of the weights as they were in its memory."""
+    """Speeds, the machine that had them, and the size of the weights as they were in its memory.
+
+    Times are the full model's, which were measured once, divided by the speed-ups, so that they agree with
+    them; the 95th percentile keeps its ratio to the median.
+    """
     timing = json.loads((task.out / TIMING).read_text())
+    full = timing["full"]
     backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
-    size = accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"])
-    low, high = timing["document_speedup_spread"]
-    figures = {column: timing[name] for column, name in _TIMED.items()}
-    return {"bytes": size, "document_speedup_low": low, "document_speedup_high": high, **figures}
+    low, high = timing["document_speedup_interval"]
+    query_ms = full["query_ms_p50"] / timing["query_speedup"]
+    return {
+        "bytes": accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"]),
+        "document_speedup_low": low,
+        "document_speedup_high": high,
+        "document_ms": full["document_ms"] / timing["document_speedup"],
+        "tokens_per_s": full["tokens_per_s"] * timing["document_speedup"],
+        "query_ms": query_ms,
+        "query_ms_p95": query_ms * timing["query_ms_p95"] / timing["query_ms_p50"],
+        **{name: timing[name] for name in _AS_TIMED},
+    }
+
+
+_AS_TIMED = ("document_speedup", "query_speedup", "mfu", "peak_memory_bytes", "hardware", "other_load")
 
 
 def _sampled(config: TrialConfig, split: Split) -> Dataset:
@@ -416,7 +467,7 @@ STAGES: tuple[Stage, ...] = (
         name="scores",
         title="searching and scoring",
         build=_scores,
-        version=2,
+        version=3,
         columns=_score_columns,
         query_scores=lambda task: _read_scores(task).per_query,
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
@@ -438,10 +489,10 @@ STAGES: tuple[Stage, ...] = (
         name="timing",
         title="measuring speed",
         build=_timing,
-        version=2,
+        version=3,
         columns=_timing_columns,
         inputs=_timing_inputs,
-        parents={"model": _MODEL, "reference": _FULL},
+        parents={"model": ("pruned", *_FULL), "reference": _FULL},  # training changes no speed
         on_device=True,
         computed_on="machine",
         exclusive=True,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from effir_ray.errors import InputError
-from effir_ray.results.pareto import front, non_dominated, objectives_for
+from effir_ray.results.pareto import costs_of, front, non_dominated, objectives_for, on_front
 
 
 @given(arrays(np.float64, st.tuples(st.integers(0, 12), st.just(3)), elements=st.integers(0, 3).map(float)))
@@ -48,3 +48,64 @@ def test_unknown_objectives_name_the_choices() -> None:
         front(table(), {"name": "max"})
     with pytest.raises(InputError, match="at least one objective"):
         front(table(), {})
+
+
+NOISY = {"ndcg_at_10": "max", "parameters": "min", "document_speedup": "max"}
+
+
+def timed(*rows: tuple[float, int, float, float | None, float | None]) -> pa.Table:
+    names = ("ndcg_at_10", "parameters", "document_speedup", "document_speedup_low", "document_speedup_high")
+    columns = zip(*rows, strict=True)
+    return pa.table({name: pa.array(column) for name, column in zip(names, columns, strict=True)})
+
+
+def test_a_speed_within_noise_keeps_no_worse_model_on_the_front() -> None:
+    """Of the second, which is smaller and better, the third is not surely faster; the fourth is."""
+    rows = timed(
+        (0.7, 100, 1.0, 1.0, 1.0),
+        (0.6, 50, 1.5, 1.4, 1.6),
+        (0.5, 50, 1.6, 1.5, 1.7),
+        (0.4, 50, 1.9, 1.8, 2.0),
+    )
+    assert on_front(rows, NOISY).tolist() == [True, True, False, True]
+    assert non_dominated(costs_of(rows, NOISY)).all()
+
+
+def test_speeds_without_an_interval_are_taken_as_they_are() -> None:
+    rows = timed((0.6, 50, 1.5, None, None), (0.5, 50, 1.6, None, None), (0.5, 50, 1.5, None, None))
+    assert on_front(rows, NOISY).tolist() == [True, True, False]
+
+
+def test_of_models_that_only_speed_tells_apart_the_faster_stays() -> None:
+    rows = timed((0.6, 50, 1.5, 1.4, 1.6), (0.6, 50, 1.55, 1.4, 1.7))
+    assert on_front(rows, {"document_speedup": "max"}).tolist() == [False, True]
+    assert on_front(rows, NOISY).tolist() == [False, True]
+
+
+@given(
+    arrays(np.float64, st.tuples(st.integers(1, 8), st.just(3)), elements=st.integers(0, 3).map(float)),
+    st.integers(0, 2),
+)
+def test_what_noise_takes_off_the_front_is_beaten_by_one_that_stays(costs: np.ndarray, width: int) -> None:
+    quality, size, speed = (10 - costs[:, 0]) / 10, costs[:, 1], 10 - costs[:, 2]
+    rows = pa.table(
+        {
+            "ndcg_at_10": quality,
+            "parameters": size,
+            "document_speedup": speed,
+            "document_speedup_low": speed - width / 2,
+            "document_speedup_high": speed + width / 2,
+        }
+    )
+    exact, kept = non_dominated(costs), on_front(rows, NOISY)
+    assert kept.any() and not (kept & ~exact).any()
+    for row in np.flatnonzero(exact & ~kept):
+        rivals = [
+            other
+            for other in np.flatnonzero(kept)
+            if quality[other] >= quality[row]
+            and size[other] <= size[row]
+            and (quality[other] > quality[row] or size[other] < size[row])
+            and speed[other] + width / 2 >= speed[row] - width / 2
+        ]
+        assert rivals

@@ -40,7 +40,7 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
             "drop_block .* whole numbers",
         ),
         ("parameters: {drop_mlp: [1, 2]}\n", "no trials for sampler tpe: set 'trials', or 'sampler: grid'"),
-        ("timing: {documents: 1}\n", "timing.documents"),
+        ("timing: {documents: 0}\n", "timing.documents"),
         ("trials: 3\n", "gives nothing to vary"),
         ("objectives: [ndcg, parameters]\n", "objective 'ndcg' is not measured; choose from ndcg_at_10"),
         ("objectives: [parameters, parameters]\n", "objective 'parameters' is named twice"),

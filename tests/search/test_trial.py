@@ -16,6 +16,7 @@ from effir_ray import hardware
 from effir_ray.errors import TrialFailure
 from effir_ray.models.loading import load_config
 from effir_ray.results.query_scores import METRICS
+from effir_ray.results.schema import TrialRow
 from effir_ray.search import trial_stages
 from effir_ray.search.activity import Activity
 from effir_ray.search.display import _activity_line
@@ -45,8 +46,15 @@ EXTRA = Stage(
 
 
 def built(folder: Path) -> list[str]:
+    """Stages of trials, each as often as it was built; the speed of a shape is a part of ``timing``."""
     log = (folder / "stages" / "runs.log").read_text()
-    return [line.split()[0] for line in log.splitlines()]
+    return [name for line in log.splitlines() if (name := line.split()[0]) != "speed"]
+
+
+def speeds(folder: Path) -> int:
+    """How many shapes were measured."""
+    log = (folder / "stages" / "runs.log").read_text()
+    return sum(line.split()[0] == "speed" for line in log.splitlines())
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *stages: Stage) -> None:
@@ -131,6 +139,29 @@ def test_a_row_names_the_machine_that_measured_its_speed(
     monkeypatch.setattr(hardware, "detect", lambda: replace(here, name="another machine"))
     assert run_trial(config, stages).hardware == "another machine"
     assert built(tmp_path).count("timing") == 2
+
+
+def test_models_of_one_shape_have_one_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever blocks went; and what is timed in milliseconds agrees with it."""
+    only(monkeypatch, *WITHOUT_RAY, SCORES)
+    space, stages = small_space(), StageStore(tmp_path / "stages")
+
+    def run(**schedule: Any) -> TrialRow:
+        return run_trial(space.trial(Candidate(**schedule)), stages)
+
+    full, first, second = run(), run(drop_block=(1,)), run(drop_block=(2,))
+    assert speeds(tmp_path) == 2
+    assert full.document_speedup == full.query_speedup == 1
+    for column in ("document_speedup", "document_speedup_low", "query_speedup", "query_ms_p95", "mfu"):
+        assert getattr(first, column) == getattr(second, column), column
+    assert first.trial_id != second.trial_id
+    assert first.document_ms and full.document_ms and first.document_speedup
+    assert first.document_ms * first.document_speedup == pytest.approx(full.document_ms)
+    run(drop_mlp=(1,))
+    run(drop_mlp=(1,), drop_attention=(1,))  # the shape of a block less
+    assert speeds(tmp_path) == 3
+    run(drop_mlp=(2,), width_reduction=0.5, width_method="magnitude")
+    assert speeds(tmp_path) == 4
 
 
 def test_what_bits_depend_on_is_in_the_key_and_nothing_else(tmp_path: Path) -> None:
