@@ -67,6 +67,8 @@ def _damaged(skip: bool) -> Damaged | None:
 
 def show_front(front: pa.Table) -> None:
     """A line a model of the front."""
+    from effir_ray.results.selection import is_doubtful
+
     rows = front.to_pylist()
     show_table(
         [
@@ -108,15 +110,6 @@ def show_front(front: pa.Table) -> None:
                 f"{row['schedule']}: {row['document_speedup']:.2f}x is more than its FLOPs explain "
                 f"({1 / row['flops_ratio']:.2f}x): measure it again on a quiet machine"
             )
-
-
-_ABOVE_FLOPS = 1.15  # normalisation and memory traffic go with the FLOPs, and are not counted
-
-
-def is_doubtful(row: Mapping[str, Any]) -> bool:
-    """Whether a speed-up is surely more than the FLOPs that were saved."""
-    speedup, flops = row["document_speedup_low"] or row["document_speedup"], row["flops_ratio"]
-    return bool(speedup and flops) and speedup * flops > _ABOVE_FLOPS
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:

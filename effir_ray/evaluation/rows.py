@@ -46,6 +46,8 @@ def size_columns(backbone: PreTrainedConfig, plan: Plan, *, document_tokens: int
     flops = accounting.flops(backbone, plan, document_tokens)
     return {
         "plan": json.dumps(plan.per_layer_config()),
+        "blocks": len(plan.layers),
+        "mlp_width": max(layer.width for layer in accounting.anatomy_of(backbone).layers),
         "parameters": parameters,
         "parameter_ratio": parameters / full,
         "block_parameters": accounting.count_block_parameters(backbone, plan),

@@ -59,6 +59,19 @@ def compare(
     if metric not in query_scores.METRICS:
         raise InputError(f"--metric {metric}: expected one of {', '.join(query_scores.METRICS)}")
     table = store.latest(store.read(folders, damaged=damaged))
+    return compare_rows(table, folders, trials, split=split, metric=metric, damaged=damaged)
+
+
+def compare_rows(
+    table: pa.Table,
+    folders: Folders,
+    trials: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    metric: str = "ndcg_at_10",
+    damaged: Damaged | None = None,
+) -> pa.Table:
+    """``compare`` of rows that were read already."""
     if trials:
         table = _named(table, trials)
     rows = store.trial_rows(chosen_rows(table, split or _usual_split(table)))

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.pages import render
 from effir_ray.results import store
+from effir_ray.results.comparison import compare_rows
 from effir_ray.results.picture import draw_front
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
+from effir_ray.results.selection import is_doubtful, samples
 from effir_ray.results.tables import Damaged, Folders
 
 LABELS = {
@@ -48,6 +51,13 @@ _SHOWN = (
     "seed",
     "recovered",
     "hardware",
+    "model",
+    "n_queries",
+    "ndcg_at_10_low",
+    "ndcg_at_10_high",
+    "bm25_ndcg_at_10",
+    "document_speedup_low",
+    "document_speedup_high",
 )
 
 
@@ -64,15 +74,15 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
     if target.suffix != ".html":
         raise InputError(f"{target}: a report is written as .html, .svg or .png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, page(table))
+    write_whole(target, page(table, folders))
     return target
 
 
-def page(table: pa.Table) -> str:
+def page(table: pa.Table, folders: Folders) -> str:
     """The HTML of a report. Rows of a table hold only text and numbers, and are escaped."""
     from plotly.offline import get_plotlyjs  # slow, and a picture needs none of it
 
-    data = page_data(table)
+    data = page_data(table) | {"against_full": _against_full(table, folders)}
     if not data["rows"]:
         raise InputError(f"no successful trial among the {len(table)} rows; nothing to report")
     studies = ", ".join(dict.fromkeys(row["study"] for row in data["rows"]))
@@ -87,6 +97,7 @@ def page(table: pa.Table) -> str:
 
 def page_data(table: pa.Table) -> dict[str, Any]:
     """What the page draws: rows, failed rows, the paper's figures on the same data sets, and provenance."""
+    table = table.set_column(table.schema.get_field_index("sample"), "sample", _versioned_samples(table))
     records = [record | {"key": str(index)} for index, record in enumerate(table.to_pylist())]
     rows = [_row(record) for record in records if record["status"] == "ok"]
     datasets = sorted({row["dataset"] for row in rows})
@@ -114,8 +125,62 @@ def page_data(table: pa.Table) -> dict[str, Any]:
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     created = record["created_at"]
     return {name: record[name] for name in ("key", *_SHOWN, *LABELS)} | {
-        "created_at": created.strftime("%Y-%m-%d %H:%M UTC") if created else ""
+        "sample": record["sample"],
+        "created_at": created.strftime("%Y-%m-%d %H:%M:%S UTC") if created else "",
+        "layers": _layers(record),
+        "doubtful": is_doubtful(record),
     }
+
+
+def _layers(record: dict[str, Any]) -> list[tuple[bool, float]]:
+    """(whether attention stays, what share of the MLP does) of every block of the full model."""
+    changed = json.loads(record["plan"] or "{}")
+    layers = []
+    for index in range(record["blocks"] or 0):
+        change = changed.get(str(index), {})
+        skipped, width = change.get("skip", ()), record["mlp_width"] or 1
+        kept = 0.0 if "mlp" in skipped else change.get("intermediate_size", width) / width
+        layers.append(("attention" not in skipped, kept))
+    return layers
+
+
+def _versioned_samples(table: pa.Table) -> pa.Array:
+    """What part of which version of its data each row was measured on: rows that differ are no comparison."""
+    versions = [json.loads(text or "{}").get("dataset") for text in table["contents"].to_pylist()]
+    told: dict[str, set[str]] = {}
+    for dataset, version in zip(table["dataset"].to_pylist(), versions, strict=True):
+        told.setdefault(dataset, set()).add(version)
+    columns = (samples(table).to_pylist(), table["dataset"].to_pylist(), versions)
+    return pa.array(
+        [
+            f"{sample}, version {(version or 'unknown')[:8]}" if len(told[dataset]) > 1 else sample
+            for sample, dataset, version in zip(*columns, strict=True)
+        ],
+        pa.string(),
+    )
+
+
+def _against_full(table: pa.Table, folders: Folders) -> dict[str, dict[str, Any]]:
+    """Study and trial id -> how far a tested model is from the full one of its study; nothing where scores
+    of single queries were not kept."""
+    found: dict[str, dict[str, Any]] = {}
+    tested = table.filter(pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok")))
+    for group in tested.group_by(["study", "dataset"], use_threads=False).aggregate([]).to_pylist():
+        same = pc.and_(pc.equal(table["study"], group["study"]), pc.equal(table["dataset"], group["dataset"]))
+        try:
+            compared = compare_rows(table.filter(same), folders, split="test")
+        except InputError:
+            continue
+        for record in compared.to_pylist():
+            if record["difference"] is not None:
+                found[f"{record['study']}/{record['trial_id']}"] = {
+                    "split": record["split"],
+                    "difference": record["difference"],
+                    "low": record["difference_low"],
+                    "high": record["difference_high"],
+                    "p": record["p_holm"],
+                }
+    return found
 
 
 def _provenance(records: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -106,6 +106,8 @@ class TrialRow(Config):
     recall_at_100: Score | None = Field(default=None, description="Recall@100, mean over queries, 0 to 1")
     mrr_at_10: Score | None = Field(default=None, description="MRR@10, mean over queries, 0 to 1")
     map_at_100: Score | None = Field(default=None, description="MAP@100, mean over queries, 0 to 1")
+    blocks: Count | None = Field(default=None, description="blocks of the full model")
+    mlp_width: Count | None = Field(default=None, description="neurons of its widest MLP")
     parameters: Count | None = Field(default=None, description="parameters without the LM head")
     parameter_ratio: Positive | None = Field(default=None, description="parameters / those of the full model")
     block_parameters: Count | None = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
 def _check_one_sample(rows: pa.Table) -> None:
     """Scores over other queries or fewer documents are higher or lower for that alone."""
     names = ["sample", "split", "dataset", "study", "seed"]
-    rows = rows.set_column(rows.schema.get_field_index("sample"), "sample", _samples(rows))
+    rows = rows.set_column(rows.schema.get_field_index("sample"), "sample", samples(rows))
     found: dict[str, dict[str, Any]] = {}
     for record in rows.group_by(names, use_threads=False).aggregate([]).to_pylist():
         found.setdefault(record["sample"], record)
@@ -143,7 +143,7 @@ def _check_one_sample(rows: pa.Table) -> None:
     )
 
 
-def _samples(rows: pa.Table) -> pa.Array:
+def samples(rows: pa.Table) -> pa.Array:
     """What part of its split each row was measured on. Rows before schema 4 say so in their ``trial``."""
     told = rows["sample"].fill_null("")
     if pc.all(pc.not_equal(told, "")).as_py():
@@ -205,6 +205,15 @@ def _pick_condition(text: str) -> Condition:
         return condition(text)
     except InputError as error:
         raise InputError(f"--pick: {error}, or 'knee'") from None
+
+
+_ABOVE_FLOPS = 1.15  # normalisation and memory traffic go with the FLOPs, and are not counted
+
+
+def is_doubtful(row: Mapping[str, Any]) -> bool:
+    """Whether a row's speed-up is surely more than the FLOPs that were saved."""
+    speedup, flops = row["document_speedup_low"] or row["document_speedup"], row["flops_ratio"]
+    return bool(speedup and flops) and speedup * flops > _ABOVE_FLOPS
 
 
 def rows_of_trial(table: pa.Table, trial: str, split: str | None = None) -> list[TrialRow]:

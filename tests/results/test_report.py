@@ -4,12 +4,14 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from effir_ray.errors import InputError
-from effir_ray.results import store
+from effir_ray.results import query_scores, store
+from effir_ray.results.query_scores import METRICS
 from effir_ray.results.report import LABELS, report
 from effir_ray.results.schema import DIRECTIONS, TrialRow
 
@@ -31,10 +33,10 @@ def study(tmp_path: Path) -> Path:
     return tmp_path / "study"
 
 
-def data_of(page: str) -> dict[str, list[dict[str, object]]]:
+def data_of(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found is not None
-    data: dict[str, list[dict[str, object]]] = json.loads(found[1])
+    data: dict[str, Any] = json.loads(found[1])
     return data
 
 
@@ -65,6 +67,43 @@ def test_the_script_writes_no_text_of_rows_as_markup() -> None:
     markup = [line for line in script.splitlines() if re.search(r"<\w+>", line)]
     assert markup
     assert not [line for line in markup if re.search(r"\$\{\w+\.\w+\}", line)]
+
+
+def test_a_page_says_which_rows_are_no_comparison(tmp_path: Path) -> None:
+    """Rows of another sample, or of another version of the data, name theirs."""
+    base = {"study": "s", "trial": "{}", "backbone": "b", "dataset": "d", "schedule": "1M", "ndcg_at_10": 0.5}
+    versions = [json.dumps({"dataset": letter * 64}) for letter in "aab"]
+    rows = [
+        TrialRow(**base, trial_id=str(i), split="dev", sample=f"{i} queries", contents=version)
+        for i, version in enumerate(versions)
+    ]
+    store.append(tmp_path / "study", rows)
+    page = report([tmp_path / "study"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sorted(row["sample"] for row in data_of(page)["rows"]) == [
+        "0 queries, version aaaaaaaa",
+        "1 queries, version aaaaaaaa",
+        "2 queries, version bbbbbbbb",
+    ]
+
+
+def test_a_page_draws_what_stays_of_every_block_and_how_far_it_is_from_the_full_model(tmp_path: Path) -> None:
+    base = {"study": "s", "trial": "{}", "backbone": "b", "dataset": "d", "split": "test", "sample": "all"}
+    shape = {"blocks": 3, "mlp_width": 8}
+    plan = json.dumps({"1": {"skip": ["attention"], "intermediate_size": 4}, "2": {"skip": ["mlp"]}})
+    rows = [
+        TrialRow(**base, **shape, trial_id="0", schedule="full", ndcg_at_10=0.9),
+        TrialRow(**base, **shape, trial_id="1", schedule="1M", ndcg_at_10=0.4, plan=plan),
+    ]
+    store.append(tmp_path / "study", rows)
+    for row in rows:
+        scores = {f"q{number}": dict.fromkeys(METRICS.values(), row.ndcg_at_10) for number in range(40)}
+        query_scores.append(tmp_path / "study", row, scores)
+    data = data_of(report([tmp_path / "study"], tmp_path / "report.html").read_text(encoding="utf-8"))
+    layers = {row["trial_id"]: row["layers"] for row in data["rows"]}
+    assert layers == {"0": [[True, 1.0]] * 3, "1": [[True, 1.0], [False, 0.5], [True, 0.0]]}
+    against = data["against_full"]["s/1"]
+    assert against["difference"] == pytest.approx(-0.5)
+    assert against["low"] <= -0.5 <= against["high"] and against["p"] < 0.01
 
 
 def test_every_objective_has_a_label() -> None:
