@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from effir_ray.errors import InputError, LostProcess, TrialFailure
     from effir_ray.evaluation.efficiency import measure
     from effir_ray.evaluation.evaluate import evaluate
+    from effir_ray.evaluation.mteb_adapter import run_mteb
     from effir_ray.models.plan import Plan
     from effir_ray.models.retriever import load_retriever as load
     from effir_ray.results.comparison import compare
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
     from effir_ray.results.selection import pareto
     from effir_ray.search.dry_run import dry_run as preview_search
     from effir_ray.search.space import SearchSpace
+    from effir_ray.search.study import clean, submit_search
     from effir_ray.search.study import search as run_search
-    from effir_ray.search.study import submit_search
     from effir_ray.search.trial import repeat
     from effir_ray.shrinking import shrink
     from effir_ray.training.config import TrainConfig
@@ -61,6 +62,7 @@ _PUBLIC = {
     "TrialFailure": "errors:TrialFailure",
     "analyze": "compression.analysis.analyze:analyze",
     "annotate": "training.supervision.annotate:annotate",
+    "clean": "search.study:clean",
     "compare": "results.comparison:compare",
     "compress": "compression.pipeline:compress",
     "diagnose": "doctor:diagnose",
@@ -85,6 +87,7 @@ _PUBLIC = {
     "repeat": "search.trial:repeat",
     "report": "results.report:report",
     "run_demo": "demo:run_demo",
+    "run_mteb": "evaluation.mteb_adapter:run_mteb",
     "run_search": "search.study:search",
     "shrink": "shrinking:shrink",
     "stop_job": "cluster.jobs:stop_job",
@@ -107,6 +110,7 @@ __all__ = [
     "__version__",
     "analyze",
     "annotate",
+    "clean",
     "compare",
     "compress",
     "diagnose",
@@ -131,6 +135,7 @@ __all__ = [
     "repeat",
     "report",
     "run_demo",
+    "run_mteb",
     "run_search",
     "shrink",
     "stop_job",

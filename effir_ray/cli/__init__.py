@@ -13,11 +13,11 @@ __all__ = ["app", "main"]
 
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Start": (machine.demo, machine.doctor),
-    "Search": (search.search, search.repeat),
+    "Search": (search.search, search.repeat, search.clean),
     "Results": (results.pareto, results.compare, results.query, results.report, results.export),
     "Models": (models.shrink, models.analyze, models.compress),
     "Training": (training.train, training.mine, training.annotate),
-    "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure),
+    "Retrieval": (retrieval.encode, retrieval.evaluate, retrieval.measure, retrieval.mteb),
     "Cluster": (jobs.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.results),
 }
 for _panel, _functions in _COMMANDS.items():

@@ -133,6 +133,37 @@ def evaluate(
     )
 
 
+def mteb(
+    model: Model,
+    task: Annotated[
+        list[str], typer.Option(help="Name of an mteb task; repeat it for several.", metavar="NAME")
+    ],
+    out: Annotated[Path, out_option("Folder of mteb results; what is in it is not done again.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of BEIR folders to use for tasks of their names, without a download."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model by mteb itself; its files are laid out as in mteb's repository of results.
+
+    
+    [bold]Examples[/bold]
+    effir-ray mteb --model small --task SciFact --task NFCorpus --out runs/mteb
+    effir-ray mteb --model minilm-l6 --task SciFact --data DATA --out runs/mteb
+    """
+    from effir_ray.evaluation.mteb_adapter import run_mteb
+    from effir_ray.progress import show_progress
+
+    with show_progress():
+        scores = run_mteb(model, task, out, data=data)
+    if as_json:
+        show_json(scores)
+        return
+    show_table(["task", "main score"], list(scores.items()), title=f"{model}, by mteb")
+    say(f"Results: {out}")
+
+
 def measure(
     model: Annotated[
         list[str],

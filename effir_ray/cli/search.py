@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,6 +121,37 @@ def _show_preview(space: Path, as_json: bool) -> None:
         say(f"Left out, because they cannot meet the constraints: {preview.excluded} combinations")
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
+
+
+class Keep(StrEnum):
+    front = "front"
+    none = "none"
+
+
+def clean(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a study.", show_default=False)],
+    keep: Annotated[
+        Keep, typer.Option(help="Whose models stay: those of the front, or nobody's.")
+    ] = Keep.front,
+    as_json: AsJson = False,
+) -> None:
+    """Delete the models and embeddings of a study's trials. Rows and scores stay.
+
+    A study does so by itself, as `keep` in its search space says; this is for one with `keep: all`, or that
+    is not needed as a whole any more. What a later --resume needs is built again.
+
+    \b
+    [bold]Examples[/bold]
+    effir-ray clean runs/smollm2                 # keeps the front's
+    effir-ray clean runs/smollm2 --keep none
+    """
+    from effir_ray import clean as run_clean
+
+    done = run_clean(run, keep=keep.value)
+    if as_json:
+        show_json(done)
+        return
+    say(f"{quantity(done.freed_bytes)}B freed, {quantity(done.kept_bytes)}B of models and embeddings kept")
 
 
 def repeat(

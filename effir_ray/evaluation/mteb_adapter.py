@@ -1,8 +1,8 @@
-"""Any effir-ray model as a model that ``mteb`` can evaluate.
+"""mteb's own evaluation of any effir-ray model.
 
-    import mteb
-    from effir_ray.evaluation.mteb_adapter import MtebModel
+    from effir_ray.evaluation.mteb_adapter import MtebModel, run_mteb
 
+    run_mteb("minilm-l6", ["SciFact"], "results")                  # as effir-ray mteb does
     mteb.evaluate(MtebModel("minilm-l6"), mteb.get_tasks(tasks=["SciFact"]))
 
 Needs the package ``mteb`` (version 2).
@@ -19,13 +19,60 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from effir_ray.data.datasets import Dataset, load_dataset, official_name
 from effir_ray.encoding.encoder import Encoder, as_encoder
+from effir_ray.errors import InputError
+from effir_ray.models.folder import read_own
+from effir_ray.models.names import backbone_fingerprint, resolve
+from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever
 
 if TYPE_CHECKING:
+    from mteb import AbsTask
     from mteb.models import ModelMeta
 
 Floats = npt.NDArray[np.float32]
+
+
+def run_mteb(
+    model: str | Path, tasks: Sequence[str], out: Path | str, *, data: Path | str | None = None
+) -> dict[str, float]:
+    """Task -> main score, by ``mteb.evaluate``; its files lie in ``out``/results as in mteb's repository of
+    results, and what is there already is not done again.
+
+    ``data``: a folder of BEIR folders, used for tasks of their names (``scifact`` for SciFact) in place of
+    downloads. Raises InputError for an unknown task, and when mteb is not installed.
+    """
+    try:
+        import mteb
+    except ImportError:
+        raise InputError("this needs the package mteb: pip install 'effir-ray[mteb]'") from None
+    try:
+        chosen = list(mteb.get_tasks(tasks=list(tasks)))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--task: {' '.join(str(error).split())}") from None
+    if not chosen:
+        raise InputError("give at least one task, for example --task SciFact")
+    for task in chosen:
+        folder = None if data is None else Path(data) / official_name(task.metadata.name.lower())
+        if folder is not None and folder.is_dir():
+            _fill(task, load_dataset(folder))
+    cache = mteb.ResultCache(Path(out))
+    found = mteb.evaluate(MtebModel(model), chosen, cache=cache, show_progress_bar=False)
+    return {result.task_name: float(result.get_score()) for result in found.task_results}
+
+
+def _fill(task: AbsTask, data: Dataset) -> None:
+    """Give a retrieval task its texts and judgements, which it would otherwise download."""
+    splits = [split for split in task.metadata.eval_splits if split in data.splits]
+    documents = {
+        document.id: {"title": document.title, "text": document.text}
+        for document in data.corpus.iter_documents()
+    }
+    task.corpus = dict.fromkeys(splits, documents)
+    task.queries = {split: data.queries(split) for split in splits}
+    task.relevant_docs = {split: data.qrels(split) for split in splits}
+    task.data_loaded = True
 
 
 class MtebModel:
@@ -63,13 +110,42 @@ class MtebModel:
         from mteb.models.model_meta import ScoringFunction
 
         retriever = self._encoder.retriever
+        weights = list(retriever.model.parameters())
+        embeddings = retriever.model.get_input_embeddings().weight
         name = re.sub(r"[^\w.-]+", "-", Path(retriever.name).name) or "model"
         return ModelMeta.create_empty(
             {
                 "name": f"effir-ray/{name}",
-                "n_parameters": sum(weights.numel() for weights in retriever.model.parameters()),
+                "revision": backbone_fingerprint(retriever.name)[:40],
+                "n_parameters": sum(part.numel() for part in weights),
+                "n_embedding_parameters": embeddings.numel(),
+                "memory_usage_mb": round(sum(part.nbytes for part in weights) / 2**20),
+                "framework": ["PyTorch", "safetensors"],
+                "adapted_from": _backbone(retriever.name),
+                "experiment_kwargs": _compression(retriever.plan),
                 "embed_dim": self._encoder.dimension,
                 "max_tokens": retriever.spec.max_length,
                 "similarity_fn_name": ScoringFunction.DOT_PRODUCT,
             }
         )
+
+
+def _backbone(name: str) -> str | None:
+    """By what name the model that this one was made of is known; None for one that only a path leads to."""
+    path = resolve(name).path
+    own = read_own(path) if path is not None and path.is_dir() else None
+    known = own is not None and own.backbone is not None and not Path(own.backbone).exists()
+    return own.backbone if own is not None and known else None
+
+
+def _compression(plan: Plan) -> dict[str, Any] | None:
+    """What mteb names experiments by: how many sublayers stay, and how many neurons of narrowed MLPs."""
+    if plan == Plan.full(len(plan.layers)):
+        return None
+    widths = [len(layer.neurons) for layer in plan.layers if layer.mlp and layer.neurons is not None]
+    return {
+        "blocks": len(plan.layers),
+        "attention": sum(layer.attention for layer in plan.layers),
+        "mlp": sum(layer.mlp for layer in plan.layers),
+        **({"neurons_of_narrowed": sum(widths)} if widths else {}),
+    }

@@ -137,6 +137,7 @@ class OwnSettings(_File):
     """effir.json. ``format`` is raised when a reader of the present one would misread a file."""
 
     format: Literal[1]
+    backbone: str | None = Field(default=None, max_length=4096)
     spec: dict[str, Any] = Field(default_factory=dict)
     neurons: dict[str, tuple[Index, ...]] = Field(default_factory=dict)
     place: PlaceSettings | None = None

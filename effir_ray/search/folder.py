@@ -81,6 +81,13 @@ def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: 
     return record
 
 
+def record_of(out: Path) -> StudyRecord:
+    """What the study in ``out`` was started with. Raises InputError where there is none."""
+    if not (out / STUDY_FILE).is_file():
+        raise InputError(f"{out}: holds no study (no {STUDY_FILE})")
+    return _read(out / STUDY_FILE)
+
+
 def claim(
     out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: bool, here: Hardware | None = None
 ) -> StudyRecord:

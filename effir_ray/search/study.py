@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine
@@ -29,7 +29,15 @@ from effir_ray.search.activity import remove_leftovers, reporting
 from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run
-from effir_ray.search.folder import STAGES_FOLDER, StudyRecord, claim, exclusive, find, finished_rows
+from effir_ray.search.folder import (
+    STAGES_FOLDER,
+    StudyRecord,
+    claim,
+    exclusive,
+    find,
+    finished_rows,
+    record_of,
+)
 from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
@@ -103,6 +111,35 @@ def search(
         for kind in (store.ROWS, QUERY_SCORES):
             compact(folder, kind)
         return _result(proposals, folder, collector)
+
+
+class Cleaned(Config):
+    """``freed_bytes`` were deleted now, ``kept_bytes`` of models and embeddings are still there."""
+
+    freed_bytes: int
+    kept_bytes: int
+
+
+def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Cleaned:
+    """Delete the models and embeddings of a study that is not running: those of trials that are not on its
+    front, or all. Rows and scores stay, and ``--resume`` goes on.
+
+    Raises InputError where there is no study, it is running, or what it reads is not there any more.
+    """
+    folder = Path(out).resolve()
+    record = record_of(folder)
+    space = record.space.model_copy(update={"threads": record.threads, "keep": keep})
+    device, _, dtype = record.computes.partition(", ")
+    sources = replace(_checked_sources(space), device=device, dtype=dtype)
+    with exclusive(folder):
+        backbone = load_config(space.backbone, first_blocks=space.first_blocks)
+        proposals = Proposals(space, folder, finished_rows(folder), backbone)
+        collector = Collector(proposals, StageStore(folder / STAGES_FOLDER), sources)
+        before = collector.kept_bytes()
+        collector.collect()
+        collector.store.remove_locks()
+        left = collector.kept_bytes()
+    return Cleaned(freed_bytes=before - left, kept_bytes=left)
 
 
 def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:

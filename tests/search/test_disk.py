@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from effir_ray.errors import InputError
 from effir_ray.models.loading import load_config
+from effir_ray.results import store
 from effir_ray.search.disk import Collector
 from effir_ray.search.dry_run import named_sources
+from effir_ray.search.folder import claim, exclusive
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Split
+from effir_ray.search.study import clean
+from effir_ray.search.trial import sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, trial_stages
 from effir_ray.stages import StageStore
 from tests.helpers.search_examples import row, small_space
@@ -23,11 +28,15 @@ TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 class Study:
     """A study whose stages are built by hand: 100 bytes of bulk each."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, *, real: bool = False, **settings: object) -> None:
+        """``real``: with the fingerprints, the record and the rows that a search has."""
         space = small_space(recovery=TRAINING, **settings)
+        self.out = folder if real else None
+        self.sources = sources_of(space) if real else named_sources(space)
+        if real:
+            claim(folder, space, self.sources.contents, resume=False)
         self.proposals = Proposals(space, folder, [], load_config(space.backbone))
         self.store = StageStore(folder / "stages")
-        self.sources = named_sources(space)
         self.collector = Collector(self.proposals, self.store, self.sources)
 
     def run(self, ndcg: Mapping[str, float], *, until: str = "") -> None:
@@ -37,9 +46,10 @@ class Study:
                 return
             self._build(request)
             size = 50 if request.config.schedule.drop_mlp else 100
-            self.proposals.finished(
-                row(request.config, ndcg[request.config.name], split=request.split, parameters=size)
-            )
+            found = row(request.config, ndcg[request.config.name], split=request.split, parameters=size)
+            if self.out is not None:
+                store.append(self.out, [found])
+            self.proposals.finished(found)
             self.collector.collect()
 
     def _build(self, request: TrialRequest) -> None:
@@ -94,16 +104,36 @@ def test_what_an_unfinished_trial_needs_stays_until_it_has_its_row(tmp_path: Pat
 
 
 def test_a_killed_deletion_is_finished_by_the_next(tmp_path: Path) -> None:
-    store, place = StageStore(tmp_path), tmp_path / "pruned" / "abc"
+    stages, place = StageStore(tmp_path), tmp_path / "pruned" / "abc"
     (place / "checkpoint").mkdir(parents=True)
     (place / "checkpoint" / "weights").write_bytes(bytes(100))
-    store.free(place, "checkpoint")
+    stages.free(place, "checkpoint")
     assert (place / "checkpoint").exists()  # not complete: it is not touched
     (place / "stage.json").write_text("{}")
-    store.free(place, "checkpoint")
-    assert not (place / "checkpoint").exists() and not store.has(place)
+    stages.free(place, "checkpoint")
+    assert not (place / "checkpoint").exists() and not stages.has(place)
     (place / "checkpoint").mkdir()
     (place / "checkpoint" / "weights").write_bytes(bytes(10))
-    store.free(place, "checkpoint")
+    stages.free(place, "checkpoint")
     assert not (place / "checkpoint").exists()
-    assert store.freed_bytes() == 100
+    assert stages.freed_bytes() == 100
+
+
+def test_a_study_that_kept_everything_is_cleaned_later(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    study = Study(out, schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}], keep="all", real=True)
+    study.run({"1M": 0.4, "2M": 0.3, "full": 0.5})
+    first, second = (study.proposals.space.trial(candidate) for candidate in study.proposals.space.schedules)
+    assert study.whole(second) == EVERYTHING
+    kept = study.collector.kept_bytes()
+    done = clean(out)
+    assert done.freed_bytes == 200 and done.kept_bytes == kept - 200
+    assert study.whole(second) == EVERYTHING - {"pruned", "embeddings"}
+    assert study.whole(first) == study.whole(first, "test") == EVERYTHING
+    assert not (out / "stages" / "locks").exists()
+    assert clean(out).freed_bytes == 0
+    assert clean(out, keep="none").kept_bytes == 0
+    with pytest.raises(InputError, match=r"holds no study \(no study\.json\)"):
+        clean(tmp_path)
+    with exclusive(out), pytest.raises(InputError, match="another search is running"):
+        clean(out)
