@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,12 +35,17 @@ def pareto(
     split: Annotated[
         str | None, typer.Option(help="Split the front is chosen on; dev where there is one.")
     ] = None,
+    mean_datasets: Annotated[
+        bool,
+        typer.Option("--mean-datasets", help="Mean over data sets, for what was measured on all of them."),
+    ] = False,
     skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the Pareto front: the models that no other model beats in every objective.
 
     A model that over these queries is no better than a smaller one of the front, beyond chance, names it.
+    Trials that differ only in their seed are one row: means, with the standard deviation over seeds.
 
     \b
     [bold]Examples[/bold]
@@ -53,7 +59,15 @@ def pareto(
 
     names = [name.strip() for name in objectives.split(",")] if objectives else []
     damaged = _damaged(skip_damaged)
-    front = run(results, where=where, pick=pick, objectives=names, split=split, damaged=damaged)
+    front = run(
+        results,
+        where=where,
+        pick=pick,
+        objectives=names,
+        split=split,
+        mean_datasets=mean_datasets,
+        damaged=damaged,
+    )
     if as_json:
         show_json(front.to_pylist())
     else:
@@ -70,6 +84,8 @@ def show_front(front: pa.Table) -> None:
     from effir_ray.results.selection import is_doubtful
 
     rows = front.to_pylist()
+    datasets = [json.loads(row["datasets"]) for row in rows] if "datasets" in front.schema.names else []
+    single = sorted({name for found in datasets for name in found})
     show_table(
         [
             "trial",
@@ -82,6 +98,7 @@ def show_front(front: pa.Table) -> None:
             "of full",
             "doc ms",
             "doc speed-up",
+            *(Path(name).name for name in single),
         ],
         [
             (
@@ -95,13 +112,21 @@ def show_front(front: pa.Table) -> None:
                 "" if row["parameter_ratio"] is None else f"{row['parameter_ratio']:.1%}",
                 row["document_ms"],
                 row["document_speedup"],
+                *(f"{datasets[number][name]:.4f}" for name in single),
             )
-            for row in rows
+            for number, row in enumerate(rows)
         ],
         title=", ".join(
-            sorted({f"{row['backbone']} on {row['dataset']}, {row['split']} queries" for row in rows})
+            sorted(
+                {
+                    f"{row['backbone']} on {' and '.join(single) or row['dataset']}, {row['split']} queries"
+                    for row in rows
+                }
+            )
         ),
     )
+    if any((row.get("seeds") or 1) > 1 for row in rows):
+        say("±: standard deviation over seeds, of which each row is the mean")
     for score in sorted({row["bm25_ndcg_at_10"] for row in rows if row["bm25_ndcg_at_10"] is not None}):
         say(f"BM25 on the same queries and documents: {score:.4f}")
     for row in rows:
@@ -114,6 +139,8 @@ def show_front(front: pa.Table) -> None:
 
 def _with_interval(row: Mapping[str, Any]) -> str:
     """``0.7541 (0.70-0.81)``: nDCG@10 with its 95 % interval, where the row has one."""
+    if row.get("ndcg_at_10_sd") is not None:
+        return f"{row['ndcg_at_10']:.4f} ±{row['ndcg_at_10_sd']:.4f}, {row['seeds']} seeds"
     low, high = row["ndcg_at_10_low"], row["ndcg_at_10_high"]
     return f"{row['ndcg_at_10']:.4f}" + ("" if low is None else f" ({low:.2f}-{high:.2f})")
 

@@ -13,6 +13,13 @@ import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store, tables
+from effir_ray.results.aggregation import (
+    DATASETS,
+    SEEDS,
+    configuration,
+    mean_over_datasets,
+    mean_over_seeds,
+)
 from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
@@ -39,9 +46,14 @@ def pareto(
     pick: str | None = None,
     objectives: Sequence[str] = (),
     split: str | None = None,
+    mean_datasets: bool = False,
     damaged: Damaged | None = None,
 ) -> pa.Table:
     """The Pareto front of the rows in ``folders``, best in the first objective first.
+
+    Trials that differ in nothing but their seed are one row of means, with the columns ``seeds`` and
+    ``ndcg_at_10_sd``; with ``mean_datasets`` so are trials of several data sets (``datasets``: each one's
+    nDCG@10, JSON), of which those that were not measured on all are left out.
 
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one, ``not_better_than`` the trial id of the smallest smaller model on the
@@ -52,7 +64,13 @@ def pareto(
     sample of it (their scores cannot be compared), a file cannot be read, or no row is left.
     """
     return select_front(
-        folders, where=where, pick=pick, objectives=objectives, split=split, damaged=damaged
+        folders,
+        where=where,
+        pick=pick,
+        objectives=objectives,
+        split=split,
+        mean_datasets=mean_datasets,
+        damaged=damaged,
     ).rows
 
 
@@ -63,22 +81,29 @@ def select_front(
     pick: str | None = None,
     objectives: Sequence[str] = (),
     split: str | None = None,
+    mean_datasets: bool = False,
     damaged: Damaged | None = None,
 ) -> Front:
     """``pareto``, and what it left out."""
 
     def attempt() -> Front:
-        table = _rows_to_choose_from(folders, where, damaged)
-        chosen = chosen_rows(table, split)
+        table = _rows_to_choose_from(folders, where, damaged, one_by_one=not mean_datasets)
+        chosen = chosen_rows(table, split, several_datasets=mean_datasets)
+        if _of_several_seeds(chosen):
+            if "backbone" not in table.schema.names:
+                table = _rows_to_choose_from(folders, where, _unheard if damaged else None, one_by_one=False)
+                chosen = chosen_rows(table, split)
+            chosen = mean_over_seeds(chosen)
+        if mean_datasets:
+            chosen = mean_over_datasets(chosen)
         directions = objectives_for(chosen, tuple(objectives))
         best = front(chosen, directions)
         if pick:
             best = pick_row(best, pick, tuple(directions))
-        scored = with_test_scores(best, table)
+        scored = with_test_scores(best, table, across_datasets=mean_datasets)
         if tables.FILE in best.schema.names:
-            full = tables.rows_at(best, store.ROWS)
-            scored = full.append_column(TEST_COLUMN, scored[TEST_COLUMN])
-        scored = _with_smaller_equals(scored, folders, damaged)
+            scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
+        scored = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
         failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen["split"][0]))
         return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
 
@@ -90,10 +115,20 @@ _NARROW = (*store.LATEST_COLUMNS, "seed", "sample", "contents", *DIRECTIONS, *_I
 """What choosing a front needs; the rest is read of the front alone."""
 
 
-def _rows_to_choose_from(folders: Folders, where: str | None, damaged: Damaged | None) -> pa.Table:
+_CONFIGURED = ("trial", "backbone", "schedule", "recovered")
+_AVERAGED = ("ndcg_at_10_low", "ndcg_at_10_high", "bm25_ndcg_at_10")
+"""What telling seeds and data sets of one configuration needs besides."""
+
+
+def _rows_to_choose_from(
+    folders: Folders, where: str | None, damaged: Damaged | None, *, one_by_one: bool
+) -> pa.Table:
     """The last row of each trial. Without ``where``, which may name any column, few columns are read."""
     if where:
         return filter_rows(store.latest(store.read(folders, damaged=damaged)), where)
+    if not one_by_one:
+        columns = (*_NARROW, *_CONFIGURED, *_AVERAGED)
+        return store.latest(store.read(folders, columns=columns, damaged=damaged, places=True))
     table = store.read(folders, columns=_NARROW, damaged=damaged, places=True)
     if pc.any(pc.equal(table["sample"].fill_null(""), "")).as_py():  # rows before schema 4
         table = store.read(
@@ -106,18 +141,34 @@ def _unheard(message: str) -> None:
     """Of a file that was told of already."""
 
 
-def chosen_rows(table: pa.Table, split: str | None = None) -> pa.Table:
-    """The successful rows a front is chosen from: one split (dev, where there is one), one data set, one
-    sample of it."""
+def _of_several_seeds(rows: pa.Table) -> bool:
+    return bool(pc.count_distinct(rows["seed"].fill_null(0)).as_py() > 1)
+
+
+def _filled_up(full: pa.Table, scored: pa.Table) -> pa.Table:
+    """All columns of some rows, with what was made of them in the place of their own."""
+    for name in scored.schema.names:
+        if name in full.schema.names:
+            full = full.set_column(full.schema.get_field_index(name), name, scored[name])
+        elif name not in (tables.FILE, tables.ROW):
+            full = full.append_column(name, scored[name])
+    return full
+
+
+def chosen_rows(table: pa.Table, split: str | None = None, *, several_datasets: bool = False) -> pa.Table:
+    """The successful rows a front is chosen from: one split (dev, where there is one), one data set unless
+    several are wanted, one sample of each."""
     chosen = _of_split(_successful(table), split)
     datasets = sorted(chosen["dataset"].unique().to_pylist())
-    if len(datasets) > 1:
+    if len(datasets) > 1 and not several_datasets:
         raise InputError(
             f"the rows are of {len(datasets)} data sets ({', '.join(datasets)}): no comparison; "
-            f"choose one, for example --where \"dataset = '{datasets[0]}'\""
+            f"choose one, for example --where \"dataset = '{datasets[0]}'\", or --mean-datasets"
         )
-    _check_one_sample(chosen)
-    _check_one_content(chosen)
+    for dataset in datasets:
+        rows = chosen.filter(pc.equal(chosen["dataset"], dataset))
+        _check_one_sample(rows)
+        _check_one_content(rows)
     return chosen
 
 
@@ -248,8 +299,11 @@ def _of_split(table: pa.Table, split: str | None) -> pa.Table:
     return table.filter(pc.equal(table["split"], wanted))
 
 
-def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
-    """``rows`` with the column ``test_ndcg_at_10``, looked up among the test rows of ``table``."""
+def with_test_scores(rows: pa.Table, table: pa.Table, *, across_datasets: bool = False) -> pa.Table:
+    """``rows`` with the column ``test_ndcg_at_10``, looked up among the test rows of ``table``; that of a
+    mean is the mean over the seeds (and data sets) that were tested."""
+    if SEEDS in rows.schema.names or DATASETS in rows.schema.names:
+        return _with_mean_test_scores(rows, table, across_datasets)
     names = ["study", "trial_id", "ndcg_at_10"]
     same = pc.is_in(table["trial_id"], rows["trial_id"].unique())
     tested = table.filter(pc.and_(same, pc.equal(table["split"], "test"))).select(names).to_pylist()
@@ -258,13 +312,32 @@ def with_test_scores(rows: pa.Table, table: pa.Table) -> pa.Table:
     return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))
 
 
-def _with_smaller_equals(rows: pa.Table, folders: Folders, damaged: Damaged | None) -> pa.Table:
+def _with_mean_test_scores(rows: pa.Table, table: pa.Table, across_datasets: bool) -> pa.Table:
+    names = ["backbone", "schedule", "recovered", "dataset", "trial"]
+
+    def key(record: Mapping[str, Any]) -> tuple[str, ...]:
+        return configuration({**record, "split": "test"}, across_datasets=across_datasets)
+
+    tested = table.filter(pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok")))
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for record in tested.select([*names, "ndcg_at_10"]).to_pylist():
+        scores.setdefault(key(record), []).append(record["ndcg_at_10"])
+    found = [scores.get(key(record)) for record in rows.select(names).to_pylist()]
+    means = [None if values is None else float(np.mean(values)) for values in found]
+    return rows.append_column(TEST_COLUMN, pa.array(means, pa.float64()))
+
+
+def _with_smaller_equals(
+    rows: pa.Table, folders: Folders, damaged: Damaged | None, *, known: bool = True
+) -> pa.Table:
     """``rows`` of a front with the column ``not_better_than``; null where scores of single queries are
-    missing."""
+    missing, and everywhere where they are not ``known`` to be of one data set."""
+    if not known:
+        return rows.append_column(EQUAL_COLUMN, pa.nulls(len(rows), pa.string()))
     names = ("study", "trial_id", "dataset", "split", "parameters")
     records = rows.select(names).to_pylist()
-    known = query_scores.read(folders, trials=rows["trial_id"].unique().to_pylist(), damaged=damaged)
-    scores = query_scores.by_trial(known)
+    kept = query_scores.read(folders, trials=rows["trial_id"].unique().to_pylist(), damaged=damaged)
+    scores = query_scores.by_trial(kept)
     by_size = [
         (record["parameters"], record["trial_id"], found)
         for record in records

@@ -93,7 +93,7 @@ def test_objectives_and_split_can_be_chosen(study: Path) -> None:
 
 def test_data_sets_are_not_mixed(study: Path) -> None:
     store.append(study, [row("other", 0.9, 50, dataset="scifact")])
-    with pytest.raises(InputError, match="2 data sets"):
+    with pytest.raises(InputError, match=r"2 data sets"):
         pareto([study])
     assert names(study, where="dataset = 'scifact'") == ["other"]
 
@@ -152,3 +152,54 @@ def test_one_folder_need_not_be_a_list(study: Path, tmp_path: Path) -> None:
         assert pareto(place).equals(pareto([study]))
         assert query(place, "SELECT count(*) AS n FROM rows")["n"].to_pylist() == [7]
         assert report(place, tmp_path / "report.html").is_file()
+
+
+def seeded(name: str, seed: int, score: float, size: int, **changes: object) -> TrialRow:
+    trial = json.dumps({"seed": seed, "recovery": {"seed": seed, "steps": 3}, "n": name, "dataset": "stdlib"})
+    values = {"schedule": name, "seed": seed, "trial": trial} | changes
+    return row(f"{name}-{seed}-{values.get('dataset', '')}", score, size, **values)
+
+
+def test_the_best_of_three_seeds_does_not_stand_for_the_mean(tmp_path: Path) -> None:
+    """The best seed of ``lucky`` beats ``steady``, its mean does not; means are shown and picked."""
+    rows = [seeded("steady", seed, 0.5, 60) for seed in range(3)]
+    rows += [seeded("lucky", seed, score, 60) for seed, score in enumerate((0.6, 0.3, 0.42))]
+    rows += [seeded("small", 0, 0.2, 20)]
+    rows += [seeded("steady", seed, 0.4 + seed / 10, 60, split="test") for seed in range(3)]
+    store.append(tmp_path, rows)
+    front = pareto([tmp_path])
+    assert front["schedule"].to_pylist() == ["steady", "small"]
+    assert front["seeds"].to_pylist() == [3, 1]
+    assert front["ndcg_at_10"].to_pylist() == pytest.approx([0.5, 0.2])
+    assert front["ndcg_at_10_sd"].to_pylist() == [pytest.approx(0), None]
+    assert front[TEST_COLUMN].to_pylist() == [pytest.approx(0.5), None]
+    every = pareto([tmp_path], where="schedule = 'lucky'")
+    assert every["trial_id"].to_pylist() == ["lucky-2-"]  # the one in the middle
+    assert every["ndcg_at_10"].to_pylist() == pytest.approx([0.44])
+    assert every["ndcg_at_10_sd"].to_pylist() == pytest.approx([0.151], abs=1e-3)
+    assert every["created_at"].to_pylist()[0] is not None
+
+
+def test_other_settings_are_no_other_seed(tmp_path: Path) -> None:
+    longer = seeded("2M", 1, 0.6, 60)
+    longer = longer.model_copy(update={"trial": longer.trial.replace('"steps": 3', '"steps": 9')})
+    store.append(tmp_path, [seeded("2M", 0, 0.5, 60), longer])
+    assert pareto([tmp_path])["seeds"].to_pylist() == [1]
+
+
+def test_means_over_data_sets_are_of_what_was_measured_on_all(tmp_path: Path) -> None:
+    rows = []
+    for dataset, scores in {"a": (0.5, 0.45, 0.9), "b": (0.3, 0.40, None)}.items():
+        for name, score, size in zip(("full", "small", "partial"), scores, (100, 60, 10), strict=True):
+            if score is not None:
+                trial = json.dumps({"dataset": dataset, "n": name, "recovery": {"held_out": dataset}})
+                rows.append(
+                    row(f"{name}-{dataset}", score, size, schedule=name, dataset=dataset, trial=trial)
+                )
+    store.append(tmp_path, rows)
+    with pytest.raises(InputError, match=r"2 data sets .*--mean-datasets"):
+        pareto([tmp_path])
+    front = pareto([tmp_path], mean_datasets=True)
+    assert front["schedule"].to_pylist() == ["small"]
+    assert front["ndcg_at_10"].to_pylist() == pytest.approx([0.425])
+    assert json.loads(front["datasets"][0].as_py()) == {"a": 0.45, "b": 0.4}

@@ -1,0 +1,151 @@
+"""Figures in the README and in docs are those of the committed tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from effir_ray.results.query import query
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+
+
+def rows(folder: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = query(RESULTS / folder, "SELECT * FROM rows").to_pylist()
+    return found
+
+
+def one(records: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
+    found = [record for record in records if all(record[name] == value for name, value in wanted.items())]
+    assert len(found) == 1, (wanted, len(found))
+    return found[0]
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def demo() -> Iterator[str]:
+    found = rows("demo")
+    dev = {row["schedule"]: row for row in found if row["split"] == "dev"}
+    full, half = dev["full"], dev["3B+ft"]
+    yield f"nDCG@10 on dev queries ({percent(half['ndcg_at_10'])} of {percent(full['ndcg_at_10'])})"
+    yield f"keep {half['ndcg_at_10'] / full['ndcg_at_10']:.0%}".replace("%", " %")
+    yield f"at {half['document_speedup']:.1f} times its speed"
+    yield f"they keep {dev['3B']['ndcg_at_10'] / full['ndcg_at_10']:.0%}".replace("%", " %")
+    yield f"leave {dev['last3B+ft']['ndcg_at_10'] / full['ndcg_at_10']:.0%}".replace("%", " %")
+    yield f"BM25 is at {percent(full['bm25_ndcg_at_10'])}"
+
+
+def evaluation() -> Iterator[str]:
+    found = json.loads((RESULTS / "evaluation" / "evaluate.json").read_text())
+    ratios: dict[str, list[str]] = {"effir-ray float32": [], "effir-ray int8": []}
+    for dataset in ("scifact", "nfcorpus"):
+        peer = one(found, dataset=dataset, system="sentence-transformers + beir")
+        for system, cells in ratios.items():
+            cells.append(f"{peer['seconds'] / one(found, dataset=dataset, system=system)['seconds']:.3g}")
+        yield f"{one(found, dataset=dataset, system='effir-ray float32')['ndcg_at_10']:.4f} (published"
+    exact, fast = (tuple(float(cell) for cell in cells) for cells in ratios.values())
+    yield f"| {exact[0]:.2f}x, {exact[1]:.2f}x in float32; {fast[0]:.1f}x, {fast[1]:.1f}x in int8"
+
+
+def encoding() -> Iterator[str]:
+    cells = []
+    for model, contestants in (("minilm-l6", ("float32", "int8")), ("smollm2-135m", ("float32",))):
+        (file,) = (RESULTS / "encoding").glob(f"{model}-*.parquet")
+        found = [row for row in pq.read_table(file).to_pylist() if row["kind"] == "document"]
+
+        seconds = {
+            name: [row["wall_seconds"] for row in found if row["contestant"] == name]
+            for name in dict.fromkeys(row["contestant"] for row in found)
+        }
+        for kind in contestants:
+            rounds = zip(seconds["sentence-transformers"], seconds[f"effir-ray {kind}"], strict=True)
+            cells.append(f"{statistics.median(peer / own for peer, own in rounds):.2f}x")
+    yield f"| {cells[0]}, {cells[2]} in float32; MiniLM in int8 {cells[1]} |"
+
+
+def speedup() -> Iterator[str]:
+    (file,) = (RESULTS / "speedup").glob("*.csv")
+    (effir,) = (row for row in table(file) if "16M" in row["variant"] and "30" in row["variant"])
+    got, bound = (
+        [float(effir[f"{kind}_{what}"]) for kind in ("document", "query")]
+        for what in ("speedup", "flop_bound")
+    )
+    yield f"{got[0]:.2f}x on documents, {got[1]:.2f}x on queries; the models' FLOPs"
+    yield f"differ by {bound[0]:.2f}x, {bound[1]:.2f}x"
+
+
+def training() -> Iterator[str]:
+    found = json.loads((RESULTS / "training" / "smollm2-135m-8-blocks.json").read_text())["speedup"]
+    yield f"| {found['over MNRL']:.2f}x, {found['over CachedMNRL']:.2f}x |"
+
+
+def learning() -> Iterator[str]:
+    found = rows("squad_learning")
+    cells = []
+    for name in ("squad", "scifact", "nfcorpus"):
+        mine = [row for row in found if row["dataset"].startswith(f"{name}[") and row["backbone"] != "bm25"]
+        before, after = (one(mine, recovered=trained)["ndcg_at_10"] for trained in (False, True))
+        cells.append(f"{percent(before)} to {percent(after)}")
+    yield ", ".join(cells)
+
+
+def off_the_shelf() -> Iterator[str]:
+    found = [row for row in rows("off_the_shelf") if row["dataset"].startswith("scifact[")]
+    score = {row["schedule"]: percent(row["ndcg_at_10"]) for row in found}
+    yield f"2 of 6: SciFact {score['2A']} (attention), {score['2M']} (MLP) of {score['full']}"
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [demo, evaluation, encoding, speedup, training, learning, off_the_shelf],
+    ids=lambda f: f.__name__,
+)
+def test_the_readme_says_what_the_tables_say(figures: Any) -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    missing = [text for text in figures() if text not in readme]
+    assert not missing
+
+
+def test_the_recovery_table_of_docs_is_that_of_the_rows() -> None:
+    lines = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    section = lines[lines.index("## Recovery by distillation") :]
+    written = {cells[1].strip(): cells[2:5] for line in section[:40] if len(cells := line.split("|")) == 7}
+    scores: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for row in rows("recovery"):
+        trial = json.loads(row["trial"])
+        plan = trial.get("plan")
+        kept = 6 if plan is None else sum(layer["attention"] for layer in plan["layers"])
+        key = (trial["method"], kept, tuple(trial.get("learnt", ())), trial.get("steps"))
+        scores.setdefault(key, {}).setdefault(row["dataset"], []).append(row["ndcg_at_10"])
+    named = {
+        "full model, 6 blocks": ("full", 6, (), None),
+        "3 blocks, before it learns": ("cut", 3, (), None),
+        "BM25": ("bm25", 6, (), None),
+    }
+    for title, key in named.items():
+        expected = [
+            percent(statistics.mean(scores[key][name])) for name in ("scifact", "nfcorpus", "cranfield")
+        ]
+        assert [cell.strip() for cell in written[title]] == expected, title
+
+
+def test_every_folder_of_tables_is_described() -> None:
+    described = (RESULTS / "README.md").read_text(encoding="utf-8")
+    folders = [place.name for place in RESULTS.iterdir() if place.is_dir()]
+    assert folders
+    assert not [name for name in folders if f"| `{name}` |" not in described]
