@@ -18,6 +18,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +46,7 @@ _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
 
 _TOKEN = "token"
+_SECONDS_TO_A_TOKEN = 60.0  # an instance's folder has its token at once
 
 _VERSIONS = re.compile(r"Ray: (\S+) Python: (\S+)")
 """In Ray's message about a cluster of another version, lines joined: of it, then of this process."""
@@ -147,11 +149,35 @@ def private_folder() -> Path:
         status = folder.lstat()
         if status.st_uid != os.getuid() or status.st_mode & 0o170777 != 0o040700:
             return Path(tempfile.mkdtemp(prefix="effir-ray-", dir=place))
-    for token in folder.glob(f"*/{_TOKEN}"):
-        with suppress(OSError), token.open() as file:  # its process holds the lock
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(token.parent, ignore_errors=True)
+    _sweep(folder)
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the folders of instances whose driver is gone."""
+    for place in list(folder.glob("*")):
+        with suppress(OSError):  # another process removes it too
+            if not (place / _TOKEN).exists():  # killed before it had one; or it is just being made
+                if time.time() - place.stat().st_mtime > _SECONDS_TO_A_TOKEN:
+                    shutil.rmtree(place)
+                continue
+            with (place / _TOKEN).open() as file:  # its process holds the lock
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(place)
+
+
+def _remove(place: Path) -> None:
+    """An instance's folder, its token last: where processes of the instance still write, the next one that
+    starts finds what is left by it."""
+    for entry in place.iterdir():
+        if entry.name == _TOKEN:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    if [entry.name for entry in place.iterdir()] == [_TOKEN]:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _ask_for_token(folder: Path) -> TextIO:
@@ -184,6 +210,7 @@ def _end_local(folder: Path, token: TextIO) -> None:
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
     token.close()
+    _sweep(folder.parent)  # of processes that outlived their killed driver when this instance began
     with suppress(OSError):  # another instance lives
         folder.parent.rmdir()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ray.tune import Callback
+from ray.tune import Stopper
 from ray.tune.search import Searcher
 
 from effir_ray.cluster.lost import check_local_processes, pause_seconds
@@ -123,8 +123,16 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         """Nothing: a resumed study starts a new searcher on the rows."""
 
 
-class RayIsThere(Callback):  # type: ignore[misc]  # ray has no types
-    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone."""
+class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
+    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone.
 
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    Asked in every round, as a callback would be; but for callbacks Ray imports every tracker there is, and
+    wandb's folders in the system's temporary one outlive a killed process.
+    """
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
         check_local_processes()
+        return False

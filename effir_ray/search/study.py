@@ -225,7 +225,7 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, callbacks=[RayIsThere()]),
+        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, stop=RayIsThere()),
     )
     with display:
         tuner.fit()

@@ -1,5 +1,6 @@
 """Connecting to Ray."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -129,6 +130,33 @@ def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch:
     assert private_folder() == usual == private_folder()
     usual.chmod(0o755)
     assert private_folder() != usual
+
+
+def test_what_a_killed_instance_still_wrote_is_removed_by_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its raylet writes logs, its folder cannot be emptied: its token stays, and says whose it was."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    folder = private_folder()
+    for name in ("killed", "living", "being-made", "never-made"):
+        (folder / name).mkdir()
+    for name in ("killed", "living"):
+        (folder / name / "token").touch()
+        (folder / name / "session").mkdir()
+        (folder / name / "session" / "raylet.out").touch()
+    os.utime(folder / "never-made", (0, 0))
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda place, **options: None)  # what is written anew meanwhile
+    with (folder / "living" / "token").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        private_folder()
+        assert (folder / "killed" / "token").exists()
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        private_folder()
+        assert sorted(place.name for place in folder.iterdir()) == ["being-made", "living"]
+        assert (folder / "living" / "session" / "raylet.out").exists()
+    private_folder()
+    assert [place.name for place in folder.iterdir()] == ["being-made"]
 
 
 @contextmanager
