@@ -179,8 +179,8 @@ def _speed(row: TrialRow) -> str:
     if row.document_speedup_low is None:
         return f"{row.document_speedup:.2f} times"
     return (
-        f"{row.document_speedup:.2f} times ({row.document_speedup_low:.2f} to "
-        f"{row.document_speedup_high:.2f} over the rounds)"
+        f"{row.document_speedup:.2f} times (95 % interval {row.document_speedup_low:.2f} to "
+        f"{row.document_speedup_high:.2f})"
     )
 
 
