@@ -121,7 +121,7 @@ def squad(options: argparse.Namespace) -> Iterator[Pair]:
     for number, pair in enumerate(shuffled(load_pairs(name), seed=0)[: options.steps * BATCH]):
         (text,) = pair.positives[:1]
         longer = f"{text} {following[text]}" if number % 2 and text in following else text
-        yield replace(pair, positives=(longer,), positive_ids=())
+        yield replace(pair, positives=(longer,), positive_ids=(f"{pair.query_id}-text",))
 
 
 def make_cut(options: argparse.Namespace, texts: Path) -> tuple[Path, Schedule]:
