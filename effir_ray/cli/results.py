@@ -231,13 +231,15 @@ def query(
 ) -> None:
     """Ask the result tables in SQL (DuckDB): `rows` are yours, `published` the paper's figures.
 
-    `query_scores` has what every query scored. The query sees these three tables and nothing else of this
+    `query_scores` has what every query scored, `layers` what stays of every block, `importance` and `curves`
+    what a study measured and how its trainings went. The query sees these tables and nothing else of this
     machine. Ends after 8 s.
 
     \b
     [bold]Examples[/bold]
     effir-ray query runs/demo "SELECT schedule, ndcg_at_10, parameters FROM rows WHERE split = 'dev'"
     effir-ray query --schema
+    effir-ray query runs/demo "SELECT step, loss FROM curves JOIN rows USING (model) WHERE schedule = '3B+ft'"
     effir-ray query runs/demo "SELECT * FROM rows" --format parquet > rows.parquet
     effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --format md
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store
 from effir_ray.results.published import published
+from effir_ray.results.study_tables import CURVES, IMPORTANCE, LAYERS, curves, importance, layers
 from effir_ray.results.tables import Damaged, Folders
 
 if TYPE_CHECKING:
@@ -21,19 +22,24 @@ if TYPE_CHECKING:
 
 def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.Table:
     """The result of one SELECT over ``rows`` (those of ``folders``), ``query_scores`` (what every query
-    scored under each of them) and ``published`` (the paper's figures); ``schema`` lists their columns.
+    scored under each of them), ``layers`` (what stays of every block), ``importance`` and ``curves`` (of the
+    studies' stages) and ``published`` (the paper's figures); ``schema`` lists their columns. A table is read
+    where its name stands in ``sql``.
 
     The database cannot read or write files, load extensions or reach the network. ``damaged`` hears of files
     that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
-    return select(
-        {
-            "rows": store.read(folders, damaged=damaged),
-            "query_scores": query_scores.read(folders, damaged=damaged),
-            "published": published(),
-        },
-        sql,
-    )
+    rows = store.read(folders, damaged=damaged)
+    readers: dict[str, Callable[[], pa.Table]] = {
+        "rows": lambda: rows,
+        "query_scores": lambda: query_scores.read(folders, damaged=damaged),
+        "layers": lambda: layers(rows),
+        "importance": lambda: importance(folders, damaged=damaged),
+        "curves": lambda: curves(folders, damaged=damaged),
+        "published": published,
+    }
+    asked = {name: read for name, read in readers.items() if name in sql.lower()}
+    return select({name: read() for name, read in asked.items()}, sql)
 
 
 def schema() -> pa.Table:
@@ -41,6 +47,9 @@ def schema() -> pa.Table:
     schemas = {
         "rows": store.ROWS.schema,
         "query_scores": query_scores.QUERY_SCORES.schema,
+        "layers": LAYERS,
+        "importance": IMPORTANCE,
+        "curves": CURVES,
         "published": published().schema,
     }
     return pa.Table.from_pylist(
@@ -127,7 +136,8 @@ def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(statement.type.name for statement in statements) or "nothing"
         raise InputError(
-            f"SQL: expected one SELECT over 'rows', 'query_scores' and 'published', found {found}"
+            "SQL: expected one SELECT over rows, query_scores, layers, importance, curves and published, "
+            f"found {found}"
         )
 
 

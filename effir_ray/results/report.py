@@ -18,6 +18,7 @@ from effir_ray.results.picture import draw_front
 from effir_ray.results.published import published, same_dataset
 from effir_ray.results.schema import DIRECTIONS
 from effir_ray.results.selection import is_doubtful, samples
+from effir_ray.results.study_tables import kept
 from effir_ray.results.tables import Damaged, Folders
 
 LABELS = {
@@ -134,14 +135,8 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 def _layers(record: dict[str, Any]) -> list[tuple[bool, float]]:
     """(whether attention stays, what share of the MLP does) of every block of the full model."""
-    changed = json.loads(record["plan"] or "{}")
-    layers = []
-    for index in range(record["blocks"] or 0):
-        change = changed.get(str(index), {})
-        skipped, width = change.get("skip", ()), record["mlp_width"] or 1
-        kept = 0.0 if "mlp" in skipped else change.get("intermediate_size", width) / width
-        layers.append(("attention" not in skipped, kept))
-    return layers
+    width = record["mlp_width"] or 1
+    return [(attention, neurons / width) for attention, neurons in kept(record)]
 
 
 def _versioned_samples(table: pa.Table) -> pa.Array:
