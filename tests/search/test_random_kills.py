@@ -101,7 +101,9 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_study(
         assert max(builds.values()) == 1, told
         assert not list(out.rglob("*.tmp")) and not list(out.glob("activity/*")), told
         assert not (out / STAGES_FOLDER / "locks").exists(), told
-    assert not [place.name for place in temporary.iterdir()], told
+    # What torch compiles it keeps for the user's next process, whether this one was killed or not.
+    left = [place.name for place in temporary.iterdir() if not place.name.startswith("torchinductor_")]
+    assert not left, told
     print("; ".join(told))
 
 
