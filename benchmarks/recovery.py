@@ -21,8 +21,6 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.run.launcher import train
 
 BATCH, QUERY_LENGTH = 32, 32
-LENGTH = 256  # tokens of what is learnt from: the limit of MiniLM
+LENGTHS = {"squad": 128}  # tokens of what is learnt from; of corpora 256, the limit of MiniLM
 
 
 def main() -> None:
@@ -66,7 +64,6 @@ def main() -> None:
                 / f"{options.recipe}-{'-'.join(options.learn)}-{options.keep}-{options.steps}-{seed}"
             )
             recipe = {"steps": options.steps, "learnt": options.learn, "texts": fingerprint(texts)}
-            recipe |= {"learning_rate": options.learning_rate, "length": LENGTH}
             if options.recipe == "effir":
                 config = settings(options, texts, seed)
                 model = train(cut, config, place, stages=StageStore(options.work / "stages")).checkpoint
@@ -86,7 +83,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=int, default=3, help="blocks that stay")
     parser.add_argument("--recipe", choices=("effir", "sentence-transformers"), default="effir")
     parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--out", type=Path, default=Path("results/recovery"))
@@ -107,21 +103,10 @@ def write_texts(options: argparse.Namespace) -> Path:
 def texts_of(options: argparse.Namespace) -> Iterator[Pair]:
     for name in options.learn:
         if name == "squad":
-            yield from squad(options)
+            pairs = shuffled(load_pairs(options.data / name), seed=0)
+            yield from pairs[: options.steps * BATCH]
         else:
             yield from draw_examples(str(options.data / name), 10**7, 0)
-
-
-def squad(options: argparse.Namespace) -> Iterator[Pair]:
-    """Questions beside their paragraphs; every second one with the paragraph that follows it in its article,
-    since what will be searched is longer than one."""
-    name = options.data / "squad"
-    documents = load_dataset(str(name)).corpus.iter_documents()
-    following = {one.document_text: two.text for one, two in pairwise(documents) if one.title == two.title}
-    for number, pair in enumerate(shuffled(load_pairs(name), seed=0)[: options.steps * BATCH]):
-        (text,) = pair.positives[:1]
-        longer = f"{text} {following[text]}" if number % 2 and text in following else text
-        yield replace(pair, positives=(longer,), positive_ids=(f"{pair.query_id}-text",))
 
 
 def make_cut(options: argparse.Namespace, texts: Path) -> tuple[Path, Schedule]:
@@ -148,13 +133,13 @@ def settings(options: argparse.Namespace, texts: Path, seed: int) -> TrainConfig
         hard_negatives=0,
         steps=options.steps,
         batch_size=BATCH,
-        learning_rate=options.learning_rate,
+        learning_rate=2e-4,
         lora=None,
         zero_stage=0,
         cpus_per_worker=detect().threads,
         seed=seed,
         query_max_length=QUERY_LENGTH,
-        document_max_length=LENGTH,
+        document_max_length=max(LENGTHS.get(name, 256) for name in options.learn),
     )
 
 
@@ -176,7 +161,8 @@ def sentence_transformers_recipe(
     pairs = load_pairs(texts, texts=True)[: options.steps * BATCH]
     sentences = [text for pair in pairs for text in (pair.query, pair.positives[0])]
     teacher, student = (SentenceTransformer(str(folder)) for folder in (packaged(options.model), cut))
-    teacher.max_seq_length = student.max_seq_length = LENGTH
+    length = max(LENGTHS.get(name, 256) for name in options.learn)
+    teacher.max_seq_length = student.max_seq_length = length
     labels = teacher.encode(sentences, batch_size=64, show_progress_bar=True)
     trainer = SentenceTransformerTrainer(
         model=student,

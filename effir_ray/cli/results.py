@@ -239,7 +239,7 @@ def query(
     [bold]Examples[/bold]
     effir-ray query runs/demo "SELECT schedule, ndcg_at_10, parameters FROM rows WHERE split = 'dev'"
     effir-ray query --schema
-    effir-ray query runs/demo "SELECT step, loss FROM curves JOIN rows USING (model) WHERE schedule = '3B+ft'"
+    effir-ray query runs/demo "SELECT model, step, loss FROM curves ORDER BY model, step"
     effir-ray query runs/demo "SELECT * FROM rows" --format parquet > rows.parquet
     effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --format md
     """

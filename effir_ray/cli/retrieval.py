@@ -141,7 +141,7 @@ def mteb(
     out: Annotated[Path, out_option("Folder of mteb results; what is in it is not done again.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of BEIR folders to use for tasks of their names, without a download."),
+        typer.Option(help="Folder of BEIR folders, used for tasks of their names in place of downloads."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -76,7 +76,7 @@ def _front_options(space: Any) -> str:
 
     options = "" if space.objectives == DEFAULT_OBJECTIVES else f" --objectives {','.join(space.objectives)}"
     if space.constraints:
-        options += f' --where "{" AND ".join(map(str, space.conditions))}"'
+        options += f' --where "{" AND ".join(space.constraints)}"'
     return options
 
 
@@ -138,7 +138,8 @@ def clean(
     """Delete the models and embeddings of a study's trials. Rows and scores stay.
 
     A study does so by itself, as `keep` in its search space says; this is for one with `keep: all`, or that
-    is not needed as a whole any more. What a later --resume needs is built again.
+    is not needed as a whole any more. What the study still has to do stays possible: models that wait for
+    their test scores are kept.
 
     \b
     [bold]Examples[/bold]

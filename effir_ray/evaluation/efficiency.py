@@ -29,7 +29,7 @@ from effir_ray.progress import progress
 
 _SEARCH_DEPTH = 100
 PRECISION = 0.03  # of a speed-up, to both sides: enough to tell models a block apart
-_SIX_ROUNDS = 6  # the fewest whose range holds the median with 95 % confidence
+SIX_ROUNDS = 6  # the fewest whose range holds the median with 95 % confidence
 
 
 class Efficiency(Config):
@@ -39,8 +39,8 @@ class Efficiency(Config):
     the measured documents, k = 100. document_ms, documents_per_s, tokens_per_s: throughput on all documents
     together. mfu: model FLOPs a second over the highest ``gemm_peak`` of the run. peak_memory_bytes: the
     weights of model and encoder and what encoding adds to them, on the GPU or in the process. isotropy: mean
-    cosine between different documents (0 is best spread, near 1 is collapsed). other_load: share of the
-    machine's cores that was busy with other work meanwhile.
+    cosine between different documents (0 is best spread, near 1 is collapsed), None for a single one.
+    other_load: share of the machine's cores that was busy with other work meanwhile. rounds: how many.
     """
 
     query_ms_p50: float
@@ -55,8 +55,9 @@ class Efficiency(Config):
     document_speedup_interval: tuple[float, float]
     mfu: float
     peak_memory_bytes: int
-    isotropy: float
+    isotropy: float | None
     other_load: float
+    rounds: int
 
 
 def measure(
@@ -118,7 +119,7 @@ def measure_efficiency(
             for name in names[shift:] + names[:shift]:
                 runs[name].round()
                 bar.advance()
-            if number + 1 >= _SIX_ROUNDS and all(
+            if number + 1 >= SIX_ROUNDS and all(
                 run.uncertainty(runs[reference]) <= precision for run in runs.values()
             ):
                 break
@@ -229,8 +230,9 @@ class _Meter:
             document_speedup_interval=median_interval(document_ratios),
             mfu=self._flops / seconds / peak,
             peak_memory_bytes=self._memory,
-            isotropy=isotropy([self._embeddings]),
+            isotropy=isotropy([self._embeddings]) if len(self._embeddings) > 1 else None,
             other_load=other_load,
+            rounds=len(document_ratios),
         )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from effir_ray.data.datasets import Dataset, load_dataset, official_name
+from effir_ray.data.datasets import load_dataset, official_name
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.errors import InputError
 from effir_ray.models.folder import read_own
@@ -40,8 +40,9 @@ def run_mteb(
     """Task -> main score, by ``mteb.evaluate``; its files lie in ``out``/results as in mteb's repository of
     results, and what is there already is not done again.
 
-    ``data``: a folder of BEIR folders, used for tasks of their names (``scifact`` for SciFact) in place of
-    downloads. Raises InputError for an unknown task, and when mteb is not installed.
+    ``data``: a folder of BEIR folders, of which those of the tasks' names (``scifact`` for SciFact) are used
+    in place of downloads. Raises InputError for an unknown task, for one that ``data`` has no folder or not
+    the split of, and when mteb is not installed.
     """
     try:
         import mteb
@@ -53,18 +54,34 @@ def run_mteb(
         raise InputError(f"--task: {' '.join(str(error).split())}") from None
     if not chosen:
         raise InputError("give at least one task, for example --task SciFact")
-    for task in chosen:
-        folder = None if data is None else Path(data) / official_name(task.metadata.name.lower())
-        if folder is not None and folder.is_dir():
-            _fill(task, load_dataset(folder))
+    for task in chosen if data is not None else ():
+        _fill(task, Path(data or ""))
     cache = mteb.ResultCache(Path(out))
     found = mteb.evaluate(MtebModel(model), chosen, cache=cache, show_progress_bar=False)
     return {result.task_name: float(result.get_score()) for result in found.task_results}
 
 
-def _fill(task: AbsTask, data: Dataset) -> None:
-    """Give a retrieval task its texts and judgements, which it would otherwise download."""
-    splits = [split for split in task.metadata.eval_splits if split in data.splits]
+_NAMES = {
+    "fiqa2018": "fiqa",
+    "treccovid": "trec-covid",
+    "quoraretrieval": "quora",
+    "climatefever": "climate-fever",
+    "touche2020": "webis-touche2020",
+}
+"""mteb's name of a task in small letters -> BEIR's of its data, where they differ."""
+
+
+def _fill(task: AbsTask, place: Path) -> None:
+    """Give a retrieval task its texts and judgements from ``place``; it would otherwise download them."""
+    name = task.metadata.name.lower()
+    folder = place / _NAMES.get(name, official_name(name))
+    if not folder.is_dir():
+        raise InputError(f"--data: {folder} is not there, which the task {task.metadata.name} is to use")
+    data = load_dataset(folder)
+    splits = list(task.metadata.eval_splits)
+    missing = [split for split in splits if split not in data.splits]
+    if missing:
+        raise InputError(f"{folder}: the task {task.metadata.name} needs judgements of split {missing[0]}")
     documents = {
         document.id: {"title": document.title, "text": document.text}
         for document in data.corpus.iter_documents()

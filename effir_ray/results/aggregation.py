@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from effir_ray.errors import InputError
 from effir_ray.results.schema import DIRECTIONS
 
 SEEDS = "seeds"
@@ -16,6 +18,7 @@ SPREAD = "ndcg_at_10_sd"
 DATASETS = "datasets"
 
 _MEANS = (*DIRECTIONS, "ndcg_at_10_low", "ndcg_at_10_high", "bm25_ndcg_at_10")
+_OF_ONE = ("document_speedup_low", "document_speedup_high")  # intervals that say nothing of a mean
 _OF_DATA = ("dataset", "held_out")
 
 Key = tuple[str, ...]
@@ -56,14 +59,21 @@ def mean_over_seeds(rows: pa.Table) -> pa.Table:
 
 def mean_over_datasets(rows: pa.Table) -> pa.Table:
     """One row for all data sets of a configuration that was measured on every one of them, with the column
-    ``datasets``: each one's nDCG@10, JSON."""
+    ``datasets``: each one's nDCG@10, JSON. Raises InputError where there is none."""
     names = ["backbone", "schedule", "recovered", "split", "dataset", "trial", "ndcg_at_10"]
     records = rows.select(names).to_pylist()
     groups: dict[Key, dict[str, int]] = {}
     for number, record in enumerate(records):
         groups.setdefault(configuration(record, across_datasets=True), {})[record["dataset"]] = number
     everywhere = set(rows["dataset"].to_pylist())
-    members = [list(group.values()) for group in groups.values() if group.keys() == everywhere]
+    members = [
+        [group[name] for name in sorted(group)] for group in groups.values() if group.keys() == everywhere
+    ]
+    if not members:
+        raise InputError(
+            f"no configuration was measured on all of {', '.join(sorted(everywhere))}: schedules, samples, "
+            "timing and training have to be the same on each"
+        )
     single = [
         json.dumps({records[number]["dataset"]: round(records[number]["ndcg_at_10"], 6) for number in group})
         for group in members
@@ -82,6 +92,11 @@ def _merged(rows: pa.Table, members: Sequence[Sequence[int]]) -> pa.Table:
         kind = rows.schema.field(name).type
         column = pa.array(means, pa.float64()) if pa.types.is_floating(kind) else _rounded(means, kind)
         kept = kept.set_column(kept.schema.get_field_index(name), name, column)
+    for name in _OF_ONE:
+        if name in rows.schema.names:
+            single = pa.array([len(group) == 1 for group in members], pa.bool_())
+            own = pc.if_else(single, kept[name], pa.scalar(None, rows.schema.field(name).type))
+            kept = kept.set_column(kept.schema.get_field_index(name), name, own)
     return kept
 
 

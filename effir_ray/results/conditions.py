@@ -17,6 +17,7 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
+_ON_THE_BOUND = 1e-12  # what "<" and ">" leave out
 _FORM = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*")
 
 
@@ -37,10 +38,11 @@ class Condition:
         if value is None:
             return 1.0
         excess = value - self.bound if self.comparison.startswith("<") else self.bound - value
-        return excess / (abs(self.bound) or 1.0)
+        share = excess / (abs(self.bound) or 1.0)
+        return share if self.holds(value) else max(share, _ON_THE_BOUND)
 
     def __str__(self) -> str:
-        return f"{self.column} {self.comparison} {self.bound:g}"
+        return f"{self.column} {self.comparison} {self.bound!r}"
 
 
 def condition(text: str) -> Condition:

@@ -176,7 +176,7 @@ def _score(row: TrialRow, full: TrialRow | None) -> dict[str, str]:
 def _speed(row: TrialRow) -> str:
     if row.document_speedup is None:
         return ""
-    if row.document_speedup_low is None:
+    if row.document_speedup_low is None or row.schema_version < 5:  # before: the range of the rounds
         return f"{row.document_speedup:.2f} times"
     return (
         f"{row.document_speedup:.2f} times (95 % interval {row.document_speedup_low:.2f} to "

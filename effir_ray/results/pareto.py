@@ -95,6 +95,11 @@ def _eliminate(points: Points) -> Mask:
 _RIVALS = 16
 
 
+_WITH_INTERVAL = ("document_speedup",)
+"""Objectives that are measured in rounds. A score's interval is of another kind: over queries, which are the
+same for all models, so that two scores may differ surely though their intervals overlap."""
+
+
 def on_front(table: pa.Table, objectives: Mapping[str, Direction]) -> Mask:
     """(rows,) True where the row is on the front of ``objectives``; failed rows and nulls never are.
 
@@ -104,8 +109,8 @@ def on_front(table: pa.Table, objectives: Mapping[str, Direction]) -> Mask:
     costs = costs_of(table, objectives)
     mask = non_dominated(costs)
     names = list(objectives)
-    for speed in names:
-        if len(names) > 1 and f"{speed}_low" in table.schema.names:
+    for speed in _WITH_INTERVAL:
+        if len(names) > 1 and speed in names and f"{speed}_low" in table.schema.names:
             low, high = (_filled(table, f"{speed}{end}", speed) for end in ("_low", "_high"))
             _leave_out_noise(mask, np.delete(costs, names.index(speed), axis=1), low, high)
     return mask

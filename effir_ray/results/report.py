@@ -130,7 +130,16 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "created_at": created.strftime("%Y-%m-%d %H:%M:%S UTC") if created else "",
         "layers": _layers(record),
         "doubtful": is_doubtful(record),
+        **({} if _has_interval(record) else dict.fromkeys(_SPEED_INTERVAL)),
     }
+
+
+_SPEED_INTERVAL = ("document_speedup_low", "document_speedup_high")
+
+
+def _has_interval(record: dict[str, Any]) -> bool:
+    """Rows before schema 5 had the range of the rounds in its place."""
+    return (record["schema_version"] or 0) >= 5
 
 
 def _layers(record: dict[str, Any]) -> list[tuple[bool, float]]:

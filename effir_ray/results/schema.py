@@ -124,7 +124,7 @@ class TrialRow(Config):
         default=None, description="document encoding speed / that of the full model in the same run"
     )
     document_speedup_low: Positive | None = Field(
-        default=None, description="lower end of the 95 % interval of document_speedup"
+        default=None, description="lower end of its 95 % interval; before schema 5 of the rounds' range"
     )
     document_speedup_high: Positive | None = Field(default=None, description="upper end of that interval")
     query_speedup: Positive | None = Field(

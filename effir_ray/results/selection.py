@@ -87,11 +87,14 @@ def select_front(
     """``pareto``, and what it left out."""
 
     def attempt() -> Front:
-        table = _rows_to_choose_from(folders, where, damaged, one_by_one=not mean_datasets)
+        everything = _rows_to_choose_from(folders, where, damaged, one_by_one=not mean_datasets)
+        table = filter_rows(everything, where) if where else everything
         chosen = chosen_rows(table, split, several_datasets=mean_datasets)
+        chosen_on = chosen["split"][0]
         if _of_several_seeds(chosen):
             if "backbone" not in table.schema.names:
-                table = _rows_to_choose_from(folders, where, _unheard if damaged else None, one_by_one=False)
+                heard = _unheard if damaged else None
+                table = everything = _rows_to_choose_from(folders, where, heard, one_by_one=False)
                 chosen = chosen_rows(table, split)
             chosen = mean_over_seeds(chosen)
         if mean_datasets:
@@ -100,11 +103,11 @@ def select_front(
         best = front(chosen, directions)
         if pick:
             best = pick_row(best, pick, tuple(directions))
-        scored = with_test_scores(best, table, across_datasets=mean_datasets)
+        scored = with_test_scores(best, everything, across_datasets=mean_datasets)
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
         scored = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
-        failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen["split"][0]))
+        failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen_on))
         return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
 
     return tables.settled(attempt)
@@ -125,7 +128,7 @@ def _rows_to_choose_from(
 ) -> pa.Table:
     """The last row of each trial. Without ``where``, which may name any column, few columns are read."""
     if where:
-        return filter_rows(store.latest(store.read(folders, damaged=damaged)), where)
+        return store.latest(store.read(folders, damaged=damaged))
     if not one_by_one:
         columns = (*_NARROW, *_CONFIGURED, *_AVERAGED)
         return store.latest(store.read(folders, columns=columns, damaged=damaged, places=True))

@@ -82,7 +82,7 @@ def importance(folders: Folders, *, damaged: Damaged | None = None) -> pa.Table:
     """Every importance that the studies in ``folders`` measured."""
     records: list[dict[str, Any]] = []
     for folder in as_places(folders):
-        for file in sorted(folder.glob("stages/importance/*/importance.json")):
+        for file in _finished(folder, "importance/*/importance.json"):
             with _told(damaged):
                 scores, inputs = _measured(file)
                 records += [
@@ -105,7 +105,7 @@ def curves(folders: Folders, *, damaged: Damaged | None = None) -> pa.Table:
     records: list[dict[str, Any]] = []
     measured = [field.name for field in CURVES if field.name not in ("folder", "model")]
     for folder in as_places(folders):
-        for file in sorted(folder.glob("stages/*/*/history.jsonl")):
+        for file in _finished(folder, "*/*/history.jsonl"):
             model = (file.parent / "checkpoint").relative_to(folder).as_posix()
             with _told(damaged):
                 steps = {row["step"]: row for row in _steps(file)}
@@ -118,6 +118,12 @@ def curves(folders: Folders, *, damaged: Damaged | None = None) -> pa.Table:
                     for step in sorted(steps)
                 ]
     return _table(records, CURVES)
+
+
+def _finished(folder: Path, pattern: str) -> list[Path]:
+    """Files of stages that are complete: others are being written."""
+    files = sorted(folder.glob(f"stages/{pattern}"))
+    return [file for file in files if (file.parent / "stage.json").exists()]
 
 
 def _measured(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -47,7 +47,7 @@ class Collector:
         """Everything that leads to a row to come, and what the scores of the front's rows are of."""
         for config in self.proposals.unfinished():
             yield from self._of(config, "dev")
-        for config in self.proposals.front():
+        for config in self.proposals.undefeated():
             tested = (config.id, "test") in self.proposals.rows
             if self.proposals.space.keep == "none" and tested:
                 continue

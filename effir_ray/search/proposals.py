@@ -13,7 +13,7 @@ import random
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from effir_ray.errors import InputError
-from effir_ray.results.pareto import on_front
-from effir_ray.results.schema import ARROW_SCHEMA, TrialRow
+from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
+from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
 from effir_ray.search.dry_run import allowed_candidates, expected_plan, may_meet
 from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
@@ -176,12 +176,20 @@ class Proposals:
     def front(self) -> list[TrialConfig]:
         """The configurations no other dev trial that meets the constraints beats, the best in the first
         objective first."""
+        return self._front(on_front)
+
+    def undefeated(self) -> list[TrialConfig]:
+        """``front()`` and those that only noise in their speed keeps off it, which a later trial may bring
+        back: what is not among these never will be on the front."""
+        return self._front(lambda table, objectives: non_dominated(costs_of(table, objectives)))
+
+    def _front(self, chosen: Callable[[pa.Table, Mapping[str, Direction]], Mask]) -> list[TrialConfig]:
         dev = [row for row in list(self.rows.values()) if row.split == "dev" and self._meets(row)]
         if not dev:
             return []
         table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
         directions = self.space.directions
-        best = [row for row, kept in zip(dev, on_front(table, directions), strict=True) if kept]
+        best = [row for row, kept in zip(dev, chosen(table, directions), strict=True) if kept]
         first = self.space.objectives[0]
         best.sort(key=lambda row: float(getattr(row, first)), reverse=directions[first] == "max")
         return [TrialConfig.of(row) for row in best]

@@ -122,15 +122,20 @@ class Cleaned(Config):
 
 def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Cleaned:
     """Delete the models and embeddings of a study that is not running: those of trials that are not on its
-    front, or all. Rows and scores stay, and ``--resume`` goes on.
+    front, or all that have their test scores too. Rows and scores stay, and ``--resume`` goes on.
 
-    Raises InputError where there is no study, it is running, or what it reads is not there any more.
+    Raises InputError where there is no study, it is running, or what it reads is not what it read.
     """
     folder = Path(out).resolve()
     record = record_of(folder)
     space = record.space.model_copy(update={"threads": record.threads, "keep": keep})
     device, _, dtype = record.computes.partition(", ")
     sources = replace(_checked_sources(space), device=device, dtype=dtype)
+    if sources.contents != record.contents or not record.computes:
+        raise InputError(
+            f"{folder}: what the study reads has changed since it began, or another version began it: which "
+            "stages are whose is not known any more; delete folders of stages/ by hand, or the whole study"
+        )
     with exclusive(folder):
         backbone = load_config(space.backbone, first_blocks=space.first_blocks)
         proposals = Proposals(space, folder, finished_rows(folder), backbone)

@@ -95,3 +95,12 @@ def test_an_unknown_task_is_named() -> None:
     with pytest.raises(InputError, match=r"--task: .*Scifakt"):
         run_mteb("random:bert", ["Scifakt"], "nowhere")
     assert not Path("nowhere").exists()
+
+
+def test_local_data_that_a_task_cannot_use_is_named(words: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"scifact is not there, which the task SciFact is to use"):
+        run_mteb("random:bert", ["SciFact"], tmp_path / "out", data=tmp_path)
+    (tmp_path / "scifact").symlink_to(words, target_is_directory=True)
+    (words / "qrels" / "test.tsv").rename(words / "qrels" / "dev.tsv")
+    with pytest.raises(InputError, match=r"the task SciFact needs judgements of split test"):
+        run_mteb("random:bert", ["SciFact"], tmp_path / "out", data=tmp_path)

@@ -28,6 +28,9 @@ def test_how_far_a_value_is_on_the_wrong_side_is_a_share_of_the_bound() -> None:
     assert condition("document_speedup>=2").violation(3) == -0.5
     assert condition("ndcg_at_10<=0").violation(0.5) == 0.5
     assert condition("parameters<=100").violation(None) > 0
+    assert (
+        condition("document_speedup>1").violation(1.0) > 0 >= condition("document_speedup>=1").violation(1.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,4 +49,4 @@ def test_what_is_no_condition(text: str, message: str) -> None:
 
 
 def test_a_condition_is_written_as_sql_reads_it() -> None:
-    assert str(condition("parameters<=5e7")) == "parameters <= 5e+07"
+    assert str(condition("parameters<=22713216")) == "parameters <= 22713216.0"

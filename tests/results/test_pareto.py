@@ -71,6 +71,14 @@ def test_a_speed_within_noise_keeps_no_worse_model_on_the_front() -> None:
     assert non_dominated(costs_of(rows, NOISY)).all()
 
 
+def test_intervals_of_scores_take_nothing_off_the_front() -> None:
+    """They are over queries, which are the same for all models."""
+    rows = timed((0.6, 100, 1.0, 1.0, 1.0), (0.58, 80, 1.3, 1.29, 1.31), (0.55, 60, 1.8, 1.79, 1.81))
+    low, high = (pa.array([score + end for score in (0.6, 0.58, 0.55)]) for end in (-0.05, 0.05))
+    rows = rows.append_column("ndcg_at_10_low", low).append_column("ndcg_at_10_high", high)
+    assert on_front(rows, NOISY).all()
+
+
 def test_speeds_without_an_interval_are_taken_as_they_are() -> None:
     rows = timed((0.6, 50, 1.5, None, None), (0.5, 50, 1.6, None, None), (0.5, 50, 1.5, None, None))
     assert on_front(rows, NOISY).tolist() == [True, True, False]

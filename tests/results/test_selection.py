@@ -203,3 +203,35 @@ def test_means_over_data_sets_are_of_what_was_measured_on_all(tmp_path: Path) ->
     assert front["schedule"].to_pylist() == ["small"]
     assert front["ndcg_at_10"].to_pylist() == pytest.approx([0.425])
     assert json.loads(front["datasets"][0].as_py()) == {"a": 0.45, "b": 0.4}
+
+
+def test_means_carry_no_interval_of_one_of_their_members(tmp_path: Path) -> None:
+    speeds = {"document_speedup": 1.0, "document_speedup_low": 0.98, "document_speedup_high": 1.02}
+    faster = {"document_speedup": 2.0, "document_speedup_low": 1.98, "document_speedup_high": 2.02}
+    store.append(tmp_path, [seeded("2M", 0, 0.5, 60, **speeds), seeded("2M", 1, 0.5, 60, **faster)])
+    (found,) = pareto([tmp_path]).to_pylist()
+    assert found["document_speedup"] == 1.5
+    assert found["document_speedup_low"] is found["document_speedup_high"] is None
+
+
+def test_nothing_measured_on_all_data_sets_is_said(tmp_path: Path) -> None:
+    store.append(tmp_path, [row("1M", 0.5, 60, dataset="a"), row("2M", 0.5, 60, dataset="b")])
+    with pytest.raises(InputError, match="no configuration was measured on all of a, b"):
+        pareto([tmp_path], mean_datasets=True, objectives=["ndcg_at_10", "parameters"])
+
+
+def test_a_condition_on_dev_scores_hides_no_test_score(tmp_path: Path) -> None:
+    store.append(tmp_path, [row("1M", 0.46, 60), row("1M", 0.44, 60, split="test")])
+    front = pareto([tmp_path], where="ndcg_at_10 >= 0.45")
+    assert front[TEST_COLUMN].to_pylist() == [0.44]
+
+
+def test_a_front_is_the_same_with_and_without_a_condition_that_all_meet(tmp_path: Path) -> None:
+    """The one reads few columns, the other all."""
+    bounds = {"ndcg_at_10_low": 0.4, "ndcg_at_10_high": 0.7}
+    rows = [
+        row(f"{number}M", 0.6 - number / 50, 100 - number, document_speedup=1 + number / 5, **bounds)
+        for number in range(4)
+    ]
+    store.append(tmp_path, rows)
+    assert names(tmp_path) == names(tmp_path, where="parameters < 1000") == ["0M", "1M", "2M", "3M"]

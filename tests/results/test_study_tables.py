@@ -38,6 +38,10 @@ def study(tmp_path: Path) -> Path:
     done = {"step": 2, "loss": 1.0, "dev_ndcg_at_10": 0.4}
     steps = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 9.0}, done]
     (training / "history.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    (training / "stage.json").write_text("{}")
+    unfinished = tmp_path / "stages" / "recovered" / "ghi.tmp"
+    unfinished.mkdir()
+    (unfinished / "history.jsonl").write_text('{"step": 1, "lo')
     return tmp_path
 
 

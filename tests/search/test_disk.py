@@ -133,6 +133,11 @@ def test_a_study_that_kept_everything_is_cleaned_later(tmp_path: Path) -> None:
     assert not (out / "stages" / "locks").exists()
     assert clean(out).freed_bytes == 0
     assert clean(out, keep="none").kept_bytes == 0
+    record = (out / "study.json").read_text()
+    (out / "study.json").write_text(record.replace(study.sources.dataset, "0" * 64))
+    with pytest.raises(InputError, match="what the study reads has changed since it began"):
+        clean(out)
+    (out / "study.json").write_text(record)
     with pytest.raises(InputError, match=r"holds no study \(no study\.json\)"):
         clean(tmp_path)
     with exclusive(out), pytest.raises(InputError, match="another search is running"):

@@ -298,3 +298,17 @@ def test_hours_are_counted_by_the_clock(tmp_path: Path, monkeypatch: pytest.Monk
     later = [request.split for request in finish(study)]
     assert later == ["test"]
     assert study.shortfall == "1 of 2 trials ran: the budget of 2 hours is spent"
+
+
+def test_what_noise_keeps_off_the_front_may_come_back_and_what_is_beaten_not(tmp_path: Path) -> None:
+    space = small_space(schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}, {"drop_mlp": 3}])
+    study = proposals(space, tmp_path)
+    speeds = {"full": (1.0, 1.0), "1M": (1.1, 2.2), "2M": (1.9, 2.1), "3M": (1.0, 1.0)}
+    scores = {"full": 0.7, "1M": 0.6, "2M": 0.58, "3M": 0.1}
+    while (request := study.next()) is not None and request.split == "dev":
+        low, high = speeds[request.config.name]
+        found = row(request.config, scores[request.config.name], speed=(low + high) / 2, parameters=100)
+        bounds = {"document_speedup_low": low, "document_speedup_high": high}
+        study.finished(found.model_copy(update=bounds))
+    assert [config.name for config in study.front()] == ["full", "1M"]
+    assert [config.name for config in study.undefeated()] == ["full", "1M", "2M"]
