@@ -1,4 +1,4 @@
-# make demo   install into .venv and run the demonstration search (a Pareto front in about ten minutes)
+# make demo   install into .venv and run the demonstration search (a Pareto front in ten to twenty minutes)
 # make test   install into .venv and run all tests; `make test-fast` leaves the integration tests out
 # make fuzz   every reader of files for a minute with random input
 # make check  lint and types

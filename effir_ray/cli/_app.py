@@ -103,7 +103,7 @@ def root() -> None:
 
     \b
     [bold]Start here[/bold]
-    effir-ray demo                       a real search in about ten minutes
+    effir-ray demo                       a real search in ten to twenty minutes
     effir-ray shrink MODEL --texts corpus.jsonl --out smaller
     effir-ray search SPACE.yaml --out runs/mine
     effir-ray pareto runs/mine           what came out, as a table
