@@ -48,6 +48,9 @@ def demo() -> Iterator[str]:
     yield f"they keep {dev['3B']['ndcg_at_10'] / full['ndcg_at_10']:.0%}".replace("%", " %")
     yield f"leave {dev['last3B+ft']['ndcg_at_10'] / full['ndcg_at_10']:.0%}".replace("%", " %")
     yield f"BM25 is at {percent(full['bm25_ndcg_at_10'])}"
+    test = {row["schedule"]: row for row in found if row["split"] == "test"}
+    scores = [percent(test[name]["ndcg_at_10"]) for name in ("3B+ft", "full")]
+    yield f"{scores[0]} of {scores[1]}, BM25 {percent(test['full']['bm25_ndcg_at_10'])}"
 
 
 def evaluation() -> Iterator[str]:
