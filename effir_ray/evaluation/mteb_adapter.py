@@ -51,7 +51,8 @@ def run_mteb(
     try:
         chosen = list(mteb.get_tasks(tasks=list(tasks)))
     except (KeyError, ValueError) as error:
-        raise InputError(f"--task: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error.args[0]).split()).removeprefix("KeyError: ")
+        raise InputError(f"--task: {reason}") from None
     if not chosen:
         raise InputError("give at least one task, for example --task SciFact")
     for task in chosen if data is not None else ():

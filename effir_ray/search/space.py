@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
 from effir_ray.config import Config, Length, Seed, parse
@@ -309,18 +309,25 @@ class SearchSpace(StudySettings):
     concurrency: int = Field(default=1, ge=1, le=4096)
     keep: Literal["front", "all", "none"] = "front"
 
-    @model_validator(mode="after")
-    def _measured(self) -> SearchSpace:
-        for name in self.objectives:
+    @field_validator("objectives")
+    @classmethod
+    def _measured(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
             if name not in DIRECTIONS:
                 raise ValueError(f"objective '{name}' is not measured; choose from {', '.join(DIRECTIONS)}")
-            if self.objectives.count(name) > 1:
+            if names.count(name) > 1:
                 raise ValueError(f"objective '{name}' is named twice")
+        return names
+
+    @field_validator("constraints")
+    @classmethod
+    def _readable(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         try:
-            assert self.conditions is not None
+            for text in texts:
+                condition(text)
         except InputError as error:
-            raise ValueError(f"constraints: {error}") from None
-        return self
+            raise ValueError(str(error)) from None
+        return texts
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpace:
