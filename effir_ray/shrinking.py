@@ -227,7 +227,7 @@ class _Run:
         paced = self._stage("pace", partial(self._pace, learnt, cut_model))
         pace = _Pace(**read_json_object(paced / "pace.json"))
         small = self._distil(cut_model, learnt, pace)
-        compared = self._stage("comparison", partial(self._compare, small, held))
+        compared = self._stage("comparison", partial(self._compare, small, held), version=2)
         result = self._result(out, pace, Comparison(**read_json_object(compared / "comparison.json")))
         record = {"asked": asked, "result": json.loads(result.model_dump_json())}
         _deliver(small, record, out)
@@ -249,8 +249,8 @@ class _Run:
     def _present(self) -> Plan:
         return present_plan(load_config(self.model))
 
-    def _stage(self, name: str, build: Callable[[Path], None]) -> Path:
-        return self.store.run(name, {}, build)
+    def _stage(self, name: str, build: Callable[[Path], None], *, version: int = 1) -> Path:
+        return self.store.run(name, {}, build, version=version)
 
     def read_texts(self) -> tuple[list[Pair], list[Pair]]:
         """What is learned from and what is held out, in the order of a hash."""

@@ -147,7 +147,7 @@ def mteb(
 ) -> None:
     """Evaluate a model by mteb itself; its files are laid out as in mteb's repository of results.
 
-    
+    \b
     [bold]Examples[/bold]
     effir-ray mteb --model small --task SciFact --task NFCorpus --out runs/mteb
     effir-ray mteb --model minilm-l6 --task SciFact --data DATA --out runs/mteb

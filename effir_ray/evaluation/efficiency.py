@@ -29,7 +29,7 @@ from effir_ray.progress import progress
 
 _SEARCH_DEPTH = 100
 PRECISION = 0.03  # of a speed-up, to both sides: enough to tell models a block apart
-SIX_ROUNDS = 6  # the fewest whose range holds the median with 95 % confidence
+FEWEST_ROUNDS = 6  # whose range holds the median with 95 % confidence
 
 
 class Efficiency(Config):
@@ -119,7 +119,7 @@ def measure_efficiency(
             for name in names[shift:] + names[:shift]:
                 runs[name].round()
                 bar.advance()
-            if number + 1 >= SIX_ROUNDS and all(
+            if number + 1 >= FEWEST_ROUNDS and all(
                 run.uncertainty(runs[reference]) <= precision for run in runs.values()
             ):
                 break
@@ -141,6 +141,9 @@ def median_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> tuple[
     return float(ordered[left_out]), float(ordered[-1 - left_out])
 
 
+_NOT_BUSY = ("idle", "iowait", "guest", "guest_nice")  # what guests take is in user and nice already
+
+
 class _OtherLoad:
     """How busy the machine is with anything but this process, from when it is made on."""
 
@@ -153,8 +156,8 @@ class _OtherLoad:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        everything, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        busy = everything.user + everything.system
+        everything, own = psutil.cpu_times()._asdict(), psutil.Process().cpu_times()
+        busy = sum(seconds for state, seconds in everything.items() if state not in _NOT_BUSY)
         return time.monotonic(), busy, own.user + own.system
 
 

@@ -109,7 +109,9 @@ class MtebModel:
         in by mteb; its other arguments (the task, batch sizes) have no influence here.
         """
         texts = [text for batch in inputs for text in batch["text"]]
-        return self._encoder.encode(texts, "query" if prompt_type == "query" else "document")
+        if prompt_type == "query":
+            return self._encoder.encode(texts, "query", progress="Encoding queries")
+        return self._encoder.encode(texts, "document", progress="Encoding documents")
 
     def similarity(self, embeddings1: npt.ArrayLike, embeddings2: npt.ArrayLike) -> Floats:
         """Inner products of (n, d) and (m, d) as (n, m): what retrieval ranks by."""

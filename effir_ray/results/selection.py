@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,14 +30,6 @@ TEST_COLUMN = "test_ndcg_at_10"
 EQUAL_COLUMN = "not_better_than"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Front:
-    """``rows``: what ``pareto`` returns; ``failed``: how many trials of the same split have no score."""
-
-    rows: pa.Table
-    failed: int
-
-
 def pareto(
     folders: Folders,
     *,
@@ -63,34 +54,11 @@ def pareto(
     which are then left out. Raises InputError when the rows are of more than one data set, version of it or
     sample of it (their scores cannot be compared), a file cannot be read, or no row is left.
     """
-    return select_front(
-        folders,
-        where=where,
-        pick=pick,
-        objectives=objectives,
-        split=split,
-        mean_datasets=mean_datasets,
-        damaged=damaged,
-    ).rows
 
-
-def select_front(
-    folders: Folders,
-    *,
-    where: str | None = None,
-    pick: str | None = None,
-    objectives: Sequence[str] = (),
-    split: str | None = None,
-    mean_datasets: bool = False,
-    damaged: Damaged | None = None,
-) -> Front:
-    """``pareto``, and what it left out."""
-
-    def attempt() -> Front:
+    def attempt() -> pa.Table:
         everything = _rows_to_choose_from(folders, where, damaged, one_by_one=not mean_datasets)
         table = filter_rows(everything, where) if where else everything
         chosen = chosen_rows(table, split, several_datasets=mean_datasets)
-        chosen_on = chosen["split"][0]
         if _of_several_seeds(chosen):
             if "backbone" not in table.schema.names:
                 heard = _unheard if damaged else None
@@ -106,9 +74,7 @@ def select_front(
         scored = with_test_scores(best, everything, across_datasets=mean_datasets)
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
-        scored = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
-        failed = pc.and_(pc.equal(table["status"], "failed"), pc.equal(table["split"], chosen_on))
-        return Front(rows=scored, failed=pc.sum(failed).as_py() or 0)
+        return _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
 
     return tables.settled(attempt)
 

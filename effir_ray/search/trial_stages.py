@@ -36,7 +36,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.corpus_search import search_corpus
-from effir_ray.evaluation.efficiency import PRECISION, SIX_ROUNDS, isotropy, measure_efficiency
+from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, PRECISION, isotropy, measure_efficiency
 from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
@@ -276,7 +276,7 @@ def _timing_columns(task: StageTask) -> dict[str, Any]:
     timing = json.loads((task.out / TIMING).read_text())
     full = timing["full"]
     backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
-    interval = timing["document_speedup_interval"] if timing["rounds"] >= SIX_ROUNDS else (None, None)
+    interval = timing["document_speedup_interval"] if timing["rounds"] >= FEWEST_ROUNDS else (None, None)
     query_ms = full["query_ms_p50"] / timing["query_speedup"]
     return {
         "bytes": accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"]),

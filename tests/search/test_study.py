@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 import ray
@@ -20,8 +21,9 @@ from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.results.query import query
 from effir_ray.search.folder import STAGES_FOLDER
-from effir_ray.search.study import search
+from effir_ray.search.study import clean, search
 from effir_ray.search.trial import repeat
 from tests.helpers.search_examples import small_space, write_corpus
 
@@ -56,7 +58,7 @@ def kill_the_trial(out: Path) -> None:
 
 @pytest.mark.integration
 def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Path) -> None:
-    """One of its trials loses its process on the way."""
+    """One of its trials loses its process on the way. Wanted is a smaller model, whatever its speed."""
     killer = threading.Thread(target=kill_the_trial, args=(tmp_path / "study",), daemon=True)
     killer.start()
     space = small_space(
@@ -66,6 +68,8 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
         parameters={"drop_attention": [1, 2], "drop_mlp": [0]},
         trials=1,
         threads=2,
+        objectives=["ndcg_at_10", "parameters"],
+        constraints=["parameter_ratio < 1", "document_ms > 0"],
     )
     connect(num_cpus=2)
     try:
@@ -85,6 +89,19 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
             assert models <= sum(row["trial_id"] in result.front for row in dev if row != full)
         tested = {row["trial_id"] for row in rows if row["split"] == "test"}
         assert tested == {*result.front, full["trial_id"]}
+        assert full["trial_id"] not in result.front
+        told = optuna.load_study(
+            study_name="tiny", storage=f"sqlite:///{tmp_path}/study/optuna.db"
+        ).get_trials()
+        assert [sorted(trial.constraints) for trial in told] == [
+            ["document_ms > 0.0", "parameter_ratio < 1.0"]
+        ]
+        steps = query(
+            tmp_path / "study", "SELECT step, loss FROM curves JOIN rows USING (model) WHERE recovered"
+        )
+        assert sorted(set(steps["step"].to_pylist())) == [1, 2, 3] and min(steps["loss"].to_pylist()) > 0
+        measured = query(tmp_path / "study", "SELECT unit, layer FROM importance").to_pylist()
+        assert len(measured) == 3 * 4 * len(list(tmp_path.glob("study/stages/importance/*")))
         assert all(row["parameters"] and row["document_ms"] and row["document_speedup"] for row in dev)
         assert trained["parameter_ratio"] < 1 == full["parameter_ratio"]
         stages = Counter(builds(tmp_path / "study"))
@@ -97,6 +114,8 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
             assert now.map_at_100 == pytest.approx(then.map_at_100, abs=1e-4)
         with pytest.raises(InputError, match="--resume"):
             search(space, tmp_path / "study")
+        assert clean(tmp_path / "study", keep="none").kept_bytes == 0
+        assert search(space, tmp_path / "study", resume=True).front == result.front
     finally:
         ray.shutdown()
 
