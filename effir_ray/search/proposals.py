@@ -11,24 +11,20 @@ from __future__ import annotations
 import itertools
 import random
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 import pyarrow as pa
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from sqlalchemy import URL
-from sqlalchemy.exc import SQLAlchemyError
 
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
 from effir_ray.search.dry_run import allowed_candidates, expected_plan, may_meet
+from effir_ray.search.optuna_study import STORAGE, distribution, open_study, readable
 from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
@@ -38,7 +34,6 @@ if TYPE_CHECKING:
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
 _STUBBORN = 10  # useless proposals in a row, before an untried combination is taken instead
 _DRAWS = 500  # random combinations looked at where they cannot be listed, before the study gives up
-_STORAGE = "optuna.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +57,16 @@ class Proposals:
         self.space, self.out, self.backbone = space, out.resolve(), backbone
         self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
         self.running: dict[tuple[str, str], TrialRequest] = {}
-        with _readable(self.out / _STORAGE):
-            self.study = _open_study(space, self.out)
-        self.distributions = {name: _distribution(axis) for name, axis in space.parameters.axes.items()}
+        with readable(self.out / STORAGE):
+            self.study = open_study(space, self.out)
+        self.distributions = {name: distribution(axis) for name, axis in space.parameters.axes.items()}
         self.listed = deque(space.trial(candidate) for candidate in allowed_candidates(space, backbone))
         self.known_from_start = len(self.listed)
         self.started = time.monotonic()
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.sampled: set[str] = set()
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
-        with _readable(self.out / _STORAGE):
+        with readable(self.out / STORAGE):
             self._reconcile()
         self.spent = self._lacking > 0 and self._countable and self._untried() is None
 
@@ -352,14 +347,14 @@ class Proposals:
                 if text is None:  # killed between asking and noting what for
                     self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                     continue
-                config = TrialConfig.read(text, str(self.out / _STORAGE))
+                config = TrialConfig.read(text, str(self.out / STORAGE))
                 self.asked[config.id] = trial.number
                 if config.id not in listed:
                     self.sampled.add(config.id)
                 if (config.id, "dev") not in self.rows:
                     self.listed.append(config)
             elif text is not None:
-                config = TrialConfig.read(text, str(self.out / _STORAGE))
+                config = TrialConfig.read(text, str(self.out / STORAGE))
                 if trial.state == optuna.trial.TrialState.COMPLETE:
                     told.add(config.id)
                 elif _HANDED_OUT in trial.user_attrs and (config.id, "dev") not in self.rows:
@@ -378,57 +373,3 @@ def _drawn(axis: Axis, draw: random.Random) -> Any:
         return draw.choice(values)
     assert axis.low is not None and axis.high is not None
     return draw.uniform(axis.low, axis.high)
-
-
-def _open_study(space: SearchSpace, out: Path) -> optuna.Study:
-    """The Optuna study in ``out``; optuna-dashboard opens it as ``sqlite:///OUT/optuna.db``."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study = _study(space, out)
-    study.set_metric_names(list(space.objectives))
-    # A resumed sampler must not begin again with the draws it made before.
-    study.sampler = _sampler(space, space.seed + len(study.get_trials(deepcopy=False)))
-    return study
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """A damaged database is an InputError of one line."""
-    try:
-        yield
-    except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{file}: not readable as Optuna's database ({reason}); move it away and --resume: it is made "
-            "anew of the rows"
-        ) from None
-
-
-def _study(space: SearchSpace, out: Path) -> optuna.Study:
-    better = {"max": "maximize", "min": "minimize"}
-    return optuna.create_study(
-        # Not pasted together: what follows a "?" in a path would be read as options.
-        storage=URL.create("sqlite", database=str(out / _STORAGE)).render_as_string(),
-        study_name=space.name,
-        directions=[better[direction] for direction in space.directions.values()],
-        load_if_exists=True,
-    )
-
-
-def _sampler(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
-    if space.sampler == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, space.trials // 4)))
-    if space.sampler == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
-    if space.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
-    return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _distribution(axis: Axis) -> Any:
-    if axis.choices is not None:
-        return CategoricalDistribution(axis.choices)
-    if axis.integral:
-        return IntDistribution(axis.low, axis.high, step=axis.step or 1)
-    return FloatDistribution(axis.low, axis.high, step=axis.step)
