@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 from effir_ray.cli import jobs, machine, models, results, retrieval, search, training
-from effir_ray.cli._app import app, stop
+from effir_ray.cli._app import app, flowing, stop
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,8 @@ for _panel, _functions in _COMMANDS.items():
     for _function in _functions:
         app.command(rich_help_panel=_panel)(_function)
 app.add_typer(machine.data, name="data", rich_help_panel="Start")
+for _info in (*app.registered_commands, *machine.data.registered_commands):
+    _info.help = flowing(_info.callback.__doc__ or "") if _info.callback else None
 
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",

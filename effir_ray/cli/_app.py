@@ -8,6 +8,7 @@ stated reason with 1. Any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import signal
 import sys
@@ -91,6 +92,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def flowing(text: str) -> str:
+    """A docstring whose paragraphs are as wide as the terminal; rich would keep the ends of our lines and
+    break each once more. What begins with a backspace character stays as it is, as typer has it."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(part if part.startswith("\b") else " ".join(part.split()) for part in paragraphs)
 
 
 @app.callback()

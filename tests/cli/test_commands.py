@@ -51,6 +51,14 @@ def study(tmp_path: Path) -> Path:
     return tmp_path / "study"
 
 
+def test_help_is_wrapped_by_the_terminal_and_not_by_our_lines() -> None:
+    for name, command in get_command(app).commands.items():
+        for inner in getattr(command, "commands", {name: command}).values():
+            paragraphs = inner.help.split("\n\n")
+            assert not [part for part in paragraphs if "\n" in part and not part.startswith("\b")], name
+            assert paragraphs[-1].startswith("\b\n[bold]Examples[/bold]\n"), name
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_help_shows_how_to_use_the_command(command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
