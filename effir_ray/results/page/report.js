@@ -395,13 +395,23 @@ function drawFailed() {
 
 // -- everything together ----------------------------------------------------------------------------------
 
+// What is looked at is a trial: beside other queries its row of those is shown, or nothing where there is none.
+function follow() {
+  const row = DATA.rows.find((r) => r.key === view.chosen);
+  if (!row || (row.split === view.split && row.group === view.group)) return;
+  const same = rowsOf(view.split).find((r) => r.study === row.study && r.trial_id === row.trial_id);
+  view.chosen = same ? same.key : null;
+}
+
 function draw() {
   document.documentElement.dataset.theme = view.theme;
+  follow();
   const found = shown();
+  drawDetail(); // first: the plot makes room for it
   drawPlot(found);
+  Plotly.Plots.resize("plot");
   drawTables(found);
   drawVolume(found.points);
-  drawDetail();
   drawFailed();
 }
 
@@ -447,6 +457,10 @@ element("back").onclick = () => { view.page -= 1; drawTables(shown()); };
 element("forth").onclick = () => { view.page += 1; drawTables(shown()); };
 const relabel = () => { element("theme").textContent = view.theme === "dark" ? "Light" : "Dark";
   element("theme").setAttribute("aria-pressed", String(view.theme === "dark")); };
+// Paper is white: what is drawn in the dark is drawn again for it.
+let before = null;
+window.addEventListener("beforeprint", () => { before = view.theme; view.theme = "light"; draw(); });
+window.addEventListener("afterprint", () => { view.theme = before ?? view.theme; draw(); });
 element("theme").onclick = () => { view.theme = view.theme === "dark" ? "light" : "dark"; relabel(); draw(); };
 relabel();
 element("provenance").innerHTML = definitions(DATA.provenance);
