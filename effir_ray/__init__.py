@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from effir_ray.results.fetch import fetch_results
     from effir_ray.results.query import query
     from effir_ray.results.report import report
+    from effir_ray.results.results import Results
     from effir_ray.results.selection import pareto
     from effir_ray.search.dry_run import dry_run as preview_search
     from effir_ray.search.space import SearchSpace
@@ -56,6 +57,7 @@ _PUBLIC = {
     "InputError": "errors:InputError",
     "LostProcess": "errors:LostProcess",
     "Plan": "models.plan:Plan",
+    "Results": "results.results:Results",
     "Schedule": "compression.schedule:Schedule",
     "SearchSpace": "search.space:SearchSpace",
     "TrainConfig": "training.config:TrainConfig",
@@ -103,6 +105,7 @@ __all__ = [
     "InputError",
     "LostProcess",
     "Plan",
+    "Results",
     "Schedule",
     "SearchSpace",
     "TrainConfig",

@@ -19,7 +19,7 @@ RESULTS = ROOT / "results"
 
 
 def rows(folder: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = query(RESULTS / folder, "SELECT * FROM rows").to_pylist()
+    found: list[dict[str, Any]] = query(RESULTS / folder, "SELECT * FROM trials").to_pylist()
     return found
 
 

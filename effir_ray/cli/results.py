@@ -81,7 +81,7 @@ def _damaged(skip: bool) -> Damaged | None:
 
 def show_front(front: pa.Table) -> None:
     """A line a model of the front."""
-    from effir_ray.results.selection import is_doubtful
+    from effir_ray.results.selection import FAILED, is_doubtful
 
     rows = front.to_pylist()
     datasets = [json.loads(row["datasets"]) for row in rows] if "datasets" in front.schema.names else []
@@ -129,6 +129,11 @@ def show_front(front: pa.Table) -> None:
         say("±: standard deviation over seeds, of which each row is the mean")
     for score in sorted({row["bm25_ndcg_at_10"] for row in rows if row["bm25_ndcg_at_10"] is not None}):
         say(f"BM25 on the same queries and documents: {score:.4f}")
+    if failed := int((front.schema.metadata or {}).get(FAILED, 0)):
+        say(
+            f"{failed} failed and {'is' if failed == 1 else 'are'} left out: "
+            "SELECT schedule, reason FROM trials WHERE status = 'failed'"
+        )
     for row in rows:
         if is_doubtful(row):
             say(
@@ -229,7 +234,7 @@ def query(
     skip_damaged: SkipDamaged = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the result tables in SQL (DuckDB): `rows` are yours, `published` the paper's figures.
+    """Ask the result tables in SQL (DuckDB): `trials` are yours, `published` the paper's figures.
 
     `query_scores` has what every query scored, `layers` what stays of every block, `importance` and `curves`
     what a study measured and how its trainings went. The query sees these tables and nothing else of this
@@ -237,11 +242,11 @@ def query(
 
     \b
     [bold]Examples[/bold]
-    effir-ray query runs/demo "SELECT schedule, ndcg_at_10, parameters FROM rows WHERE split = 'dev'"
+    effir-ray query runs/demo "SELECT schedule, ndcg_at_10, parameters FROM trials WHERE split = 'dev'"
     effir-ray query --schema
     effir-ray query runs/demo "SELECT model, step, loss FROM curves ORDER BY model, step"
-    effir-ray query runs/demo "SELECT * FROM rows" --format parquet > rows.parquet
-    effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM rows GROUP BY study" --format md
+    effir-ray query runs/demo "SELECT * FROM trials" --format parquet > trials.parquet
+    effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM trials GROUP BY study" --format md
     """
     from effir_ray import query as run
     from effir_ray.results import query as tables

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from effir_ray.errors import InputError
-from effir_ray.results import query_scores, store
-from effir_ray.results.published import published
-from effir_ray.results.study_tables import CURVES, IMPORTANCE, LAYERS, curves, importance, layers
+from effir_ray.results.results import SCHEMAS, Results
 from effir_ray.results.tables import Damaged, Folders
 
 if TYPE_CHECKING:
@@ -21,37 +19,19 @@ if TYPE_CHECKING:
 
 
 def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.Table:
-    """The result of one SELECT over ``rows`` (those of ``folders``), ``query_scores`` (what every query
-    scored under each of them), ``layers`` (what stays of every block), ``importance`` and ``curves`` (of the
-    studies' stages) and ``published`` (the paper's figures); ``schema`` lists their columns. A table is read
-    where its name stands in ``sql``.
+    """The result of one SELECT over the tables of ``Results``; ``schema`` lists their columns. A table is
+    read where its name stands in ``sql``.
 
     The database cannot read or write files, load extensions or reach the network. ``damaged`` hears of files
     that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
-    rows = store.read(folders, damaged=damaged)
-    readers: dict[str, Callable[[], pa.Table]] = {
-        "rows": lambda: rows,
-        "query_scores": lambda: query_scores.read(folders, damaged=damaged),
-        "layers": lambda: layers(rows),
-        "importance": lambda: importance(folders, damaged=damaged),
-        "curves": lambda: curves(folders, damaged=damaged),
-        "published": published,
-    }
-    asked = {name: read for name, read in readers.items() if name in sql.lower()}
-    return select({name: read() for name, read in asked.items()}, sql)
+    results = Results(folders, damaged=damaged)
+    asked = [name for name in SCHEMAS if name in sql.lower()]
+    return select({name: getattr(results, name).to_arrow() for name in asked}, sql)
 
 
 def schema() -> pa.Table:
     """Every column that ``query`` knows: table, column, Arrow type and what it says."""
-    schemas = {
-        "rows": store.ROWS.schema,
-        "query_scores": query_scores.QUERY_SCORES.schema,
-        "layers": LAYERS,
-        "importance": IMPORTANCE,
-        "curves": CURVES,
-        "published": published().schema,
-    }
     return pa.Table.from_pylist(
         [
             {
@@ -60,7 +40,7 @@ def schema() -> pa.Table:
                 "type": str(field.type),
                 "description": (field.metadata or {}).get(b"description", b"").decode(),
             }
-            for table, fields in schemas.items()
+            for table, fields in SCHEMAS.items()
             for field in fields
         ]
     )
@@ -68,7 +48,7 @@ def schema() -> pa.Table:
 
 def where(table: pa.Table, condition: str) -> pa.Table:
     """The rows for which the SQL ``condition`` holds, for example ``"dataset = 'scifact' AND seed = 0"``."""
-    return select({"rows": table}, f"SELECT * FROM rows WHERE ({condition}\n)").cast(table.schema)
+    return select({"trials": table}, f"SELECT * FROM trials WHERE ({condition}\n)").cast(table.schema)
 
 
 def select(tables: dict[str, pa.Table], sql: str) -> pa.Table:
@@ -135,10 +115,7 @@ def _check_one_select(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     statements = connection.extract_statements(sql)
     if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
         found = ", ".join(statement.type.name for statement in statements) or "nothing"
-        raise InputError(
-            "SQL: expected one SELECT over rows, query_scores, layers, importance, curves and published, "
-            f"found {found}"
-        )
+        raise InputError(f"SQL: expected one SELECT over {', '.join(SCHEMAS)}, found {found}")
 
 
 _SECONDS = 8.0

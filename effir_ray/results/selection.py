@@ -28,6 +28,8 @@ from effir_ray.results.tables import Damaged, Folders
 
 TEST_COLUMN = "test_ndcg_at_10"
 EQUAL_COLUMN = "not_better_than"
+FAILED = b"failed"
+"""In the metadata of a front: how many of the trials it was chosen from failed."""
 
 
 def pareto(
@@ -49,6 +51,7 @@ def pareto(
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one, ``not_better_than`` the trial id of the smallest smaller model on the
     front that the row's nDCG@10 cannot be told from (the paired 95 % interval over queries holds zero).
+    The table's metadata says under ``failed`` how many trials failed and are left out.
     ``where`` is an SQL condition, ``objectives`` are columns (by default
     the search's), ``pick`` leaves one row: see ``pick_row``. ``damaged`` hears of files that cannot be read,
     which are then left out. Raises InputError when the rows are of more than one data set, version of it or
@@ -74,7 +77,9 @@ def pareto(
         scored = with_test_scores(best, everything, across_datasets=mean_datasets)
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
-        return _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
+        complete = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
+        failed = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        return complete.replace_schema_metadata({**(complete.schema.metadata or {}), FAILED: str(failed)})
 
     return tables.settled(attempt)
 

@@ -39,7 +39,7 @@ IMPORTANCE = pa.schema(
 CURVES = pa.schema(
     [
         pa.field("folder", pa.string(), metadata={"description": "the study's folder"}),
-        pa.field("model", pa.string(), metadata={"description": "the trained model, as in rows.model"}),
+        pa.field("model", pa.string(), metadata={"description": "the trained model, as in trials.model"}),
         pa.field("step", pa.int64(), metadata={"description": "optimizer steps done"}),
         pa.field("loss", pa.float64(), metadata={"description": "of the step's batch"}),
         pa.field("learning_rate", pa.float64(), metadata={"description": "of the step"}),

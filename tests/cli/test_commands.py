@@ -109,14 +109,14 @@ def test_pick_and_where_narrow_the_front(study: Path) -> None:
 
 
 def test_a_query_prints_a_table_or_json(study: Path) -> None:
-    sql = "SELECT schedule, parameters FROM rows WHERE split = 'test'"
+    sql = "SELECT schedule, parameters FROM trials WHERE split = 'test'"
     assert json.loads(run("query", study, sql, "--json").stdout) == [{"schedule": "2M", "parameters": 700}]
     assert "700" in run("query", study, sql).stdout
 
 
 def test_a_query_writes_what_other_programs_read(study: Path) -> None:
     """Whole: a table for people has four digits."""
-    sql = "SELECT schedule, ndcg_at_10 / 3 AS third, [1, 2] AS list FROM rows WHERE schedule = '2M'"
+    sql = "SELECT schedule, ndcg_at_10 / 3 AS third, [1, 2] AS list FROM trials WHERE schedule = '2M'"
     expected = query(study, sql)
 
     def written(form: str) -> bytes:

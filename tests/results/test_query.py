@@ -15,8 +15,8 @@ TABLE = pa.table({"schedule": ["full", "2M"], "ndcg_at_10": [0.5, 0.4], "trial":
 
 def test_rows_can_be_selected_joined_and_their_json_read() -> None:
     sql = """SELECT r.schedule, r.trial->>'seed' AS seed, max(p.ndcg_at_10) AS best
-             FROM rows r LEFT JOIN published p USING (schedule) GROUP BY ALL ORDER BY r.schedule"""
-    found = select({"rows": TABLE, "published": published()}, sql).to_pylist()
+             FROM trials r LEFT JOIN published p USING (schedule) GROUP BY ALL ORDER BY r.schedule"""
+    found = select({"trials": TABLE, "published": published()}, sql).to_pylist()
     assert [(row["schedule"], row["seed"]) for row in found] == [("2M", None), ("full", "1")]
     assert found[1]["best"] > 0.8
 
@@ -26,7 +26,7 @@ def test_rows_can_be_selected_joined_and_their_json_read() -> None:
     [
         "SELECT * FROM read_csv('{file}')",
         "SELECT * FROM '{file}'",
-        "COPY rows TO '{file}'",
+        "COPY trials TO '{file}'",
         "ATTACH '{file}.db'",
         "INSTALL httpfs",
         "SET enable_external_access = true",
@@ -41,7 +41,7 @@ def test_nothing_but_one_select_over_the_tables_runs(sql: str, tmp_path: Path) -
     file = tmp_path / "data.csv"
     file.write_text("a\n1\n")
     with pytest.raises(InputError, match=r"^SQL: "):
-        select({"rows": TABLE}, sql.format(file=file))
+        select({"trials": TABLE}, sql.format(file=file))
     assert secret_variable.num_rows == 1
     assert file.read_text() == "a\n1\n"
     assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
@@ -59,7 +59,7 @@ def test_a_query_that_wants_all_memory_is_stopped(sql: str) -> None:
     """DuckDB's own limit leaves out the first two."""
     limit = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.raises(InputError, match=r"^SQL: Out of Memory"):
-        select({"rows": TABLE}, sql)
+        select({"trials": TABLE}, sql)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limit
 
 

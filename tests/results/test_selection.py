@@ -10,7 +10,7 @@ from effir_ray.results import store
 from effir_ray.results.query import query
 from effir_ray.results.report import report
 from effir_ray.results.schema import TrialRow
-from effir_ray.results.selection import TEST_COLUMN, pareto
+from effir_ray.results.selection import FAILED, TEST_COLUMN, pareto
 
 
 def row(name: str, score: float | None, size: int, **changes: object) -> TrialRow:
@@ -52,6 +52,7 @@ def test_the_front_is_chosen_on_dev_and_carries_test_scores(study: Path) -> None
     front = pareto([study])
     assert front["schedule"].to_pylist() == ["full", "small", "tiny"]
     assert front[TEST_COLUMN].to_pylist() == [None, 0.52, None]
+    assert front.schema.metadata[FAILED] == b"1"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_one_folder_need_not_be_a_list(study: Path, tmp_path: Path) -> None:
     """A string is a path, not a list of letters."""
     for place in (study, str(study)):
         assert pareto(place).equals(pareto([study]))
-        assert query(place, "SELECT count(*) AS n FROM rows")["n"].to_pylist() == [7]
+        assert query(place, "SELECT count(*) AS n FROM trials")["n"].to_pylist() == [7]
         assert report(place, tmp_path / "report.html").is_file()
 
 

@@ -58,7 +58,7 @@ def test_importance_is_joined_by_unit_and_layer(study: Path) -> None:
 
 
 def test_the_curve_of_a_row_s_model_has_every_step_once(study: Path) -> None:
-    joined = "curves JOIN rows USING (model) WHERE split = 'dev' ORDER BY step"
+    joined = "curves JOIN trials USING (model) WHERE split = 'dev' ORDER BY step"
     found = query(study, f"SELECT step, loss, dev_ndcg_at_10 FROM {joined}")
     assert found.to_pylist() == [
         {"step": 1, "loss": 2.0, "dev_ndcg_at_10": None},
@@ -84,7 +84,7 @@ def test_a_damaged_stage_is_named_or_left_out(study: Path, file: str, content: s
     heard: list[str] = []
     assert len(query(study, f"SELECT * FROM {name}", damaged=heard.append)) == 0
     assert len(heard) == 1
-    assert len(query(study, "SELECT * FROM rows")) == 3  # read only where it is asked for
+    assert len(query(study, "SELECT * FROM trials")) == 3  # read only where it is asked for
 
 
 def test_values_of_another_type_are_one_line(study: Path) -> None:
@@ -96,7 +96,7 @@ def test_values_of_another_type_are_one_line(study: Path) -> None:
 def test_every_table_is_described() -> None:
     described = schema()
     assert set(described["table"].to_pylist()) == {
-        "rows",
+        "trials",
         "query_scores",
         "layers",
         "importance",

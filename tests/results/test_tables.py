@@ -94,7 +94,7 @@ def test_single_queries_are_a_table_of_sql(tmp_path: Path) -> None:
     tables.compact(tmp_path, QUERY_SCORES)
     found = query(
         tmp_path,
-        "SELECT trial_id, avg(q.ndcg_at_10) AS mean FROM rows JOIN query_scores q USING (trial_id) "
+        "SELECT trial_id, avg(q.ndcg_at_10) AS mean FROM trials JOIN query_scores q USING (trial_id) "
         "GROUP BY trial_id ORDER BY trial_id",
     )
     assert found.to_pylist() == [{"trial_id": "a", "mean": 0.5}, {"trial_id": "b", "mean": 0.5}]

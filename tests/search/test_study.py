@@ -97,7 +97,7 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
             ["document_ms > 0.0", "parameter_ratio < 1.0"]
         ]
         steps = query(
-            tmp_path / "study", "SELECT step, loss FROM curves JOIN rows USING (model) WHERE recovered"
+            tmp_path / "study", "SELECT step, loss FROM curves JOIN trials USING (model) WHERE recovered"
         )
         assert sorted(set(steps["step"].to_pylist())) == [1, 2, 3] and min(steps["loss"].to_pylist()) > 0
         measured = query(tmp_path / "study", "SELECT unit, layer FROM importance").to_pylist()
