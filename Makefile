@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Where what we write is read without us: the oldest and the newest transformers that pyproject.toml allows.
+READERS_newest := onnxruntime
 OUTSIDE := .venv-outside-oldest/.installed .venv-outside-newest/.installed
 
 # Tests of Ray wait more than they compute: two at a time are nearly twice as fast, also on two cores.
@@ -43,7 +44,7 @@ outside: $(OUTSIDE)
 .venv-outside-%/.installed: constraints-outside-%.txt tests/outside/borrow_torch.py $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(@D)
 	$(BIN)/python tests/outside/borrow_torch.py $(@D)
-	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --progress-bar off -c $< transformers sentence-transformers
+	$(BIN)/python -m pip --python $(@D)/bin/python install -qq --progress-bar off -c $< transformers sentence-transformers $(READERS_$*)
 	@touch $@
 
 fuzz: $(INSTALLED)

@@ -302,6 +302,13 @@ def export(
             metavar="knee|CONDITIONS",
         ),
     ] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write onnx/model.onnx besides; checked against torch.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Send the folder to this model repository of the hub; a new one is private."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy a trial's model out of a study, with a model card.
@@ -314,13 +321,16 @@ def export(
     [bold]Examples[/bold]
     effir-ray export runs/demo --trial 3f2a9c01 --out small
     effir-ray export runs/demo --pick "ndcg_at_10>=0.45" --out small
+    effir-ray export runs/demo --pick knee --out small --onnx --push me/small
     """
     from effir_ray import export as run_export
 
-    done = run_export(run, out, trial=trial, pick=pick)
+    done = run_export(run, out, trial=trial, pick=pick, onnx=onnx, repo=push)
     if as_json:
         show_json(done)
         return
     remote = ", trust_remote_code=True" if done.remote_code else ""
     say(f"{done.schedule} (trial {done.trial_id}), with its model card: {done.model / 'README.md'}")
+    if done.address:
+        say(f"Sent to {done.address}")
     say(f'Next: SentenceTransformer("{done.model}"{remote})')

@@ -14,8 +14,10 @@ from jinja2 import Environment, StrictUndefined
 
 from effir_ray.errors import InputError
 from effir_ray.models.folder import REMOTE_CODE
+from effir_ray.models.onnx_file import ONNX, write_onnx
 from effir_ray.provenance import __version__
 from effir_ray.results import store
+from effir_ray.results.hub import check_hub, push
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import pareto, rows_of_trial
 
@@ -30,25 +32,39 @@ _HUB = {
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """``model`` is the new folder. ``remote_code``: it needs ``trust_remote_code=True``."""
+    """``model`` is the new folder. ``remote_code``: it needs ``trust_remote_code=True``. ``address``: where
+    it was sent to, if it was."""
 
     model: Path
     trial_id: str
     schedule: str
     remote_code: bool
+    address: str = ""
 
 
-def export(run: Path | str, out: Path | str, *, trial: str | None = None, pick: str | None = None) -> Export:
+def export(
+    run: Path | str,
+    out: Path | str,
+    *,
+    trial: str | None = None,
+    pick: str | None = None,
+    onnx: bool = False,
+    repo: str | None = None,
+) -> Export:
     """Copy a trial's model from the study in ``run`` to the new folder ``out``, with a model card.
 
-    ``trial``: its id, which may be shortened; or ``pick``: one of the front, see ``pareto``. Raises
-    InputError when the study has no such trial or has not kept its model, or ``out`` is there already.
+    ``trial``: its id, which may be shortened; or ``pick``: one of the front, see ``pareto``. ``onnx``: an
+    ONNX file besides, see ``write_onnx``. ``repo``: send the folder to this model repository of the hub.
+    Raises InputError when the study has no such trial or has not kept its model, ``out`` is there already,
+    or the hub cannot be written to.
     """
     folder, target = Path(run), Path(out)
     if (trial is None) == (pick is None):
         raise InputError("export needs one of --trial ID and --pick knee|CONDITIONS")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: there is something already; choose a new folder")
+    if repo is not None:
+        check_hub(repo)  # before the work, not after
     if trial is None:
         trial = pareto(folder, pick=pick)["trial_id"][0].as_py()
     table = store.latest(store.read(folder))
@@ -60,6 +76,8 @@ def export(run: Path | str, out: Path | str, *, trial: str | None = None, pick: 
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         new = Path(scratch) / "model"
         shutil.copytree(model, new)
+        if onnx:
+            write_onnx(new)
         (new / CARD).write_text(card(rows, _full(store.trial_rows(table)), new), encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -69,6 +87,7 @@ def export(run: Path | str, out: Path | str, *, trial: str | None = None, pick: 
         trial_id=rows[0].trial_id,
         schedule=rows[0].schedule,
         remote_code=(target / REMOTE_CODE).exists(),
+        address=push(target, repo) if repo else "",
     )
 
 
@@ -118,6 +137,7 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         speed=_speed(row),
         hardware=row.hardware,
         remote=", trust_remote_code=True" if (model / REMOTE_CODE).exists() else "",
+        onnx=ONNX if (model / ONNX).exists() else "",
         study=row.study,
         trial_id=row.trial_id,
         seed=row.seed,

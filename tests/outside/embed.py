@@ -3,7 +3,8 @@
 TASKS.json is a list of {"folder", "out", "texts", "remote_code"}. Each ``out`` becomes an .npz file with what
 AutoTokenizer, AutoModel and SentenceTransformer make of the texts: ``ids`` and ``mask`` (texts, tokens),
 ``hidden`` (texts, tokens, width), ``query`` and ``document`` (texts, width); with "only": "sentences" just
-the last two.
+the last two. "onnx" names an ONNX file of the model: ``onnx_query`` and ``onnx_document`` are what
+onnxruntime makes of it.
 """
 
 import importlib.util
@@ -20,6 +21,23 @@ from transformers import AutoModel, AutoTokenizer
 assert importlib.util.find_spec("effir_ray") is None, "effir-ray must not be importable here"
 
 
+def onnx(file: str, folder: str, texts: list[str], limit: int) -> np.ndarray:
+    """Without torch or transformers: the tokenizer's file and the model's, 32 texts at a time."""
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    tokenizer.enable_padding()
+    tokenizer.enable_truncation(limit)
+    session = onnxruntime.InferenceSession(file)
+    found = []
+    for start in range(0, len(texts), 32):
+        batch = tokenizer.encode_batch(texts[start : start + 32])
+        ids, mask = (np.array([getattr(text, name) for text in batch]) for name in ("ids", "attention_mask"))
+        found.append(session.run(["sentence_embedding"], {"input_ids": ids, "attention_mask": mask})[0])
+    return np.concatenate(found)
+
+
 def embed(task: dict[str, Any]) -> dict[str, np.ndarray]:
     folder, texts, trust = task["folder"], task["texts"], task["remote_code"]
     sentences = SentenceTransformer(folder, trust_remote_code=trust, device="cpu")
@@ -27,6 +45,9 @@ def embed(task: dict[str, Any]) -> dict[str, np.ndarray]:
         "query": sentences.encode_query(texts["query"], batch_size=32),
         "document": sentences.encode_document(texts["document"], batch_size=32),
     }
+    if "onnx" in task:
+        limit = sentences.max_seq_length
+        found |= {f"onnx_{kind}": onnx(task["onnx"], folder, texts[kind], limit) for kind in texts}
     if task.get("only") == "sentences":
         return found
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)

@@ -28,6 +28,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.names import resolve
+from effir_ray.models.onnx_file import write_onnx
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -268,7 +269,8 @@ def test_the_same_embeddings_outside(name: str, outside: dict[str, Path], export
 
 
 def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> None:
-    """A sample of SciFact and a MiniLM without two MLPs: beir's nDCG@10 is that of ``effir-ray evaluate``."""
+    """A sample of SciFact and a MiniLM without two MLPs: beir's nDCG@10 is that of ``effir-ray evaluate``,
+    and onnxruntime's embeddings are sentence-transformers'."""
     dataset = load_dataset(real_data("scifact")).sample("test", queries=40, documents=160)
     export = compressed("minilm-l6", tmp_path / "model", Schedule(drop_mlp=(1, 3)))
     queries, documents = dataset.queries("test"), list(dataset.corpus.iter_documents())
@@ -278,9 +280,12 @@ def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> Non
         "texts": {"query": list(queries.values()), "document": [d.document_text for d in documents]},
         "remote_code": True,
         "only": "sentences",
+        "onnx": str(write_onnx(export.folder)),
     }
     embed_outside("newest", [task], tmp_path)
     found = np.load(tmp_path / "scifact.npz")
+    for kind in ("query", "document"):
+        assert np.abs(found[f"onnx_{kind}"] - found[kind]).max() < 1e-4
     scores = found["query"] @ found["document"].T
     run = {
         query_id: {d.id: float(score) for d, score in zip(documents, row, strict=True)}
