@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,18 @@ def importance(folders: Folders, *, damaged: Damaged | None = None) -> pa.Table:
     return _table(records, IMPORTANCE)
 
 
-def curves(folders: Folders, *, damaged: Damaged | None = None) -> pa.Table:
-    """Every step of the trainings of the studies in ``folders``, the last time it was done."""
+def curves(
+    folders: Folders, *, models: Collection[str] | None = None, damaged: Damaged | None = None
+) -> pa.Table:
+    """Every step of the trainings of the studies in ``folders``, the last time it was done; ``models``: of
+    these alone, named as in the rows."""
     records: list[dict[str, Any]] = []
     measured = [field.name for field in CURVES if field.name not in ("folder", "model")]
     for folder in as_places(folders):
         for file in _finished(folder, "*/*/history.jsonl"):
             model = (file.parent / "checkpoint").relative_to(folder).as_posix()
+            if models is not None and model not in models:
+                continue
             with _told(damaged):
                 steps = {row["step"]: row for row in _steps(file)}
                 records += [

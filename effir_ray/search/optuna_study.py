@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from effir_ray.errors import InputError
+from effir_ray.results.effects import parameter, varying_settings
+from effir_ray.results.schema import TrialRow
 from effir_ray.search.space import Axis, SearchSpace
 
 STORAGE = "optuna.db"
@@ -45,14 +50,19 @@ def readable(file: Path) -> Iterator[None]:
 
 
 def _study(space: SearchSpace, out: Path) -> optuna.Study:
-    better = {"max": "maximize", "min": "minimize"}
     return optuna.create_study(
-        # Not pasted together: what follows a "?" in a path would be read as options.
-        storage=URL.create("sqlite", database=str(out / STORAGE)).render_as_string(),
-        study_name=space.name,
-        directions=[better[direction] for direction in space.directions.values()],
-        load_if_exists=True,
+        storage=_url(out), study_name=space.name, directions=_directions(space), load_if_exists=True
     )
+
+
+def _url(out: Path) -> str:
+    """Not pasted together: what follows a "?" in a path would be read as options."""
+    return URL.create("sqlite", database=str(out / STORAGE)).render_as_string()
+
+
+def _directions(space: SearchSpace) -> list[str]:
+    better = {"max": "maximize", "min": "minimize"}
+    return [better[direction] for direction in space.directions.values()]
 
 
 def _sampler(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
@@ -63,6 +73,69 @@ def _sampler(space: SearchSpace, seed: int) -> optuna.samplers.BaseSampler:
     if space.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True)
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def all_trials(space: SearchSpace) -> str:
+    """Under this name the database has every trial of the study, for people to look at."""
+    return f"{space.name}, all trials"
+
+
+def write_all_trials(space: SearchSpace, out: Path, rows: Sequence[TrialRow]) -> None:
+    """Put every dev trial of ``rows``, with what it scored on test, into a study of its own in ``out``'s
+    database, in the place of what was there.
+
+    The study that the sampler learns from lacks trials that its parameters cannot express, and what has ended
+    in it can be told no test score.
+    """
+    tested = {row.trial_id: row.ndcg_at_10 for row in rows if row.split == "test"}
+    dev = sorted((row for row in rows if row.split == "dev"), key=lambda row: row.created_at)
+    settings = varying_settings([json.loads(row.trial) for row in dev])
+    columns = {name: parameter(column) for name, column in settings.items()}
+    storage = optuna.storages.get_storage(_url(out))
+    name = all_trials(space)
+    if name in (known.study_name for known in storage.get_all_studies()):
+        optuna.delete_study(study_name=name, storage=storage)
+    study = optuna.create_study(storage=storage, study_name=name, directions=_directions(space))
+    study.set_metric_names(list(space.objectives))
+    for number, row in enumerate(dev):
+        measured = [getattr(row, objective) for objective in space.objectives]
+        study.add_trial(
+            ended_trial(
+                row,
+                values=None if None in measured else [float(value) for value in measured],
+                params={name: column[number] for name, (_, column) in columns.items()},
+                distributions={name: kind for name, (kind, _) in columns.items()},
+                test_ndcg_at_10=tested.get(row.trial_id),
+            )
+        )
+
+
+def ended_trial(
+    row: TrialRow,
+    *,
+    values: list[float] | None,
+    params: dict[str, Any],
+    distributions: dict[str, Any],
+    constraints: dict[str, float] | None = None,
+    **attributes: Any,
+) -> FrozenTrial:
+    """The trial of ``row`` as Optuna keeps it, with the times when it began and ended; without ``values`` it
+    failed. ``attributes`` go beside its schedule and id."""
+    began = row.created_at - timedelta(seconds=row.wall_seconds or 0.0)
+    known = {"schedule": row.schedule, "trial_id": row.trial_id, "reason": row.reason, **attributes}
+    trial = optuna.trial.create_trial(
+        state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+        values=values,
+        params=params,
+        distributions=distributions,
+        constraints=constraints,
+        user_attrs={name: value for name, value in known.items() if value not in (None, "")},
+    )
+    # Optuna's own times are local ones without a zone.
+    trial.datetime_start, trial.datetime_complete = (
+        moment.astimezone().replace(tzinfo=None) for moment in (began, row.created_at)
+    )
+    return trial
 
 
 def distribution(axis: Axis) -> Any:

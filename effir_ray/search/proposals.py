@@ -24,7 +24,7 @@ from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
 from effir_ray.search.dry_run import allowed_candidates, expected_plan, may_meet
-from effir_ray.search.optuna_study import STORAGE, distribution, open_study, readable
+from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
@@ -265,6 +265,8 @@ class Proposals:
             self._end(trial, known)
             return None
         trial.set_user_attr(_HANDED_OUT, True)
+        trial.set_user_attr("schedule", config.name)
+        trial.set_user_attr("trial_id", config.id)
         self.asked[config.id] = trial.number
         self.sampled.add(config.id)
         return config
@@ -309,17 +311,16 @@ class Proposals:
             self._end(optuna.Trial(self.study, stored._trial_id), row)
             return
         values = self._values(row)
-        done = optuna.trial.TrialState.FAIL if values is None else optuna.trial.TrialState.COMPLETE
         params = self._params(TrialConfig.of(row))
         if params is not None:
             self.study.add_trial(
-                optuna.trial.create_trial(
-                    state=done,
+                ended_trial(
+                    row,
                     values=values,
                     constraints=None if values is None else self._violations(row),
                     params=params,
                     distributions=self.distributions,
-                    user_attrs={"trial": row.trial},
+                    trial=row.trial,
                 )
             )
 

@@ -39,6 +39,7 @@ from effir_ray.search.folder import (
     record_of,
 )
 from effir_ray.search.footprint import Footprint, check_space
+from effir_ray.search.optuna_study import STORAGE, readable, write_all_trials
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split
@@ -110,6 +111,8 @@ def search(
         stages.remove_locks()
         for kind in (store.ROWS, QUERY_SCORES):
             compact(folder, kind)
+        with readable(folder / STORAGE):
+            write_all_trials(space, folder, list(proposals.rows.values()))
         return _result(proposals, folder, collector)
 
 

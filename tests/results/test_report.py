@@ -11,8 +11,9 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store
+from effir_ray.results.page_data import LABELS
 from effir_ray.results.query_scores import METRICS
-from effir_ray.results.report import LABELS, report
+from effir_ray.results.report import report
 from effir_ray.results.schema import DIRECTIONS, TrialRow
 
 EVIL = "</script><script>alert(1)</script>"

@@ -206,39 +206,13 @@ function drawPlot({ points, front }) {
   if (note) annotations.push(note);
   Plotly.react("plot", traces(points, front), layout({ annotations, shapes: shapes ?? [],
     xaxis: axis(view.x, wide ? { type: "log", dtick: "D2" } : { type: "linear" }), yaxis: axis(view.y) }), config("pareto"));
-  element("plot").setAttribute("role", "img");
+  element("plot").setAttribute("role", "group");
   element("plot").setAttribute("aria-label", `${COLUMNS[view.y].label} against ${COLUMNS[view.x].label}: ${points.length} ` +
     `models, ${front.length} on the front. The tables below have all figures.`);
   element("summary").textContent = `${points.length} models, ${front.length} on the front of ` +
     `${COLUMNS[view.y].label} and ${COLUMNS[view.x].label.toLowerCase()}.` +
     (view.split === "test" && DATA.rows.some((r) => r.split === "dev")
       ? " The front was chosen on dev queries; test scores exist for what was chosen." : "");
-}
-
-// The share of the rectangle between worst and best that a front leaves behind, after each model.
-function volumes(points) {
-  const better = (column, row) => (COLUMNS[column].better === "max" ? row[column] : -row[column]);
-  const at = points.map((row) => [better(view.x, row), better(view.y, row)]);
-  const ends = [0, 1].map((i) => [at.reduce((a, p) => Math.min(a, p[i]), Infinity), at.reduce((a, p) => Math.max(a, p[i]), -Infinity)]);
-  const scaled = at.map((p) => p.map((v, i) => (v - ends[i][0]) / (ends[i][1] - ends[i][0] || 1)));
-  let stairs = []; // best in x first, and so rising in y
-  return scaled.map(([x, y]) => {
-    if (!stairs.some(([a, b]) => a >= x && b >= y)) {
-      stairs = [...stairs.filter(([a, b]) => a > x || b > y), [x, y]].sort((p, q) => q[0] - p[0]);
-    }
-    return stairs.reduce(([sum, below], [a, b]) => [sum + a * (b - below), b], [0, 0])[0];
-  });
-}
-
-function drawVolume(points) {
-  const byTime = [...points].sort((a, b) => a.created_at.localeCompare(b.created_at));
-  element("progress").hidden = byTime.length < 3;
-  if (byTime.length < 3) return;
-  Plotly.react("volume", [{ type: "scatter", mode: "lines", line: { shape: "hv", color: color("--front"), width: 2 },
-    x: byTime.map((_, index) => index + 1), y: volumes(byTime), text: byTime.map((r) => escape(name(r))),
-    hovertemplate: "%{text}: %{y:.3f}<extra></extra>" }], layout({ showlegend: false, margin: { t: 10, r: 20, b: 40 },
-    xaxis: { ...axis(view.x), title: { text: "trials" }, type: "linear", tickformat: "d", ticksuffix: "" },
-    yaxis: { ...axis(view.y), title: { text: "hypervolume" }, tickformat: ".2f", ticksuffix: "" } }), config("hypervolume"));
 }
 
 // -- the tables -------------------------------------------------------------------------------------------
@@ -326,13 +300,7 @@ function drawTables({ points, front }) {
 function saveCsv() {
   const rows = tableRows(shown().points), columns = ["study", "trial_id", "schedule", "backbone", "dataset", "split", "sample",
     "seed", ...Object.keys(COLUMNS), "ndcg_at_10_low", "ndcg_at_10_high", "test_ndcg_at_10", "bm25_ndcg_at_10"];
-  const quoted = (value) => (/[",\n]/.test(String(value)) ? `"${String(value).replaceAll('"', '""')}"` : String(value ?? ""));
-  const lines = [columns, ...rows.map((row) => columns.map((c) => row[c]))].map((cells) => cells.map(quoted).join(","));
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([`${lines.join("\n")}\n`], { type: "text/csv" }));
-  link.download = "models.csv";
-  link.click();
-  URL.revokeObjectURL(link.href);
+  save(csvOf([columns, ...rows.map((row) => columns.map((c) => row[c]))]), "models.csv", "text/csv");
 }
 
 // -- one model --------------------------------------------------------------------------------------------
@@ -358,6 +326,9 @@ function picture(row) {
     `<p>${escape(stays)} (blue: attention, orange: MLP, as high as it is wide; first block at the left).</p>`;
 }
 
+const settings = (row) => Object.entries(row.settings ?? {}).filter(([, value]) => value !== null)
+  .map(([term, value]) => [last(term), typeof value === "string" ? value : JSON.stringify(value)]);
+
 function against(row) {
   const found = DATA.against_full[`${row.study}/${row.trial_id}`];
   if (!found) return [];
@@ -377,11 +348,13 @@ function drawDetail() {
   const doubt = row.doubtful ? [["speed", "more than the saved FLOPs explain: measure it again on a quiet machine"]] : [];
   const bm25 = row.bm25_ndcg_at_10 === null ? [] : [["BM25, same queries", show("ndcg_at_10", row.bm25_ndcg_at_10)]];
   element("detail").innerHTML = `<h2>${escape(name(row))}</h2>` + picture(row) + definitions([["backbone", row.backbone],
-    ...against(row), ...figures, ...interval, ...speed, ...doubt, ...bm25, ["measured on", `${row.dataset}, ${row.sample}`],
+    ...against(row), ...settings(row), ...figures, ...interval, ...speed, ...doubt, ...bm25, ["measured on", `${row.dataset}, ${row.sample}`],
     ["when, where", `${row.created_at}, ${row.hardware}`],
+    ...(row.device_seconds === null ? [] : [["cost", `${Number((row.device_seconds / 60).toPrecision(2))} minutes of a device`]]),
     ...(row.model ? [["model", `${row.model}, in the study's folder`]] : []),
     ["take it with you", `effir-ray export DIR --trial ${row.trial_id} --out NEW`],
     ["run it again", `effir-ray repeat DIR --trial ${row.trial_id} --out NEW`]]);
+  offerRivals(row);
 }
 
 function drawFailed() {
@@ -411,7 +384,7 @@ function draw() {
   drawPlot(found);
   Plotly.Plots.resize("plot");
   drawTables(found);
-  drawVolume(found.points);
+  drawFigures(found);
   drawFailed();
 }
 
@@ -422,6 +395,7 @@ function choose(key) {
   drawPlot(found);
   Plotly.Plots.resize("plot");
   drawTables(found);
+  drawFigures(found, ["axes", "curves"]);
 }
 
 function fill(id, options, chosen) {
@@ -463,6 +437,15 @@ window.addEventListener("beforeprint", () => { before = view.theme; view.theme =
 window.addEventListener("afterprint", () => { view.theme = before ?? view.theme; draw(); });
 element("theme").onclick = () => { view.theme = view.theme === "dark" ? "light" : "dark"; relabel(); draw(); };
 relabel();
+for (const [id, part] of Object.entries(FIGURES)) element(`${id}-of`).ontoggle = () => {
+  if (!element(`${id}-of`).open) return;
+  drawFigures(shown(), [id]);
+  if (id === "axes" && !element(id).dataset.heard) {
+    element(id).on("plotly_click", (event) => choose(event.points[0].customdata));
+    element(id).dataset.heard = "yes";
+  }
+};
+for (const id of ["plot", ...Object.keys(FIGURES)]) offerFiles(id);
 element("provenance").innerHTML = definitions(DATA.provenance);
 draw();
 element("plot").on("plotly_click", (event) => { const key = event.points[0]?.customdata; if (key) choose(key); });

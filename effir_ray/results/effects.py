@@ -1,0 +1,99 @@
+"""Which settings of a search matter for which objective."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS
+
+_ENOUGH = 10  # trials; of fewer, the share of one setting says nothing
+
+
+def effects(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For the dev rows of every study and data set among ``rows``: the settings that differ between its
+    trials, their value in each trial, and their share in what makes a trial one of the best tenth in an
+    objective (PED-ANOVA, Watanabe, Bansal and Hutter 2023). Nothing of studies of fewer than ten trials.
+    """
+    studies: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["split"] == "dev":
+            studies.setdefault((row["study"], row["dataset"]), []).append(row)
+    found = []
+    for (study, dataset), group in studies.items():
+        settings = varying_settings([json.loads(row["trial"]) for row in group])
+        if len(group) < _ENOUGH or len(settings) < 2:
+            continue
+        measured = [name for name in DEFAULT_OBJECTIVES if all(row[name] is not None for row in group)]
+        shares = {name: _shares(settings, name, [row[name] for row in group]) for name in measured}
+        found.append({"study": study, "dataset": dataset, "shares": shares})
+    return found
+
+
+def varying_settings(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """``schedule.drop_mlp`` -> its value in every trial, for settings that differ between them; no seeds.
+
+    A part that only some trials have, as ``recovery``, is a setting itself, none or given; what stands in it
+    counts where two trials that have it differ.
+    """
+    flat = [dict(_leaves(trial, "")) for trial in trials]
+    found = {}
+    names = dict.fromkeys(name for trial in flat for name in trial)
+    parts = {parent for name in names for parent in _parents(name)}
+    for name in names:
+        present = [trial[name] for trial in flat if name in trial]
+        part = name in parts
+        if not name.endswith("seed") and (part or any(value != present[0] for value in present)):
+            found[name] = [trial.get(name, "given" if part else None) for trial in flat]
+    return found
+
+
+def _parents(name: str) -> list[str]:
+    """``a.b.c`` -> ``a``, ``a.b``."""
+    words = name.split(".")
+    return [".".join(words[:end]) for end in range(1, len(words))]
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _shares(settings: dict[str, list[Any]], objective: str, values: list[float]) -> dict[str, float]:
+    """Setting -> its share, all together 1; without a spread of ``values`` there is nothing to explain."""
+    import optuna
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    if min(values) == max(values):
+        return {}
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    columns = {name: parameter(column) for name, column in settings.items()}
+    distributions = {name: distribution for name, (distribution, _) in columns.items()}
+    study = optuna.create_study(direction="minimize")  # in memory
+    study.add_trials(
+        optuna.create_trial(
+            params={name: column[number] for name, (_, column) in columns.items()},
+            distributions=distributions,
+            value=-value if DIRECTIONS[objective] == "max" else value,
+        )
+        for number, value in enumerate(values)
+    )
+    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return {name: float(share) for name, share in shares.items()}
+
+
+def parameter(column: list[Any]) -> tuple[Any, list[Any]]:
+    """One setting as Optuna takes it: a number where all its values are, else one of several texts."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    kinds = {type(value) for value in column}
+    if kinds == {int}:
+        return IntDistribution(min(column), max(column)), column
+    if kinds <= {int, float}:
+        return FloatDistribution(min(column), max(column)), [float(value) for value in column]
+    texts = [json.dumps(value) for value in column]
+    return CategoricalDistribution(list(dict.fromkeys(texts))), texts
