@@ -86,6 +86,16 @@ def evaluate(
         list[int] | None,
         typer.Option(min=1, help="Also nDCG, Recall, MRR and MAP at this rank; can be given several times."),
     ] = None,
+    queries: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Only so many of the split's queries; give --documents too.", show_default=False
+        ),
+    ] = None,
+    documents: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only so many documents, the relevant ones among them.", show_default=False),
+    ] = None,
     prf: Annotated[
         int,
         typer.Option(min=0, help="Pseudo-relevance feedback: move queries towards their first N documents."),
@@ -101,17 +111,24 @@ def evaluate(
     effir-ray evaluate --model minilm-l6 --dataset scifact
     effir-ray evaluate --model small --dataset stdlib --split dev --out runs/small-dev
     effir-ray evaluate --model small --dataset scifact --prf 5
+    effir-ray evaluate --model small --dataset scifact --queries 100 --documents 1000   a sample, in a minute
     effir-ray evaluate --model small --dataset msmarco --split dev --k 1000 \\
         --out /shared/small-msmarco --workers 8 --address auto
     """
+    from effir_ray import InputError, load_dataset
     from effir_ray import evaluate as run
     from effir_ray.evaluation.corpus_search import Feedback
     from effir_ray.progress import show_progress
 
+    if (queries is None) != (documents is None):
+        raise InputError("--queries and --documents go together: a sample has so many of both")
     with show_progress():
+        data = load_dataset(dataset)
+        if queries is not None and documents is not None:
+            data = data.sample(split, queries=queries, documents=documents)
         result = run(
             model,
-            dataset,
+            data,
             split=split,
             out=out,
             query_max_length=query_max_length,

@@ -80,6 +80,25 @@ def _front_options(space: Any) -> str:
     return options
 
 
+def _say_work(work: Any) -> None:
+    from effir_ray.search.work import REACHED, named_gpus
+
+    say(
+        f"To compute: at most {work.flops / 1e15:.3g} PFLOP, {' or '.join(named_gpus(work))} (one GPU, at "
+        f"{REACHED:.0%} of its bfloat16 peak)"
+    )
+    if work.uncounted:
+        say(
+            f"Not in that: {' and '.join(work.uncounted)}, whose epochs nobody has counted; "
+            "give steps: to see them"
+        )
+    if work.gpu_bytes:
+        say(
+            f"Each GPU of the largest training holds {quantity(work.gpu_bytes)}B of weights, gradients and "
+            "optimizer states, and activations"
+        )
+
+
 def _show_preview(space: Path, as_json: bool) -> None:
     from effir_ray import SearchSpace
     from effir_ray.config import load_yaml
@@ -119,6 +138,7 @@ def _show_preview(space: Path, as_json: bool) -> None:
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
     if preview.excluded:
         say(f"Left out, because they cannot meet the constraints: {preview.excluded} combinations")
+    _say_work(preview.work)
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
 

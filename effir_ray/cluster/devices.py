@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
     A process that has a GPU already (a stage within a stage) uses that one. Progress goes where this
     process's goes, if that is a file that the other process sees. Raises what ``function`` raises.
     """
+    if "ray" not in sys.modules:  # no part of any cluster
+        return _timed(function, *arguments)
     import ray
 
     if not ray.is_initialized() or not _gpus() or ray.get_runtime_context().get_accelerator_ids().get("GPU"):

@@ -1,4 +1,4 @@
-"""A corpus to a folder of embeddings on Ray Data: resumable shard by shard, bounded in memory.
+"""A corpus to a folder of embeddings: resumable shard by shard, bounded in memory, by workers on Ray Data.
 
 Ray Data only carries shard numbers and where their documents lie; its actors read the documents, encode
 them and write the shard themselves. What is on disk is the only state: a run that was killed at any point
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import resource
+import sys
 import time
 import warnings
 import zlib
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import on_device
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -64,10 +67,11 @@ def encode_corpus(
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
-    Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs.
-    A second call returns what is there, without Ray and without loading the model. Raises InputError for bad
-    arguments, for an ``out`` that holds other embeddings, and while another run writes to it; TrialFailure
-    when one text alone does not fit a worker's memory.
+    Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
+    one worker without an address is this process. A second call returns what is there, without Ray and
+    without loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
+    embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
+    memory.
     """
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
@@ -150,11 +154,14 @@ def _encode_missing(
 ) -> None:
     if not missing:
         return
+    workers = min(workers, len(missing))
+    if workers == 1 and not _elsewhere(address):
+        on_device(_encode_here, folder, encoding, corpus, missing)
+        return
     connect(address)
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    workers = min(workers, len(missing))
     resources = _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -174,10 +181,35 @@ def _encode_missing(
         },
         **resources,
     )
-    already = encoding.documents - sum(len(encoding.rows(shard)) for shard in missing)
+    _follow(done.iter_rows(), encoding, missing, workers)
+
+
+def _elsewhere(address: str | None) -> bool:
+    """Whether a cluster is named that this process is no part of yet."""
+    ray = sys.modules.get("ray")
+    part = ray is not None and ray.is_initialized()
+    return not part and bool(address or os.environ.get("RAY_ADDRESS"))
+
+
+def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:
+    """One worker alone is this process: starting another takes longer than encoding a small corpus."""
+    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder))
+    tasks = (_task(corpus, encoding.rows(shard), shard) for shard in missing)
+    done = (encoder({name: [value] for name, value in task.items()}) for task in tasks)
+    rows = ({name: values[0] for name, values in figures.items()} for figures in done)
+    threads = torch.get_num_threads()
+    try:
+        _follow(rows, encoding, missing, 1)
+    finally:
+        torch.set_num_threads(threads)  # a worker of its own would not have touched them
+
+
+def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[int], workers: int) -> None:
+    """Show how far ``workers`` have come with the ``missing`` shards; raise what went wrong with one."""
+    documents = sum(len(encoding.rows(shard)) for shard in missing)
     started, tokens, flops = time.monotonic(), 0, 0.0
-    with progress("Encoding", total=encoding.documents - already, unit="docs") as bar:
-        for row in done.iter_rows():
+    with progress("Encoding", total=documents, unit="docs") as bar:
+        for row in done:
             if row["problem"]:
                 raise _ERRORS[row["error"]](row["problem"])
             if row["warning"]:  # Python shows it once

@@ -19,8 +19,9 @@ from effir_ray.models.plan import Plan
 from effir_ray.results.conditions import Condition
 from effir_ray.search.footprint import ModelSize, study_footprint
 from effir_ray.search.space import Candidate, SearchSpace, StudySettings, TrialConfig
-from effir_ray.search.stage_graph import Sources
+from effir_ray.search.stage_graph import KeyedStage, Sources
 from effir_ray.search.trial_stages import trial_stages
+from effir_ray.search.work import Work, study_work
 from effir_ray.training.identity import check_names, training_identity
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ class TrialPreview(Config):
 
 class StudyPreview(Config):
     """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
-    it goes; ``excluded``: combinations of a grid that cannot meet the constraints; ``peak_bytes`` and
-    ``end_bytes``: about what the study takes on disk, at most and in the end."""
+    it goes; ``excluded``: combinations of a grid that cannot meet the constraints; ``work``: how much there
+    is to compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the
+    end."""
 
     study: str
     backbone: str
@@ -57,6 +59,7 @@ class StudyPreview(Config):
     sampled: int
     excluded: int
     stages: dict[str, int]
+    work: Work
     peak_bytes: int
     end_bytes: int
 
@@ -72,7 +75,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     tokens = space.document_max_length
     full_parameters = accounting.count_parameters(backbone, full)
     full_flops = accounting.flops(backbone, full, tokens)
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[KeyedStage, TrialConfig, Plan]] = {}
     trials, sizes = [], []
     candidates = allowed_candidates(space, backbone)
     for candidate in candidates:
@@ -94,8 +97,8 @@ def dry_run(space: SearchSpace) -> StudyPreview:
             )
         )
         sizes.append((config, _model_size(backbone, parameters)))
-        seen |= {stage.key: stage.name for stage in stages}
-    names = list(seen.values())
+        seen |= {stage.key: (stage, config, plan) for stage in stages if stage.key not in seen}
+    names = [stage.name for stage, _, _ in seen.values()]
     disk = study_footprint(space, _model_size(backbone, full_parameters), sizes)
     return StudyPreview(
         study=space.name,
@@ -106,6 +109,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         sampled=space.trials,
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
+        work=study_work(space, backbone, seen, len(trials)),
         peak_bytes=disk.peak,
         end_bytes=disk.end,
     )

@@ -355,7 +355,7 @@ def _learns_from_base(config: TrialConfig) -> bool:
 def _training_tokens(training: TrainConfig | None) -> float:
     if training is None:
         return 0.0
-    lengths = training.query_max_length + training.document_max_length
+    lengths = training.query_max_length + training.document_max_length * (1 + training.hard_negatives)
     return 3.0 * (training.steps or 100) * training.batch_size * lengths
 
 

@@ -24,6 +24,7 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import pareto
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import TrainResult
+from tests.helpers.beir_folders import write_folder
 
 COMMANDS = [
     (name,) if not hasattr(command, "commands") else (name, inner)
@@ -145,7 +146,7 @@ def test_a_terminal_gets_no_binary_table(study: Path, monkeypatch: pytest.Monkey
 
 def test_the_schema_of_a_query_names_what_a_query_can_ask(study: Path) -> None:
     listed = json.loads(run("query", "--schema", "--json").stdout)
-    for table in ("rows", "query_scores", "published"):
+    for table in ("trials", "query_scores", "published"):
         columns = query(study, f"SELECT * FROM {table} LIMIT 0").schema.names
         assert [row["column"] for row in listed if row["table"] == table] == columns
     assert all(row["description"] for row in listed), "a column that says nothing of itself"
@@ -249,3 +250,12 @@ def write_data(folder: Path) -> None:
     (folder / "queries.jsonl").write_text(lines[0], encoding="utf-8")
     (folder / "qrels").mkdir()
     (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t1\t1\n", encoding="utf-8")
+
+
+def test_a_sample_is_evaluated_and_needs_both_numbers(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "toy")
+    command = ["evaluate", "--model", "bm25", "--dataset", data, "--json"]
+    found = json.loads(run(*command, "--queries", "3", "--documents", "12").stdout)
+    assert (found["n_queries"], found["n_documents"]) == (3, 12)
+    refused = run(*command, "--queries", "3")
+    assert refused.exit_code == 2 and "--queries and --documents go together" in refused.stderr

@@ -42,7 +42,6 @@ VICTIMS = {
     "trial": "ImplicitFunc",
     "training worker": "RayTrainWorker",
     "training controller": "TrainController",
-    "encoder": "MapWorker",
     "raylet": "raylet/raylet",
     "control service": "gcs_server",
 }

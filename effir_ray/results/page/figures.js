@@ -86,7 +86,7 @@ function along(label, values, kind = "text") {
 
 // Parallel coordinates of lines: plotly's own build code from text, which the page's policy forbids.
 function axesFigure({ points }) {
-  const rows = sortedBy(points, true).filter((r) => Object.keys(r.settings).length).slice(0, 1000).reverse();
+  const rows = sortedBy(points, true).filter((r) => Object.keys(r.settings).length).slice(0, 300).reverse();
   if (rows.length < 2) return nothing("Fewer than two models of these settings");
   const names = distinct(rows.flatMap((r) => Object.keys(r.settings))).filter((s) => distinct(rows.map((r) => JSON.stringify(r.settings[s]))).length > 1);
   const figures = distinct([view.x, "document_speedup", view.y]).filter((c) => COLUMNS[c] && rows.every((r) => r[c] !== null));

@@ -1,0 +1,89 @@
+"""How much computing a study is, from its configurations alone, and how long that takes on known GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from effir_ray.config import Config
+from effir_ray.models import accounting
+from effir_ray.models.plan import Plan
+from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.stage_graph import KeyedStage
+from effir_ray.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+BFLOAT16_PEAKS = {"A100": 312e12, "H100": 989e12}
+"""FLOP/s of dense bfloat16 products, by NVIDIA's data sheets."""
+
+REACHED = 0.4
+"""The share of a peak that encoding and training of large models are taken to reach."""
+
+_WEIGHT, _GRADIENT = 2, 2  # bytes of a parameter that computes, in bfloat16
+_STATES = 12  # of a trained one: its float32 copy and Adam's two moments
+
+
+class Work(Config):
+    """``flops`` of all stages of the listed dev trials and as much for each that the sampler adds, without
+    trainings of whole epochs, whose steps nobody has counted (``uncounted``: their fields). ``gpu_bytes``:
+    weights, gradients and optimizer states of the largest training on each of its GPUs; activations come on
+    top."""
+
+    flops: float
+    uncounted: tuple[str, ...]
+    gpu_bytes: int
+
+    def hours(self, peak: float) -> float:
+        """On one GPU of so many FLOP/s at its peak."""
+        return self.flops / (REACHED * peak) / 3600
+
+
+def study_work(
+    space: SearchSpace,
+    backbone: PreTrainedConfig,
+    stages: Mapping[str, tuple[KeyedStage, TrialConfig, Plan]],
+    listed: int,
+) -> Work:
+    """``stages``: every stage of the ``listed`` trials by its key, with the trial that needs it first."""
+    full = Plan.full(backbone.num_hidden_layers)
+    shared, own = 0.0, 0.0
+    for keyed, config, plan in stages.values():
+        cost = keyed.stage.cost
+        used = full if cost.full_model else plan
+        flops = cost.tokens(config) * accounting.flops(backbone, used, 1)
+        if keyed.stage.shared:
+            shared += flops
+        else:
+            own += flops
+    trainings = [training for training in space.trainings.values() if training is not None]
+    parameters = accounting.count_parameters(backbone, full)
+    return Work(
+        flops=shared + own * (1 + space.trials / max(1, listed)),
+        uncounted=tuple(name for name, training in space.trainings.items() if training.steps is None),
+        gpu_bytes=max((training_bytes(training, parameters) for training in trainings), default=0),
+    )
+
+
+def training_bytes(training: TrainConfig, parameters: int) -> int:
+    """Of weights, gradients and optimizer states on each GPU, mixed precision with Adam (ZeRO, Rajbhandari
+    et al. 2020, figure 1): stage 1 shares the states, 2 the gradients too, 3 the weights too."""
+    shares = [1, 1, 1]  # by how many the weights, gradients, states are shared
+    for part in range(min(training.zero_stage, 3)):
+        shares[2 - part] = training.workers
+    if training.lora is not None:  # the few trained parameters do not count
+        return parameters * _WEIGHT // shares[0]
+    parts = zip((_WEIGHT, _GRADIENT, _STATES), shares, strict=True)
+    return sum(parameters * size // share for size, share in parts)
+
+
+def named_gpus(work: Work) -> Sequence[str]:
+    """``"2.1 hours on an H100"``, for each GPU known here."""
+    return [f"{_in_words(work.hours(peak))} on an {name}" for name, peak in BFLOAT16_PEAKS.items()]
+
+
+def _in_words(hours: float) -> str:
+    if hours < 1 / 60:
+        return "less than a minute"
+    return f"{hours * 60:.2g} minutes" if hours < 1 else f"{hours:.2g} hours"
