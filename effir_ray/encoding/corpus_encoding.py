@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,6 +276,12 @@ def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
     return -(-workers // max(1, len(able)))
 
 
+@cache
+def _peak_of_this_process(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured once: a study's processes encode for one trial after the other."""
+    return gemm_peak(device, dtype)
+
+
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
@@ -307,7 +313,7 @@ class _ShardEncoder:
     @cached_property
     def _gemm_peak(self) -> float:
         model = self._encoder.retriever.model
-        return gemm_peak(model.device, model.dtype)
+        return _peak_of_this_process(model.device, model.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of ``_task`` in, one row of figures out.

@@ -24,7 +24,7 @@ def test_a_stopped_study_says_so_and_goes_on(tmp_path: Path) -> None:
     space.write_text(
         f"name: stopped\nbackbone: random:llama\ndataset: {write_folder(tmp_path / 'data')}\nthreads: 1\n"
         "query_max_length: 16\ndocument_max_length: 32\ncalibration_texts: 16\n"
-        "timing: {queries: 4, documents: 4, rounds: 1}\nschedules: [{drop_mlp: 1}, {drop_mlp: 2}]\n"
+        "timing: {queries: 4, documents: 4, rounds: 1}\nsampler: grid\nparameters: {drop_mlp: [0, 1, 2], drop_attention: [0, 1, 2]}\n"
     )
     command = [sys.executable, "-m", "effir_ray", "search", str(space), "--out", str(out), "--resume"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -41,4 +41,5 @@ def test_a_stopped_study_says_so_and_goes_on(tmp_path: Path) -> None:
         assert "Traceback" not in said and "SIGTERM received" not in said
     subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=environment)
     rows = [row for row in store.read([out]).to_pylist() if row["split"] == "dev"]
-    assert sorted(row["schedule"] for row in rows) == ["1M", "2M", "full"]
+    names = ["1A", "1M", "1M1A", "1M2A", "2A", "2M", "2M1A", "2M2A", "full"]
+    assert sorted(row["schedule"] for row in rows) == names
