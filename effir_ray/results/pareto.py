@@ -30,6 +30,7 @@ def non_dominated(costs: Points) -> Mask:
     valid = np.flatnonzero(~np.isnan(costs).any(axis=1))
     if not len(valid):
         return mask
+    valid = valid[_contenders(costs[valid])]
     points, of = np.unique(costs[valid], axis=0, return_inverse=True)
     if points.shape[1] <= 2:
         kept = _sweep_two(points)
@@ -55,8 +56,7 @@ def _sweep_three(points: Points) -> Mask:
     kept = np.zeros(len(points), dtype=np.bool_)
     across: list[float] = []
     down: list[float] = []
-    for index in np.flatnonzero(_undefeated(points)).tolist():
-        x, y = points[index, 1:].tolist()
+    for index, (_, x, y) in enumerate(points.tolist()):
         place = bisect_right(across, x)
         if place and down[place - 1] <= y:
             continue
@@ -68,17 +68,18 @@ def _sweep_three(points: Points) -> Mask:
     return kept
 
 
-def _undefeated(points: Points) -> Mask:
-    """Candidates: what none of a few good points dominates. Most points fall here, many at a time."""
-    order = np.argsort(points, axis=0)
-    place = np.empty_like(order)
-    np.put_along_axis(place, order, np.arange(len(points))[:, None], axis=0)
-    good = np.unique(np.argsort(place.sum(axis=1))[:_RIVALS])
-    mask = np.ones(len(points), dtype=np.bool_)
-    for rival in good:
-        mask &= (points < points[rival]).any(axis=1)
-        mask[rival] = True
-    return mask
+def _contenders(points: Points) -> npt.NDArray[np.intp]:
+    """Indices of what none of a few good points dominates: of many points, most fall here, all at a time."""
+    left = np.arange(len(points))
+    if len(points) <= 2 * _SAMPLE:
+        return left
+    sample = points[np.linspace(0, len(points) - 1, _SAMPLE).astype(np.intp)]
+    good = sample[non_dominated(sample)]
+    good = good[np.argsort(good[:, 0])]
+    for rival in good[np.linspace(0, len(good) - 1, min(_RIVALS, len(good))).astype(np.intp)]:
+        here = points[left]
+        left = left[(here < rival).any(axis=1) | (here == rival).all(axis=1)]
+    return left
 
 
 def _eliminate(points: Points) -> Mask:
@@ -92,7 +93,7 @@ def _eliminate(points: Points) -> Mask:
     return kept
 
 
-_RIVALS = 16
+_SAMPLE, _RIVALS = 2000, 32
 
 
 _WITH_INTERVAL = ("document_speedup",)
@@ -118,9 +119,9 @@ def on_front(table: pa.Table, objectives: Mapping[str, Direction]) -> Mask:
 
 def _leave_out_noise(mask: Mask, others: Points, low: Points, high: Points) -> None:
     """Clears ``mask`` where a kept row with better ``others`` (costs) is not surely slower."""
-    order = [row for row in np.lexsort(others.T[::-1]) if mask[row]]
+    rows = np.flatnonzero(mask)
     kept: list[int] = []
-    for row in order:  # what could beat it comes before it
+    for row in rows[np.lexsort(others[rows].T[::-1])]:  # what could beat it comes before it
         better = others[kept]
         beats = (better <= others[row]).all(axis=1) & (better < others[row]).any(axis=1)
         if (beats & (high[kept] >= low[row])).any():

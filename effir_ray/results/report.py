@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.pages import render
-from effir_ray.results import store
+from effir_ray.results import store, tables
 from effir_ray.results.page_data import page_data
+from effir_ray.results.pareto import costs_of, non_dominated
 from effir_ray.results.picture import draw_front
+from effir_ray.results.schema import DIRECTIONS
 from effir_ray.results.tables import Damaged, Folders
 
 
@@ -19,24 +23,61 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
     The page needs no network: plotly.js, data and styles are inside. ``damaged`` hears of files that cannot
-    be read, which are then left out. Raises InputError for another suffix or when no trial has succeeded.
+    be read, which are then left out. Of more than 6,000 rows only fronts, tested models and an even part of
+    the others are shown. Raises InputError for another suffix or when no trial has succeeded.
     """
     target = Path(out)
-    table = store.latest(store.read(folders, damaged=damaged))
+    table, total = _rows(folders, damaged)
     if target.suffix in (".svg", ".png"):
         return draw_front(table, target)
     if target.suffix != ".html":
         raise InputError(f"{target}: a report is written as .html, .svg or .png")
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, page(table, folders, damaged))
+    write_whole(target, page(table, folders, damaged, total=total))
     return target
 
 
-def page(table: pa.Table, folders: Folders, damaged: Damaged | None = None) -> str:
-    """The HTML of a report. Rows of a table hold only text and numbers, and are escaped."""
+_MOST = 6000  # rows: with more, a page is slow to open and a picture is a blot
+_JUDGED = (*store.LATEST_COLUMNS, "ndcg_at_10", "parameters", "document_speedup")
+
+
+def _rows(folders: Folders, damaged: Damaged | None) -> tuple[pa.Table, int]:
+    """The rows to show, and of how many: all, or every front, what was tested and an even part of others."""
+
+    def attempt() -> tuple[pa.Table, int]:
+        narrow = store.latest(store.read(folders, columns=_JUDGED, damaged=damaged, places=True))
+        kept = narrow if len(narrow) <= _MOST else narrow.take(_chosen(narrow))
+        return tables.rows_at(kept, store.ROWS), len(narrow)
+
+    return tables.settled(attempt)
+
+
+def _chosen(table: pa.Table) -> pa.Array:
+    """At most ``_MOST`` indices into ``table``, in its order."""
+    wanted = np.zeros(len(table), np.bool_)
+    (datasets, _), (splits, kinds) = (store.codes(table[name]) for name in ("dataset", "split"))
+    groups = datasets * (kinds + 1) + splits
+    tested = pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok"))
+    ids = pc.unique(table["trial_id"].filter(tested))
+    wanted |= np.asarray(pc.is_in(table["trial_id"], ids))
+    for names in (("ndcg_at_10", "parameters"), ("ndcg_at_10", "document_speedup")):
+        costs = costs_of(table, {name: DIRECTIONS[name] for name in names})
+        for number in np.unique(groups):
+            group = np.flatnonzero(groups == number)
+            wanted[group[non_dominated(costs[group])]] = True
+    first, rest = np.flatnonzero(wanted)[:_MOST], np.flatnonzero(~wanted)
+    even = rest[np.linspace(0, len(rest) - 1, max(0, _MOST - len(first))).astype(np.intp)]
+    return pa.array(np.union1d(first, even))
+
+
+def page(
+    table: pa.Table, folders: Folders, damaged: Damaged | None = None, *, total: int | None = None
+) -> str:
+    """The HTML of a report of ``table``, of ``total`` rows that there are. Rows of a table hold only text and
+    numbers, and are escaped."""
     from plotly.offline import get_plotlyjs  # slow, and a picture needs none of it
 
-    data = page_data(table, folders, damaged=damaged)
+    data = page_data(table, folders, damaged=damaged) | {"total": len(table) if total is None else total}
     if not data["rows"]:
         raise InputError(f"no successful trial among the {len(table)} rows; nothing to report")
     studies = ", ".join(dict.fromkeys(row["study"] for row in data["rows"]))

@@ -259,7 +259,7 @@ def rows_of_trial(table: pa.Table, trial: str, split: str | None = None) -> list
 
 
 def _successful(table: pa.Table) -> pa.Table:
-    kept = table.filter(pc.equal(table["status"], "ok"))
+    kept = _only(table, "status", "ok")
     if len(kept) == 0:
         raise InputError(f"no successful trial among the {len(table)} rows that were asked for")
     return kept
@@ -270,7 +270,12 @@ def _of_split(table: pa.Table, split: str | None) -> pa.Table:
     wanted = split or ("dev" if "dev" in splits else splits[0])
     if wanted not in splits:
         raise InputError(f"no rows of split '{wanted}'; there are {', '.join(sorted(splits))}")
-    return table.filter(pc.equal(table["split"], wanted))
+    return _only(table, "split", wanted)
+
+
+def _only(table: pa.Table, column: str, value: str) -> pa.Table:
+    kept = pc.equal(table[column], value)
+    return table if pc.all(kept.fill_null(False)).as_py() else table.filter(kept)
 
 
 def with_test_scores(rows: pa.Table, table: pa.Table, *, across_datasets: bool = False) -> pa.Table:

@@ -50,7 +50,10 @@ def read(
     names = None if columns is None else list(dict.fromkeys(["created_at", *columns]))
     table = tables.read(folders, ROWS, columns=names, damaged=damaged, places=places)
     begun = pa.scalar(datetime.fromtimestamp(0, UTC), ARROW_SCHEMA.field("created_at").type)
-    return table.take(pc.sort_indices(table["created_at"].fill_null(begun)))
+    times = np.asarray(table["created_at"].fill_null(begun).cast(pa.int64()))
+    if (times[1:] >= times[:-1]).all():  # as a file is that was compacted: nothing is moved
+        return table
+    return table.take(pa.array(np.argsort(times, kind="stable")))
 
 
 def trial_rows(table: pa.Table) -> list[TrialRow]:
@@ -77,17 +80,19 @@ def latest(table: pa.Table) -> pa.Table:
         return table
     key = np.zeros(len(table), np.int64)
     for name in KEY:
-        codes, values = _codes(table[name])
-        key = key * (values + 1) + codes
+        found, values = codes(table[name])
+        key = key * (values + 1) + found
         key = np.unique(key, return_inverse=True)[1] if values > 1 else key  # small again: no overflow
     succeeded = np.asarray(pc.fill_null(pc.equal(table["status"], "ok"), False))
     attempt = np.asarray(table["attempt"].fill_null(1))  # no attempt is written in rows of schema 2
     order = np.lexsort((np.arange(len(table)), np.maximum(attempt, 1), succeeded, key))
     last = np.append(key[order][1:] != key[order][:-1], True)
+    if last.all():
+        return table
     return table.take(pa.array(np.sort(order[last])))
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
+def codes(column: pa.ChunkedArray) -> tuple[np.ndarray, int]:
     """(rows,) the same number for the same text, and how many texts there are; a null is a text too."""
     encoded = column.combine_chunks().dictionary_encode()
     codes = np.asarray(encoded.indices.fill_null(len(encoded.dictionary)), dtype=np.int64)

@@ -114,12 +114,19 @@ def rows_at(table: pa.Table, kind: TableKind) -> pa.Table:
     Raises FileNotFoundError where a file was compacted since, see ``settled``.
     """
     places = list(zip(table[FILE].to_pylist(), table[ROW].to_pylist(), strict=True))
-    found: dict[tuple[str, int], pa.Table] = {}
-    for name in dict.fromkeys(name for name, _ in places):
-        wanted = sorted({row for other, row in places if other == name})
-        for row, part in _rows_of_file(Path(name), kind, wanted):
-            found[name, row] = part
-    return pa.concat_tables([found[place] for place in places]) if places else kind.schema.empty_table()
+    wanted: dict[str, set[int]] = {}
+    for name, row in places:
+        wanted.setdefault(name, set()).add(row)
+    found: dict[tuple[str, int], int] = {}
+    parts: list[pa.Table] = []
+    for name, rows in wanted.items():
+        for numbers, part in _rows_of_file(Path(name), kind, sorted(rows)):
+            for number in numbers:
+                found[name, number] = len(found)
+            parts.append(part)
+    if not places:
+        return kind.schema.empty_table()
+    return pa.concat_tables(parts).take([found[place] for place in places])
 
 
 def settled(read_all: Callable[[], T]) -> T:
@@ -237,17 +244,16 @@ def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
         return _typed(file, table, parquet.metadata.num_rows, kind, schema)
 
 
-def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterator[tuple[int, pa.Table]]:
+def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterator[tuple[list[int], pa.Table]]:
+    """``wanted`` rows, in ascending order, with their numbers, a row group at a time."""
     with _opened(file, kind) as parquet:
         start = 0
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
             if here:
-                table = parquet.read_row_group(group)
-                for row in here:
-                    one = table.slice(row - start, 1)
-                    yield row, _typed(file, one, 1, kind, kind.schema)
+                table = parquet.read_row_group(group).take([row - start for row in here])
+                yield here, _typed(file, table, len(here), kind, kind.schema)
             start += size
 
 

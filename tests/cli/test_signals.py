@@ -24,7 +24,8 @@ def test_a_stopped_study_says_so_and_goes_on(tmp_path: Path) -> None:
     space.write_text(
         f"name: stopped\nbackbone: random:llama\ndataset: {write_folder(tmp_path / 'data')}\nthreads: 1\n"
         "query_max_length: 16\ndocument_max_length: 32\ncalibration_texts: 16\n"
-        "timing: {queries: 4, documents: 4, rounds: 1}\nsampler: grid\nparameters: {drop_mlp: [0, 1, 2], drop_attention: [0, 1, 2]}\n"
+        "timing: {queries: 4, documents: 4, rounds: 1}\nsampler: grid\n"
+        "parameters: {drop_mlp: [0, 1, 2], drop_attention: [0, 1, 2]}\n"
     )
     command = [sys.executable, "-m", "effir_ray", "search", str(space), "--out", str(out), "--resume"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

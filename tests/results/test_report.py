@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store
+from effir_ray.results import report as report_module
 from effir_ray.results.page_data import LABELS
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.report import report
@@ -145,3 +147,24 @@ def test_other_formats_and_empty_studies_are_refused(study: Path, tmp_path: Path
     pq.write_table(failed, tmp_path / "failed" / "rows.parquet")
     with pytest.raises(InputError, match="no successful trial"):
         report([tmp_path / "failed"], tmp_path / "report.html")
+
+
+def test_of_many_rows_the_fronts_and_what_was_tested_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"study": "s", "trial": "{}", "backbone": "b", "dataset": "d", "schedule": "1M"}
+    rows = [
+        TrialRow(**base, trial_id=f"{i:03d}", split="dev", ndcg_at_10=0.5 - i / 1000, parameters=1000 + i)
+        for i in range(300)
+    ]
+    best = rows[0]  # best in both: the rest is behind it
+    tested = TrialRow(**base, trial_id="222", split="test", ndcg_at_10=0.2, parameters=1222)
+    store.append(tmp_path / "study", [*rows, tested])
+    monkeypatch.setattr(report_module, "_MOST", 40)
+    data = data_of(report([tmp_path / "study"], tmp_path / "r.html").read_text(encoding="utf-8"))
+    shown = [(row["trial_id"], row["split"]) for row in data["rows"]]
+    assert data["total"] == 301 and len(shown) == 40
+    assert {(best.trial_id, "dev"), ("222", "dev"), ("222", "test")} <= set(shown)
+    spread = sorted(int(trial) for trial, _ in shown)
+    assert max(later - earlier for earlier, later in pairwise(spread)) < 12
+    assert report([tmp_path / "study"], tmp_path / "r.svg").stat().st_size > 0

@@ -212,7 +212,9 @@ function drawPlot({ points, front }) {
   element("summary").textContent = `${points.length} models, ${front.length} on the front of ` +
     `${COLUMNS[view.y].label} and ${COLUMNS[view.x].label.toLowerCase()}.` +
     (view.split === "test" && DATA.rows.some((r) => r.split === "dev")
-      ? " The front was chosen on dev queries; test scores exist for what was chosen." : "");
+      ? " The front was chosen on dev queries; test scores exist for what was chosen." : "") +
+    (DATA.total > DATA.rows.length + DATA.failed.length
+      ? ` The page has ${DATA.rows.length} of ${DATA.total} rows: every front, what was tested, an even part of the rest.` : "");
 }
 
 // -- the tables -------------------------------------------------------------------------------------------
