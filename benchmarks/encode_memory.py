@@ -45,7 +45,12 @@ def measure(documents: int, results: multiprocessing.Queue) -> None:
         save_checkpoint(apply_plan(load_retriever("random:llama"), one_block), folder / "model")
         started = time.perf_counter()
         encoded = encode_corpus(
-            folder / "model", folder / "data", folder / "out", shard_size=SHARD_SIZE, dtype="float16"
+            folder / "model",
+            folder / "data",
+            folder / "out",
+            shard_size=SHARD_SIZE,
+            workers=2,  # one would be the driver itself
+            dtype="float16",
         )
         seconds = time.perf_counter() - started
         assert len(encoded) == documents
