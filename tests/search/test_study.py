@@ -96,6 +96,11 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
         assert [sorted(trial.constraints) for trial in told] == [
             ["document_ms > 0.0", "parameter_ratio < 1.0"]
         ]
+        seen = optuna.load_study(
+            study_name="tiny, all trials", storage=f"sqlite:///{tmp_path}/study/optuna.db"
+        ).get_trials()
+        assert {trial.user_attrs["trial_id"] for trial in seen} == {row["trial_id"] for row in dev}
+        assert sum("test_ndcg_at_10" in trial.user_attrs for trial in seen) == len(tested)
         steps = query(
             tmp_path / "study", "SELECT step, loss FROM curves JOIN trials USING (model) WHERE recovered"
         )
