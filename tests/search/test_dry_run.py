@@ -8,6 +8,7 @@ from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
+from effir_ray.results.published import published
 from effir_ray.search.dry_run import dry_run, named_sources
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.trial_stages import trial_stages
@@ -30,6 +31,33 @@ def test_the_papers_grid_has_the_papers_sizes() -> None:
     assert ratio["full"] == 1.0
     assert preview.stages["importance"] == 1
     assert preview.stages["neurons"] == 2  # one for every depth: 16M and 16M8A
+
+
+PAPER = {
+    "e5-mistral-7b": "E5-Mistral-7B",
+    "llama-2-7b": "Llama-2-7B",
+    "llama-3-8b": "Llama-3-8B",
+    "mistral-7b": "Mistral-7B-v0.1",
+    "modernbert-base": "ModernBERT-base",
+    "qwen2.5-1.5b": "Qwen2.5-1.5B",
+    "qwen2.5-3b": "Qwen2.5-3B",
+    "qwen2.5-7b": "Qwen2.5-7B",
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_preset_has_every_model_that_the_paper_has_of_its_backbone(name: str) -> None:
+    space = load_yaml(SPACES / f"{name}.yaml", SearchSpace)
+    asked = {
+        row["schedule"]
+        for row in published().to_pylist()
+        if row["backbone"] == PAPER[name] and row["schedule"] is not None
+    }
+    assert len(asked) >= 3
+    listed = {candidate.schedule().name for candidate in space.listed()}
+    assert asked <= listed
+    trained = {candidate.schedule().name for candidate in space.listed() if candidate.recover}
+    assert trained == set() if name == "e5-mistral-7b" else asked <= trained
 
 
 def test_combinations_that_cannot_meet_the_constraints_are_left_out() -> None:
