@@ -130,9 +130,10 @@ def show_front(front: pa.Table) -> None:
     for score in sorted({row["bm25_ndcg_at_10"] for row in rows if row["bm25_ndcg_at_10"] is not None}):
         say(f"BM25 on the same queries and documents: {score:.4f}")
     if failed := int((front.schema.metadata or {}).get(FAILED, 0)):
+        verb = "is" if failed == 1 else "are"
         say(
-            f"{failed} failed and {'is' if failed == 1 else 'are'} left out: "
-            "SELECT schedule, reason FROM trials WHERE status = 'failed'"
+            f"{failed} trial{'' if failed == 1 else 's'} failed on these queries and {verb} left out: "
+            "effir-ray query DIR \"SELECT schedule, split, reason FROM trials WHERE status = 'failed'\""
         )
     for row in rows:
         if is_doubtful(row):

@@ -84,13 +84,13 @@ def _say_work(work: Any) -> None:
     from effir_ray.search.work import REACHED, named_gpus
 
     say(
-        f"To compute: at most {work.flops / 1e15:.3g} PFLOP, {' or '.join(named_gpus(work))} (one GPU, at "
-        f"{REACHED:.0%} of its bfloat16 peak)"
+        f"To compute for dev: about {work.flops / 1e15:.3g} PFLOP, {' or '.join(named_gpus(work))} "
+        f"(one GPU, at {REACHED:.0%} of its bfloat16 peak)"
     )
     if work.uncounted:
         say(
-            f"Not in that: {' and '.join(work.uncounted)}, whose epochs nobody has counted; "
-            "give steps: to see them"
+            f"Not in that: {' and '.join(work.uncounted)}, of which nobody has counted the steps of an epoch "
+            "or the documents; give steps: or a sample to see them"
         )
     if work.gpu_bytes:
         say(

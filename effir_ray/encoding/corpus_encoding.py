@@ -185,10 +185,13 @@ def _encode_missing(
 
 
 def _elsewhere(address: str | None) -> bool:
-    """Whether a cluster is named that this process is no part of yet."""
+    """Whether a cluster is named, or this process is on one of several nodes that have only CPUs: then the
+    work is spread, and counted, as Ray places it. On a GPU it is where one is reserved."""
     ray = sys.modules.get("ray")
-    part = ray is not None and ray.is_initialized()
-    return not part and bool(address or os.environ.get("RAY_ADDRESS"))
+    if address or ray is None or not ray.is_initialized():
+        return bool(address or os.environ.get("RAY_ADDRESS"))
+    able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    return len(able) > 1 and not ray.cluster_resources().get("GPU")
 
 
 def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:

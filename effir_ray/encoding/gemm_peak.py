@@ -29,8 +29,10 @@ def gemm_peak(
     """
     device = torch.device(device)
     side = _PEAK_SIZE[device.type]
-    a = torch.ones(side, side, device=device, dtype=dtype or torch.float32)  # drawn numbers would move seeds
-    b, out = torch.ones_like(a), torch.empty_like(a)
+    # Drawn numbers, since equal ones cost a GPU less power; by a generator of its own, to move no seed.
+    draw = torch.Generator(device).manual_seed(0)
+    a = torch.randn(side, side, generator=draw, device=device, dtype=dtype or torch.float32)
+    b, out = a.clone(), torch.empty_like(a)
 
     def multiply() -> None:
         torch.mm(a, b, out=out)

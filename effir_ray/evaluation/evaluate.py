@@ -107,8 +107,8 @@ def evaluate(
 
     The data set is read and checked before the model is loaded. With ``out`` the run (``run.trec``), the
     scores in MTEB's form (``mteb.json``), those of every query (``per_query.json``) and a summary
-    (``evaluation.json``) are written there; a model given by name is then encoded by Ray Data with
-    ``workers`` actors into ``out/embeddings``, where a killed evaluation goes on. Otherwise embeddings pass
+    (``evaluation.json``) are written there; a model given by name is then encoded by ``workers`` into
+    ``out/embeddings``, see ``encode_corpus``, where a killed evaluation goes on. Otherwise embeddings pass
     through a temporary file of this machine: memory does not grow with the corpus.
 
     Raises InputError for anything wrong with the data set, the split or the model, and for several workers
@@ -140,7 +140,7 @@ def evaluate(
                 max_length=document_max_length,
                 address=address,
             )
-            encoder = as_encoder(model)  # not before: the worker has a copy of its own on the same GPU
+            encoder = as_encoder(model)  # not before: what encoded has a copy of its own on the same GPU
         else:
             encoder = as_encoder(model)
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ ONNX = "onnx/model.onnx"
 TOLERANCE = 1e-4
 _LARGEST_MESSAGE = 1.8e9  # an ONNX file is one protobuf message, of at most 2 GiB; weights lie beside it then
 _OPSET = 20
-_PROBES = ((1, 1), (2, 7), (3, 40))  # texts, tokens
+_PROBES = ((1, 1), (2, 7), (3, 40), (2, 300))  # texts, tokens
 
 
 class _Embedder(nn.Module):
@@ -76,12 +77,13 @@ def write_onnx(folder: Path) -> Path:
     return file
 
 
-def _probe(retriever: Retriever, texts: int, tokens: int) -> tuple[Tensor, Tensor]:
+def _probe(retriever: Retriever, texts: int, tokens: int, *, at_start: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids and a mask: every text is a token shorter than the one before it, padded at the end."""
     random = torch.Generator().manual_seed(texts * tokens)
     ids = torch.randint(retriever.model.config.vocab_size, (texts, tokens), generator=random)
     lengths = torch.tensor([max(1, tokens - number) for number in range(texts)])
-    return ids, (torch.arange(tokens) < lengths[:, None]).long()
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return ids, mask.flip(1) if at_start else mask
 
 
 def check_onnx(retriever: Retriever, file: Path) -> None:
@@ -90,8 +92,9 @@ def check_onnx(retriever: Retriever, file: Path) -> None:
 
     embedder = _Embedder(retriever).eval()
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    for shape in _PROBES:
-        ids, mask = _probe(retriever, *shape)
+    longest = retriever.model.config.max_position_embeddings
+    for (texts, tokens), at_start in product(_PROBES, (False, True)):
+        ids, mask = _probe(retriever, texts, min(tokens, longest), at_start=at_start)
         with torch.inference_mode():
             wanted = embedder(ids, mask)[1].numpy()
         inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}

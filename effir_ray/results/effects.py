@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS
@@ -22,11 +24,11 @@ def effects(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             studies.setdefault((row["study"], row["dataset"]), []).append(row)
     found = []
     for (study, dataset), group in studies.items():
-        settings = varying_settings([json.loads(row["trial"]) for row in group])
+        settings = varying_settings([json.loads(row["trial"] or "{}") for row in group])
         if len(group) < _ENOUGH or len(settings) < 2:
             continue
         measured = [name for name in DEFAULT_OBJECTIVES if all(row[name] is not None for row in group)]
-        shares = {name: _shares(settings, name, [row[name] for row in group]) for name in measured}
+        shares = _shares(settings, {name: [row[name] for row in group] for name in measured})
         found.append({"study": study, "dataset": dataset, "shares": shares})
     return found
 
@@ -45,8 +47,13 @@ def varying_settings(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
         present = [trial[name] for trial in flat if name in trial]
         part = name in parts
         if not name.endswith("seed") and (part or any(value != present[0] for value in present)):
-            found[name] = [trial.get(name, "given" if part else None) for trial in flat]
+            found[name] = [_value(name, trial, part) for trial in flat]
     return found
+
+
+def _value(name: str, trial: dict[str, Any], part: bool) -> Any:
+    given = part and any(leaf.startswith(f"{name}.") for leaf in trial)
+    return "given" if given else trial.get(name)
 
 
 def _parents(name: str) -> list[str]:
@@ -63,27 +70,40 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _shares(settings: dict[str, list[Any]], objective: str, values: list[float]) -> dict[str, float]:
-    """Setting -> its share, all together 1; without a spread of ``values`` there is nothing to explain."""
+def _shares(settings: dict[str, list[Any]], measured: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Objective -> setting -> its share, all together 1; nothing where all values are alike."""
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    if min(values) == max(values):
-        return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     columns = {name: parameter(column) for name, column in settings.items()}
     distributions = {name: distribution for name, (distribution, _) in columns.items()}
-    study = optuna.create_study(direction="minimize")  # in memory
+    costs = [[-v if DIRECTIONS[name] == "max" else v for v in values] for name, values in measured.items()]
+    found: dict[str, dict[str, float]] = {name: {} for name in measured}
+    if not measured:
+        return found
+    study = optuna.create_study(directions=["minimize"] * len(measured))  # in memory
     study.add_trials(
         optuna.create_trial(
             params={name: column[number] for name, (_, column) in columns.items()},
             distributions=distributions,
-            value=-value if DIRECTIONS[objective] == "max" else value,
+            values=[values[number] for values in costs],
         )
-        for number, value in enumerate(values)
+        for number in range(len(costs[0]))
     )
-    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    return {name: float(share) for name, share in shares.items()}
+    for number, name in enumerate(measured):
+        if min(costs[number]) < max(costs[number]):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that low is good, and of many equal values
+                shares = get_param_importances(
+                    study, evaluator=PedAnovaImportanceEvaluator(), target=partial(_cost, number)
+                )
+            found[name] = {setting: float(share) for setting, share in shares.items()}
+    return found
+
+
+def _cost(number: int, trial: Any) -> float:
+    return float(trial.values[number])
 
 
 def parameter(column: list[Any]) -> tuple[Any, list[Any]]:

@@ -13,7 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from effir_ray.errors import InputError
-from effir_ray.models.folder import REMOTE_CODE
+from effir_ray.models import family as families
+from effir_ray.models.folder import REMOTE_CODE, read_spec
+from effir_ray.models.loading import load_config
 from effir_ray.models.onnx_file import ONNX, write_onnx
 from effir_ray.provenance import __version__
 from effir_ray.results import store
@@ -56,7 +58,7 @@ def export(
     ``trial``: its id, which may be shortened; or ``pick``: one of the front, see ``pareto``. ``onnx``: an
     ONNX file besides, see ``write_onnx``. ``repo``: send the folder to this model repository of the hub.
     Raises InputError when the study has no such trial or has not kept its model, ``out`` is there already,
-    or the hub cannot be written to.
+    the hub does not accept the token, or what is sent.
     """
     folder, target = Path(run), Path(out)
     if (trial is None) == (pick is None):
@@ -138,6 +140,7 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         hardware=row.hardware,
         remote=", trust_remote_code=True" if (model / REMOTE_CODE).exists() else "",
         onnx=ONNX if (model / ONNX).exists() else "",
+        max_length=_max_length(model),
         study=row.study,
         trial_id=row.trial_id,
         seed=row.seed,
@@ -146,6 +149,11 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         trial=json.dumps(json.loads(row.trial), indent=2, ensure_ascii=False),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _max_length(model: Path) -> int:
+    """Tokens that a text is cut to."""
+    return read_spec(model, families.get(load_config(model).model_type)).max_length
 
 
 def _kept(run: Path, row: TrialRow) -> Path:

@@ -8,7 +8,8 @@ from effir_ray.errors import InputError
 
 
 def check_hub(repo: str) -> None:
-    """Raises InputError where ``repo`` is no name, no token is known or the hub cannot be reached."""
+    """Raises InputError where ``repo`` is not OWNER/NAME, no token is known, or the hub does not accept it or
+    cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -16,12 +17,18 @@ def check_hub(repo: str) -> None:
     api = HfApi()
     try:
         validate_repo_id(repo)
+        if "/" not in repo:
+            raise InputError(f"--push {repo}: expected OWNER/NAME")
         api.whoami()
     except HFValidationError as error:
         raise InputError(f"--push {repo}: {_line(error)}") from None
     except LocalTokenNotFoundError:
         raise InputError(f"--push {repo}: no token of {api.endpoint}; hf auth login, or HF_TOKEN") from None
+    except InputError:
+        raise
     except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code not in (401, 403):
+            raise InputError(f"--push {repo}: {api.endpoint} answers: {_line(error)}") from None
         raise InputError(f"--push {repo}: {api.endpoint} does not accept the token: {_line(error)}") from None
     except Exception as error:  # of whichever client the hub's library uses
         raise InputError(f"--push {repo}: {api.endpoint} cannot be reached: {_line(error)}") from None

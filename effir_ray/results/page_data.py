@@ -105,7 +105,7 @@ def _settings(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         studies.setdefault(record["study"], []).append(record)
     found: dict[str, dict[str, Any]] = {record["key"]: {} for record in records}
     for group in studies.values():
-        varying = varying_settings([json.loads(record["trial"]) for record in group])
+        varying = varying_settings([json.loads(record["trial"] or "{}") for record in group])
         for name, column in varying.items():
             for record, value in zip(group, column, strict=True):
                 found[record["key"]][name] = value
@@ -226,36 +226,41 @@ def _query_scores(folders: Folders, rows: list[dict[str, Any]], damaged: Damaged
 
 
 def _curves(folders: Folders, rows: list[dict[str, Any]], damaged: Damaged | None) -> dict[str, Any]:
-    """Row key -> the training of its model: steps, mean loss up to each of them, dev score where measured."""
-    models = {row["model"]: row["key"] for row in rows if row["recovered"] and row["model"]}
-    table = curves(folders, models=models, damaged=damaged)
-    steps: dict[str, list[dict[str, Any]]] = {}
-    for record in table.to_pylist():
-        steps.setdefault(models[record["model"]], []).append(record)
-    return {key: _thinned(history) for key, history in steps.items()}
+    """Model, as rows name it -> its training: steps, and the mean loss up to each of them."""
+    models = {row["model"] for row in rows if row["recovered"] and row["model"]}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in curves(folders, models=models, damaged=damaged).to_pylist():
+        found.setdefault(record["model"], {}).setdefault(record["folder"], []).append(record)
+    # A stage of two folders is the same training: its key says all that it depends on.
+    return {model: _thinned(next(iter(places.values()))) for model, places in found.items()}
 
 
 def _thinned(history: list[dict[str, Any]]) -> dict[str, Any]:
     size = -(-len(history) // _POINTS)
     parts = [history[start : start + size] for start in range(0, len(history), size)]
     losses = [[row["loss"] for row in part if row["loss"] is not None] for part in parts]
-    dev = [(row["step"], row["dev_ndcg_at_10"]) for row in history if row["dev_ndcg_at_10"] is not None]
     return {
         "steps": [part[-1]["step"] for part in parts],
         "loss": [sum(values) / len(values) if values else None for values in losses],
-        "dev": dev,
     }
+
+
+def _short(folders: set[str]) -> dict[str, str]:
+    """The last part of each path, or all of it where another ends alike."""
+    last = {folder: Path(folder).resolve().name for folder in folders}
+    return {folder: name if list(last.values()).count(name) == 1 else folder for folder, name in last.items()}
 
 
 def _importance(folders: Folders, damaged: Damaged | None) -> list[dict[str, Any]]:
     """What each study's criteria made of every sublayer, for the figure of what goes first."""
     found: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
     for record in importance(folders, damaged=damaged).to_pylist():
-        units = found.setdefault((Path(record["folder"]).name, record["criterion"]), {})
+        units = found.setdefault((record["folder"], record["criterion"]), {})
         units.setdefault(record["unit"], {}).setdefault(record["layer"], []).append(record["score"])
+    names = _short({study for study, _ in found})
     return [
         {
-            "study": study,
+            "study": names[study],
             "criterion": criterion,
             "units": {
                 unit: [sum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]

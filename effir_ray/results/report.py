@@ -23,8 +23,9 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
     """Write the rows of ``folders`` to ``out``: ``.html`` an interactive page, ``.svg``, ``.png`` a picture.
 
     The page needs no network: plotly.js, data and styles are inside. ``damaged`` hears of files that cannot
-    be read, which are then left out. Of more than 6,000 rows only fronts, tested models and an even part of
-    the others are shown. Raises InputError for another suffix or when no trial has succeeded.
+    be read, which are then left out. Of more than 6,000 rows only the fronts of nDCG@10 and any other column,
+    the full and the tested models and an even part of the others are shown. Raises InputError for another
+    suffix or when no trial has succeeded.
     """
     target = Path(out)
     table, total = _rows(folders, damaged)
@@ -38,16 +39,23 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
 
 
 _MOST = 6000  # rows: with more, a page is slow to open and a picture is a blot
-_JUDGED = (*store.LATEST_COLUMNS, "ndcg_at_10", "parameters", "document_speedup")
+_JUDGED = (*store.LATEST_COLUMNS, "sample", "contents", "schedule", *DIRECTIONS)
+
+
+def _unheard(message: str) -> None:
+    """Of a file that is told of when it is read as a whole."""
 
 
 def _rows(folders: Folders, damaged: Damaged | None) -> tuple[pa.Table, int]:
     """The rows to show, and of how many: all, or every front, what was tested and an even part of others."""
 
     def attempt() -> tuple[pa.Table, int]:
-        narrow = store.latest(store.read(folders, columns=_JUDGED, damaged=damaged, places=True))
-        kept = narrow if len(narrow) <= _MOST else narrow.take(_chosen(narrow))
-        return tables.rows_at(kept, store.ROWS), len(narrow)
+        heard = None if damaged is None else _unheard
+        narrow = store.latest(store.read(folders, columns=_JUDGED, damaged=heard, places=True))
+        if len(narrow) > _MOST:
+            return tables.rows_at(narrow.take(_chosen(narrow)), store.ROWS), len(narrow)
+        whole = store.read(folders, damaged=damaged)
+        return store.latest(whole), len(narrow)
 
     return tables.settled(attempt)
 
@@ -55,13 +63,17 @@ def _rows(folders: Folders, damaged: Damaged | None) -> tuple[pa.Table, int]:
 def _chosen(table: pa.Table) -> pa.Array:
     """At most ``_MOST`` indices into ``table``, in its order."""
     wanted = np.zeros(len(table), np.bool_)
-    (datasets, _), (splits, kinds) = (store.codes(table[name]) for name in ("dataset", "split"))
-    groups = datasets * (kinds + 1) + splits
+    groups = np.zeros(len(table), np.int64)
+    for name in ("dataset", "split", "sample", "contents"):  # scores of others are no comparison
+        found, kinds = store.codes(table[name])
+        groups = np.unique(groups * (kinds + 1) + found, return_inverse=True)[1] if kinds > 1 else groups
     tested = pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok"))
     ids = pc.unique(table["trial_id"].filter(tested))
     wanted |= np.asarray(pc.is_in(table["trial_id"], ids))
-    for names in (("ndcg_at_10", "parameters"), ("ndcg_at_10", "document_speedup")):
-        costs = costs_of(table, {name: DIRECTIONS[name] for name in names})
+    wanted |= np.asarray(pc.fill_null(pc.equal(table["schedule"], "full"), False))
+    measured = [name for name in DIRECTIONS if table[name].null_count < len(table)]
+    for name in measured:
+        costs = costs_of(table, {each: DIRECTIONS[each] for each in ("ndcg_at_10", name)})
         for number in np.unique(groups):
             group = np.flatnonzero(groups == number)
             wanted[group[non_dominated(costs[group])]] = True

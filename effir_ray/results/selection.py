@@ -78,10 +78,18 @@ def pareto(
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
         complete = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
-        failed = pc.sum(pc.equal(table["status"], "failed")).as_py() or 0
+        failed = _failed_beside(chosen, table)
         return complete.replace_schema_metadata({**(complete.schema.metadata or {}), FAILED: str(failed)})
 
     return tables.settled(attempt)
+
+
+def _failed_beside(chosen: pa.Table, table: pa.Table) -> int:
+    """How many trials of ``table`` failed where those ``chosen`` from were measured."""
+    lost = table.filter(pc.equal(table["status"], "failed"))
+    for name in ("dataset", "split"):
+        lost = lost.filter(pc.is_in(lost[name], chosen[name].unique()))
+    return len(lost)
 
 
 _INTERVAL = ("document_speedup_low", "document_speedup_high")

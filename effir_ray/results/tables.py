@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -252,7 +253,8 @@ def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterato
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
             if here:
-                table = parquet.read_row_group(group).take([row - start for row in here])
+                read = _decoded(file, partial(parquet.read_row_group, group))
+                table = read.take([row - start for row in here])
                 yield here, _typed(file, table, len(here), kind, kind.schema)
             start += size
 

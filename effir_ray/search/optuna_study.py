@@ -22,6 +22,7 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.search.space import Axis, SearchSpace
 
 STORAGE = "optuna.db"
+_TESTED = "test_ndcg_at_10"
 
 
 def open_study(space: SearchSpace, out: Path) -> optuna.Study:
@@ -94,6 +95,10 @@ def write_all_trials(space: SearchSpace, out: Path, rows: Sequence[TrialRow]) ->
     storage = optuna.storages.get_storage(_url(out))
     name = all_trials(space)
     if name in (known.study_name for known in storage.get_all_studies()):
+        there = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+        found = {(t.user_attrs["trial_id"], t.user_attrs.get(_TESTED)) for t in there}
+        if found == {(row.trial_id, tested.get(row.trial_id)) for row in dev}:
+            return
         optuna.delete_study(study_name=name, storage=storage)
     study = optuna.create_study(storage=storage, study_name=name, directions=_directions(space))
     study.set_metric_names(list(space.objectives))
@@ -105,7 +110,7 @@ def write_all_trials(space: SearchSpace, out: Path, rows: Sequence[TrialRow]) ->
                 values=None if None in measured else [float(value) for value in measured],
                 params={name: column[number] for name, (_, column) in columns.items()},
                 distributions={name: kind for name, (kind, _) in columns.items()},
-                test_ndcg_at_10=tested.get(row.trial_id),
+                tested=tested.get(row.trial_id),
             )
         )
 
@@ -117,12 +122,19 @@ def ended_trial(
     params: dict[str, Any],
     distributions: dict[str, Any],
     constraints: dict[str, float] | None = None,
+    tested: float | None = None,
     **attributes: Any,
 ) -> FrozenTrial:
     """The trial of ``row`` as Optuna keeps it, with the times when it began and ended; without ``values`` it
-    failed. ``attributes`` go beside its schedule and id."""
+    failed. ``tested``: what it scored on test; ``attributes`` go beside its schedule and id."""
     began = row.created_at - timedelta(seconds=row.wall_seconds or 0.0)
-    known = {"schedule": row.schedule, "trial_id": row.trial_id, "reason": row.reason, **attributes}
+    known = {
+        "schedule": row.schedule,
+        "trial_id": row.trial_id,
+        "reason": row.reason,
+        _TESTED: tested,
+        **attributes,
+    }
     trial = optuna.trial.create_trial(
         state=TrialState.FAIL if values is None else TrialState.COMPLETE,
         values=values,

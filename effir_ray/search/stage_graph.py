@@ -106,7 +106,7 @@ class Stage:
     asked: Callable[[TrialConfig, str], bool] = lambda config, role: True
     needed: Callable[[TrialConfig], bool] = lambda config: True
     version: int = 1
-    on_device: bool = False
+    on_device: Callable[[TrialConfig], bool] = lambda config: False
     computed_on: Literal["", "device", "machine"] = ""
     columns: Callable[[StageTask], Mapping[str, Any]] | None = None
     query_scores: Callable[[StageTask], QueryScores] | None = None

@@ -121,7 +121,7 @@ class StageRunner:
         self.listener(keyed.name)
         stage, task = keyed.stage, self.task(keyed, out)
         with self._exclusive(stage):
-            if stage.on_device:
+            if stage.on_device(self.config):
                 seconds = on_device(_build, stage.build, task).seconds
             else:
                 started = time.monotonic()

@@ -363,6 +363,10 @@ def _lengths(config: TrialConfig) -> int:
     return config.query_max_length + config.document_max_length
 
 
+def _always(config: TrialConfig) -> bool:
+    return True
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="backbone",
@@ -400,7 +404,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_importance_inputs,
         parents={"model": _FULL},
         needed=lambda config: needs_scores(config.schedule),
-        on_device=True,
+        on_device=_always,
         computed_on="device",
         shared=True,
         cost=Cost(
@@ -414,7 +418,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_neuron_inputs,
         parents={"model": _FULL, "importance": ("importance",)},
         needed=lambda config: config.schedule.width_reduction > 0,
-        on_device=True,
+        on_device=_always,
         computed_on="device",
         shared=True,
         cost=Cost(
@@ -454,12 +458,14 @@ STAGES: tuple[Stage, ...] = (
             "max_length": config.document_max_length,
         },
         parents={"model": _MODEL},
+        on_device=lambda config: (
+            config.encoding_workers == 1
+        ),  # several are Ray Data's, which reserves theirs
         computed_on="device",
         workers=lambda config: config.encoding_workers,
         resumable=True,
         bulk=SHARDS,
         cost=Cost(
-            start_seconds=8.0,  # Ray Data's workers
             tokens=lambda config: (config.dev.documents or 10_000) * config.document_max_length,
         ),
     ),
@@ -472,7 +478,7 @@ STAGES: tuple[Stage, ...] = (
         query_scores=lambda task: _read_scores(task).per_query,
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
-        on_device=True,
+        on_device=_always,
         computed_on="device",
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
     ),
@@ -493,7 +499,7 @@ STAGES: tuple[Stage, ...] = (
         columns=_timing_columns,
         inputs=_timing_inputs,
         parents={"model": ("pruned", *_FULL), "reference": _FULL},  # training changes no speed
-        on_device=True,
+        on_device=_always,
         computed_on="machine",
         exclusive=True,
         cost=Cost(

@@ -26,10 +26,10 @@ _STATES = 12  # of a trained one: its float32 copy and Adam's two moments
 
 
 class Work(Config):
-    """``flops`` of all stages of the listed dev trials and as much for each that the sampler adds, without
-    trainings of whole epochs, whose steps nobody has counted (``uncounted``: their fields). ``gpu_bytes``:
-    weights, gradients and optimizer states of the largest training on each of its GPUs; activations come on
-    top."""
+    """``flops`` of all stages of the listed dev trials and as much for each that the sampler adds, every text
+    as long as it may be; test scores come on top. ``uncounted``: fields of trainings of whole epochs, whose
+    steps, and of whole data sets, whose documents nobody has counted. ``gpu_bytes``: weights, gradients and
+    optimizer states of the largest training on each of its GPUs; activations come on top."""
 
     flops: float
     uncounted: tuple[str, ...]
@@ -52,7 +52,10 @@ def study_work(
     for keyed, config, plan in stages.values():
         cost = keyed.stage.cost
         used = full if cost.full_model else plan
-        flops = cost.tokens(config) * accounting.flops(backbone, used, 1)
+        if _is_uncounted(keyed.name, space):
+            continue
+        tokens = space.document_max_length
+        flops = cost.tokens(config) * accounting.flops(backbone, used, tokens) / tokens
         if keyed.stage.shared:
             shared += flops
         else:
@@ -61,16 +64,29 @@ def study_work(
     parameters = accounting.count_parameters(backbone, full)
     return Work(
         flops=shared + own * (1 + space.trials / max(1, listed)),
-        uncounted=tuple(name for name, training in space.trainings.items() if training.steps is None),
+        uncounted=(
+            *(name for name, training in space.trainings.items() if training.steps is None),
+            *(["dev"] if space.dev.documents is None else []),
+        ),
         gpu_bytes=max((training_bytes(training, parameters) for training in trainings), default=0),
     )
 
 
+def _is_uncounted(stage: str, space: SearchSpace) -> bool:
+    trainings = {"base": space.base_training, "recovered": space.recovery}
+    training = trainings.get(stage)
+    if training is not None:
+        return training.steps is None
+    return stage == "embeddings" and space.dev.documents is None
+
+
 def training_bytes(training: TrainConfig, parameters: int) -> int:
-    """Of weights, gradients and optimizer states on each GPU, mixed precision with Adam (ZeRO, Rajbhandari
-    et al. 2020, figure 1): stage 1 shares the states, 2 the gradients too, 3 the weights too."""
+    """Of weights, gradients and optimizer states on each GPU, with Adam (ZeRO, Rajbhandari et al. 2020,
+    figure 1): stage 1 shares the states, 2 the gradients too, 3 the weights too. Stage 0 in bfloat16 runs
+    as 1."""
     shares = [1, 1, 1]  # by how many the weights, gradients, states are shared
-    for part in range(min(training.zero_stage, 3)):
+    stage = training.zero_stage if training.precision == "float32" else max(1, training.zero_stage)
+    for part in range(min(stage, 3)):
         shares[2 - part] = training.workers
     if training.lora is not None:  # the few trained parameters do not count
         return parameters * _WEIGHT // shares[0]
@@ -86,4 +102,5 @@ def named_gpus(work: Work) -> Sequence[str]:
 def _in_words(hours: float) -> str:
     if hours < 1 / 60:
         return "less than a minute"
-    return f"{hours * 60:.2g} minutes" if hours < 1 else f"{hours:.2g} hours"
+    number, unit = (hours * 60, "minutes") if hours * 60 < 59.5 else (hours, "hours")
+    return f"{number:.0f} {unit}" if number >= 9.95 else f"{number:.1f} {unit}"

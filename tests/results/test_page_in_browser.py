@@ -47,7 +47,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for study in ("one", "two"):
         rows = [synthetic(study, number, random) for number in range(TRIALS // 2)]
         store.append(folder / study, rows)
+        scores = {unit: random.random(16).tolist() for unit in ("attention", "mlp", "block")}
+        steps = [json.dumps({"step": step, "loss": 1 / step}) for step in range(1, 200)]
+        write_stage(
+            folder / study, "importance/x/importance.json", json.dumps({"criterion": "cosine", **scores})
+        )
+        write_stage(folder / study, f"recovered/{study}/history.jsonl", "\n".join(steps) + "\n")
     return report([folder / "one", folder / "two"], folder / "report.html")
+
+
+def write_stage(study: Path, file: str, content: str) -> None:
+    place = study / "stages" / file
+    place.parent.mkdir(parents=True)
+    place.write_text(content)
+    (place.parent / "stage.json").write_text("{}")
 
 
 def synthetic(study: str, number: int, random: np.random.Generator) -> TrialRow:
@@ -68,6 +81,8 @@ def synthetic(study: str, number: int, random: np.random.Generator) -> TrialRow:
         ndcg_at_10=float(np.clip(0.7 - 0.03 * drop - 0.2 * width + random.normal(0, 0.02), 0, 1)),
         parameters=int(1e8 - 4e6 * drop - 3e7 * width),
         document_speedup=1 + 0.06 * drop + 0.4 * width,
+        recovered=drop == 0,
+        model=f"stages/recovered/{study}/checkpoint" if drop == 0 else "",
     )
 
 
@@ -181,8 +196,11 @@ def test_keys_alone_sort_a_table_and_keep_their_place(real: Path, opened: Any) -
     page.focus("#front-by-parameters")
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "front-by-parameters"
-    sizes = page.evaluate("[...document.querySelectorAll('#front tbody tr')].map((tr) => tr.cells.length)")
-    assert len(sizes) >= 2
+    order = page.evaluate(
+        "[...document.querySelectorAll('#front tbody tr')].map((tr) => tr.cells[0].innerText)"
+    )
+    sized = page.evaluate("shown().front.sort((a, b) => b.parameters - a.parameters).map(name)")
+    assert order == sized and len(order) >= 2
     assert page.locator("#front th[aria-sort=descending]").inner_text().startswith("Parameters")
 
 
@@ -192,6 +210,12 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     assert page.locator("#trials tbody tr").count() == 50  # a page of the table
     page.click("#forth")
     assert page.locator("#page").inner_text().startswith("2 of ")
+    page.fill("#only", "0M-w0")  # trained, and among the best, whose curves are on the page
+    open_figures(page)
+    assert page.evaluate("document.getElementById('curves').data.length") >= 1
+    heat = page.evaluate("document.getElementById('importance').data[0]")
+    assert len(heat["y"]) == 6 and sorted(heat["z"][0]) == list(range(1, 17))
+    open_figures(page)  # and closed again
     page.fill("#only", "two 3M-w20")
     shown = page.evaluate("shown().points.map((r) => `${r.study} ${r.schedule}`)")
     assert set(shown) == {"two 3M-w20"}

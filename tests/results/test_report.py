@@ -66,7 +66,10 @@ def test_text_of_rows_cannot_become_markup(study: Path, tmp_path: Path) -> None:
 
 def test_the_script_writes_no_text_of_rows_as_markup() -> None:
     """A property of a row never stands between tags without ``escape``."""
-    script = files("effir_ray.results").joinpath("page", "report.js").read_text(encoding="utf-8")
+    page = files("effir_ray.results").joinpath("page")
+    script = "".join(
+        page.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in ("report", "figures")
+    )
     markup = [line for line in script.splitlines() if re.search(r"<\w+>", line)]
     assert markup
     assert not [line for line in markup if re.search(r"\$\{\w+\.\w+\}", line)]
@@ -168,3 +171,62 @@ def test_of_many_rows_the_fronts_and_what_was_tested_are_kept(
     spread = sorted(int(trial) for trial, _ in shown)
     assert max(later - earlier for earlier, later in pairwise(spread)) < 12
     assert report([tmp_path / "study"], tmp_path / "r.svg").stat().st_size > 0
+
+
+def test_a_file_that_cannot_be_read_is_named_or_left_out(study: Path, tmp_path: Path) -> None:
+    (good,) = (study / "rows").glob("*.parquet")
+    table = pq.read_table(good)
+    broken = ["not json"] * len(table)
+    index = table.schema.get_field_index("versions")
+    changed = table.set_column(index, table.schema.field(index), [broken])
+    pq.write_table(
+        changed.replace_schema_metadata(table.schema.metadata), study / "rows" / "0-broken.parquet"
+    )
+    with pytest.raises(InputError, match=r"0-broken\.parquet: column versions"):
+        report([study], tmp_path / "r.html")
+    heard: list[str] = []
+    page = report([study], tmp_path / "r.html", damaged=heard.append).read_text(encoding="utf-8")
+    assert len(data_of(page)["rows"]) == 6 and len(heard) == 1 and "0-broken.parquet" in heard[0]
+
+
+def test_of_many_rows_every_axis_and_sample_keeps_its_front(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest query is of no other front; the best of the harder sample is behind the easier one's."""
+    base = {"study": "s", "trial": "{}", "backbone": "b", "dataset": "d", "split": "dev"}
+
+    def row(number: int, sample: str, score: float, query_ms: float) -> TrialRow:
+        size = {"parameters": 1000 + number, "query_ms": query_ms, "sample": sample}
+        return TrialRow(**base, **size, trial_id=f"{sample}{number}", schedule="1M", ndcg_at_10=score)
+
+    rows = [row(number, "easy", 0.9 - number / 1000, 700 + number) for number in range(150)]
+    rows += [row(number, "hard", 0.5 - number / 1000, 700 + number) for number in range(150)]
+    rows += [row(999, "easy", 0.1, 1.0), rows[0].model_copy(update={"trial_id": "f", "schedule": "full"})]
+    store.append(tmp_path / "study", rows)
+    monkeypatch.setattr(report_module, "_MOST", 30)
+    shown = data_of(report([tmp_path / "study"], tmp_path / "r.html").read_text(encoding="utf-8"))["rows"]
+    assert {"easy999", "hard0", "easy0", "f"} <= {row["trial_id"] for row in shown}
+
+
+def test_stages_of_two_studies_stay_apart_and_one_training_serves_both(tmp_path: Path) -> None:
+    base = {"trial": "{}", "backbone": "b", "dataset": "d", "split": "dev", "recovered": True}
+    for number, name in enumerate(("a", "b"), start=1):
+        folder = tmp_path / name / "study"
+        model = "stages/recovered/abc/checkpoint"
+        row = TrialRow(**base, study=name, trial_id=name, schedule="1M+ft", ndcg_at_10=0.5, model=model)
+        store.append(folder, [row])
+        scores = dict.fromkeys(("attention", "mlp", "block"), [float(number)] * (2 * number))
+        for stage, file, content in (
+            ("importance/x", "importance.json", json.dumps({"criterion": "pooled", **scores})),
+            ("recovered/abc", "history.jsonl", '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'),
+        ):
+            place = folder / "stages" / stage
+            place.mkdir(parents=True)
+            (place / file).write_text(content)
+            (place / "stage.json").write_text("{}")
+    data = data_of(report([tmp_path / n / "study" for n in "ab"], tmp_path / "r.html").read_text("utf-8"))
+    assert [(entry["study"].split("/")[-2], entry["units"]["mlp"]) for entry in data["importance"]] == [
+        ("a", [1.0, 1.0]),
+        ("b", [2.0] * 4),
+    ]
+    assert data["curves"] == {"stages/recovered/abc/checkpoint": {"steps": [1, 2], "loss": [2.0, 1.0]}}

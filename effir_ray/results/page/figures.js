@@ -77,7 +77,7 @@ const last = (text) => text.split(".").at(-1);
 function along(label, values, kind = "text") {
   const text = (v) => (v === null || v === undefined ? "none" : typeof v === "number" ? SHOW[kind](v) : typeof v === "string" ? v : JSON.stringify(v));
   const numeric = values.every((v) => typeof v === "number");
-  const known = numeric ? null : distinct(values.map(text)).sort();
+  const known = numeric ? null : distinct(values.map(text)).sort((a, b) => a.localeCompare(b, undefined, { numeric: true }));
   const numbers = numeric ? values : values.map((v) => known.indexOf(text(v)));
   const low = numbers.reduce((a, b) => Math.min(a, b)), high = numbers.reduce((a, b) => Math.max(a, b));
   return { label, texts: values.map(text), at: numbers.map((v) => (v - low) / (high - low || 1)),
@@ -120,33 +120,30 @@ function effectsFigure() {
 }
 
 function curvesFigure({ points }) {
-  const rows = points.filter((r) => DATA.curves[curveKey(r)]).slice(0, 40);
+  const rows = points.filter(curveOf).slice(0, 40);
   if (!rows.length) return nothing("No training of these models is beside these rows");
   const chosen = (row) => row.key === view.chosen;
   return { traces: rows.map((row, number) => {
-    const { steps, loss } = DATA.curves[curveKey(row)];
+    const { steps, loss } = curveOf(row);
     return { type: "scatter", mode: steps.length > 1 ? "lines" : "markers", name: labelled(row), x: steps, y: loss,
       opacity: view.chosen && !chosen(row) ? 0.35 : 1, line: { width: chosen(row) ? 4 : 1.5, color: MARKS[number % MARKS.length] },
       hovertemplate: `${labelled(row)}, step %{x}: %{y:.4f}<extra></extra>` };
   }), layout: { height: 380, xaxis: plain("step"), yaxis: plain("loss"), legend: { orientation: "v" } } };
 }
 
-// A model has one training; rows of other queries share it.
-const CURVE_OF = new Map();
-function curveKey(row) {
-  if (!CURVE_OF.size) for (const r of DATA.rows) if (DATA.curves[r.key]) CURVE_OF.set(`${r.study}/${r.model}`, r.key);
-  return row.recovered && row.model ? CURVE_OF.get(`${row.study}/${row.model}`) : undefined;
-}
+const curveOf = (row) => (row.recovered && row.model ? DATA.curves[row.model] : undefined);
 
 function drawDatasets() {
   const groups = distinct(DATA.rows.filter((r) => r.split === view.split).map((r) => r.group));
   const models = new Map();
   for (const row of DATA.rows.filter((r) => r.split === view.split && matches(r))) {
-    const key = `${row.backbone}/${name(row)}`;
-    models.set(key, { row, ...(models.get(key) ?? {}), [row.group]: [...(models.get(key)?.[row.group] ?? []), row[view.y]] });
+    const key = JSON.stringify([row.study, row.backbone, name(row), row.settings]); // seeds are no setting: their mean
+    const model = models.get(key) ?? { row, scores: new Map() };
+    model.scores.set(row.group, [...(model.scores.get(row.group) ?? []), row[view.y]]);
+    models.set(key, model);
   }
   const mean = (values) => (values?.length && values.every((v) => v !== null) ? values.reduce((a, b) => a + b) / values.length : null);
-  const lines = [...models.values()].map((model) => ({ row: model.row, scores: groups.map((g) => mean(model[g])) }));
+  const lines = [...models.values()].map((model) => ({ row: model.row, scores: groups.map((g) => mean(model.scores.get(g))) }));
   lines.forEach((line) => { line.mean = line.scores.includes(null) ? null : mean(line.scores); });
   lines.sort((a, b) => (b.mean ?? -1) - (a.mean ?? -1) || (b.scores[0] ?? -1) - (a.scores[0] ?? -1));
   const cells = (kind, texts) => texts.map((text, i) => `<${kind}${i < 2 ? ' class="text"' : ""}${kind === "th" ? ' scope="col"' : ""}>${escape(text)}</${kind}>`).join("");
@@ -225,7 +222,7 @@ function random(seed) { // mulberry32
   };
 }
 
-// Paired bootstrap over queries: mean of `differences` and its 95 % interval, as `effir-ray compare` has them.
+// Paired bootstrap over queries: mean of `differences` and its 95 % interval; `effir-ray compare` draws more often.
 function bootstrap(differences) {
   const draw = random(1), n = differences.length, means = [];
   for (let i = 0; i < 2000; i += 1) {

@@ -214,7 +214,7 @@ function drawPlot({ points, front }) {
     (view.split === "test" && DATA.rows.some((r) => r.split === "dev")
       ? " The front was chosen on dev queries; test scores exist for what was chosen." : "") +
     (DATA.total > DATA.rows.length + DATA.failed.length
-      ? ` The page has ${DATA.rows.length} of ${DATA.total} rows: every front, what was tested, an even part of the rest.` : "");
+      ? ` The page has ${DATA.rows.length} of ${DATA.total} rows: every front of nDCG@10, full and tested models, an even part of the rest.` : "");
 }
 
 // -- the tables -------------------------------------------------------------------------------------------
