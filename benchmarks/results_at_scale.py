@@ -7,6 +7,7 @@ its own, start included. ``--rows 100000`` for a tenth; everything is done in a 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -37,7 +38,13 @@ def write_rows(folder: Path, count: int) -> None:
         "split": ["dev"] * count,
         "status": ["ok"] * count,
     }
-    for name in ("trial", "plan", "contents", "versions"):
+    kinds = [
+        json.dumps({"schedule": {"drop_mlp": i, "width_reduction": j / 10}})
+        for i in range(9)
+        for j in range(6)
+    ]
+    columns["trial"] = np.array(kinds)[random.integers(len(kinds), size=count)].tolist()
+    for name in ("plan", "contents", "versions"):
         columns[name] = ["{}"] * count
     for name in ("study", "schedule", "backbone", "dataset"):
         columns[name] = [name] * count

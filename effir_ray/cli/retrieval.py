@@ -200,7 +200,7 @@ def measure(
     \b
     [bold]Examples[/bold]
     effir-ray measure --model minilm-l6
-    effir-ray measure --model smollm2-135m --model runs/small/checkpoint --dataset scifact
+    effir-ray measure --model smollm2-135m --model runs/small --dataset scifact
     """
     from effir_ray import measure as run
     from effir_ray.progress import show_progress
