@@ -39,7 +39,7 @@ def wrong():
     raise InputError("no such file")
 
 before = on_device(used).value if ray.is_initialized() else "here"
-ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False)
 found = dict(before=before, outside=used(), inside=on_device(used).value, machine=machine().device)
 found["nested"] = on_device(nested).value
 try:
@@ -94,7 +94,7 @@ def told(name, build, *arguments):
     return build(*arguments)
 
 sys_argv = sys.argv
-ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
 trial_stages.STAGES = tuple(
     dataclasses.replace(stage, build=functools.partial(told, stage.name, stage.build))
     for stage in trial_stages.STAGES
