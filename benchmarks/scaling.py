@@ -24,13 +24,13 @@ from effir_ray.models import accounting
 from effir_ray.models.loading import load_config
 from effir_ray.search.dry_run import StudyPreview, dry_run, expected_plan
 from effir_ray.search.space import SearchSpace
+from effir_ray.search.work import BFLOAT16_PEAKS, REACHED
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "mistral-7b.yaml"
 
-PEAKS = {"A100 80 GB": 312e12, "H100 80 GB": 989e12}
-"""Dense bfloat16 FLOP/s, from NVIDIA's data sheets."""
-UTILISATION = 0.40
+PEAKS = {f"{name} 80 GB": peak for name, peak in BFLOAT16_PEAKS.items()}
+UTILISATION = REACHED
 """Assumption: the part of the peak that encoding and training reach on a GPU."""
 TRAINING_PASSES = 3
 """Assumption: a LoRA step with gradient checkpointing is forward, forward again, and backward without

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effir_ray.cli._options import Address, AsJson, Results, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from effir_ray.search.work import Work
 
 
 def search(
@@ -80,7 +83,7 @@ def _front_options(space: Any) -> str:
     return options
 
 
-def _say_work(work: Any) -> None:
+def _say_work(work: Work) -> None:
     from effir_ray.search.work import REACHED, named_gpus
 
     say(

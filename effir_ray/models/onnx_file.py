@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -45,14 +46,9 @@ def write_onnx(folder: Path) -> Path:
     Raises InputError without the packages of the extra ``onnx``, and where onnxruntime's embeddings are
     further than 1e-4 from torch's.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"writing ONNX needs the package {error.name}: pip install 'effir-ray[onnx]'"
-        ) from None
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if find_spec(package) is None:
+            raise InputError(f"writing ONNX needs the package {package}: pip install 'effir-ray[onnx]'")
 
     retriever = load_retriever(folder)
     embedder = _Embedder(retriever).eval()

@@ -12,24 +12,21 @@ def check_hub(repo: str) -> None:
     cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-    from huggingface_hub.utils._validators import validate_repo_id
 
+    if "/" not in repo:
+        raise InputError(f"--push {repo}: expected OWNER/NAME")
     api = HfApi()
     try:
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise InputError(f"--push {repo}: expected OWNER/NAME")
         api.whoami()
+        api.repo_exists(repo)  # which refuses a name that none can have
     except HFValidationError as error:
         raise InputError(f"--push {repo}: {_line(error)}") from None
     except LocalTokenNotFoundError:
         raise InputError(f"--push {repo}: no token of {api.endpoint}; hf auth login, or HF_TOKEN") from None
-    except InputError:
-        raise
     except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code not in (401, 403):
-            raise InputError(f"--push {repo}: {api.endpoint} answers: {_line(error)}") from None
-        raise InputError(f"--push {repo}: {api.endpoint} does not accept the token: {_line(error)}") from None
+        refused = error.response is not None and error.response.status_code in (401, 403)
+        what = "does not accept the token" if refused else "answers"
+        raise InputError(f"--push {repo}: {api.endpoint} {what}: {_line(error)}") from None
     except Exception as error:  # of whichever client the hub's library uses
         raise InputError(f"--push {repo}: {api.endpoint} cannot be reached: {_line(error)}") from None
 

@@ -208,8 +208,8 @@ def _looked_at(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             -record["ndcg_at_10"],
         ),
     )
-    chosen = list(dict.fromkeys((record["study"], record["trial_id"]) for record in ranked))[:_MOST]
-    return [record for record in good if (record["study"], record["trial_id"]) in set(chosen)]
+    chosen = set(list(dict.fromkeys((record["study"], record["trial_id"]) for record in ranked))[:_MOST])
+    return [record for record in good if (record["study"], record["trial_id"]) in chosen]
 
 
 def _query_scores(folders: Folders, rows: list[dict[str, Any]], damaged: Damaged | None) -> dict[str, Any]:

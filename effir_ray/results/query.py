@@ -26,9 +26,8 @@ def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.T
     that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
     results = Results(folders, damaged=damaged)
-    asked = [
-        name for name in SCHEMAS if name in sql.lower() or name == "trials"
-    ]  # folders without any: an error
+    # Trials are always read: without any the place is wrong, whatever the SELECT names.
+    asked = [name for name in SCHEMAS if name == "trials" or name in sql.lower()]
     return select({name: getattr(results, name).to_arrow() for name in asked}, sql)
 
 

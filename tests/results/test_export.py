@@ -222,6 +222,7 @@ def test_a_model_is_sent_to_a_new_private_repository(
     ("repo", "token", "message"),
     [
         ("me/small/er", "hf_right", "--push me/small/er: Repo id must"),
+        ("small", "hf_right", "expected OWNER/NAME"),
         ("me/small", "hf_wrong", "does not accept the token"),
         ("me/small", "", "no token of .*; hf auth login, or HF_TOKEN"),
     ],

@@ -221,7 +221,9 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     assert set(shown) == {"two 3M-w20"}
     page.fill("#only", "")
     page.select_option("#by", "study")
-    page.hover("#plot")
+    page.locator("#plot .scatterlayer .points path").first.hover(force=True)
+    page.wait_for_selector("#plot .hoverlayer .hovertext")
+    assert "nDCG@10: 0." in page.locator("#plot .hoverlayer .hovertext").first.text_content()
     open_figures(page)
     shares = page.evaluate("DATA.effects[0].shares.ndcg_at_10")
     assert max(shares, key=shares.get) in ("schedule.drop_mlp", "schedule.width_reduction")
