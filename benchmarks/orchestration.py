@@ -23,7 +23,7 @@ from effir_ray.search.study import search
 
 
 def write_data(folder: Path, documents: int = 40) -> Path:
-    """Query i asks for document i; a dev and a test split."""
+    """Query i asks for document i; a train, a dev and a test split."""
     (folder / "qrels").mkdir(parents=True)
     texts = [f"text number {number} of {documents}" for number in range(documents)]
     for name in ("corpus", "queries"):
@@ -32,7 +32,7 @@ def write_data(folder: Path, documents: int = 40) -> Path:
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     judged = [f"q{i}\tc{i}\t1" for i in range(documents)]
-    for split, part in (("dev", judged[:20]), ("test", judged[20:])):
+    for split, part in (("train", judged[:10]), ("dev", judged[10:25]), ("test", judged[25:])):
         (folder / "qrels" / f"{split}.tsv").write_text(
             "\n".join(["query-id\tcorpus-id\tscore", *part]) + "\n"
         )
