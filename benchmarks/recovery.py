@@ -7,7 +7,7 @@
 DATA holds BEIR folders. Learnt from are texts, never a judgement: of ``squad`` questions and paragraphs of
 its train split, of other data sets documents, each beside its title or first sentence. Scored are all test
 queries of ``--test`` over whole corpora; the full model, BM25 and the cut before it learns stand beside. One
-row a score in OUT/rows; what is there already is not done again. Two cores: half an hour a run of 1200 steps.
+row a score in OUT/rows; what is there already is not done again. Two cores: an hour a run of 2400 steps.
 
 --recipe effir: the blocks that ``pooled`` chooses on what is learnt from, 2 - 2 cos to the full model's
 embeddings. sentence-transformers: evenly spaced blocks and its own trainer with its MSELoss, as its
@@ -43,8 +43,8 @@ from effir_ray.stages import StageStore, fingerprint
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.run.launcher import train
 
-BATCH, QUERY_LENGTH = 32, 32
-LENGTHS = {"squad": 128}  # tokens of what is learnt from; of corpora 256, the limit of MiniLM
+BATCH, QUERY_LENGTH = 16, 32  # pairs a step, tokens
+LENGTH = 256  # tokens of a document, in training as in evaluation: the limit of MiniLM
 
 
 def main() -> None:
@@ -63,7 +63,13 @@ def main() -> None:
                 options.work
                 / f"{options.recipe}-{'-'.join(options.learn)}-{options.keep}-{options.steps}-{seed}"
             )
-            recipe = {"steps": options.steps, "learnt": options.learn, "texts": fingerprint(texts)}
+            recipe = {
+                "steps": options.steps,
+                "batch": BATCH,
+                "length": LENGTH,
+                "learnt": options.learn,
+                "texts": fingerprint(texts),
+            }
             if options.recipe == "effir":
                 config = settings(options, texts, seed)
                 model = train(cut, config, place, stages=StageStore(options.work / "stages")).checkpoint
@@ -82,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", default=["scifact", "nfcorpus", "cranfield"])
     parser.add_argument("--keep", type=int, default=3, help="blocks that stay")
     parser.add_argument("--recipe", choices=("effir", "sentence-transformers"), default="effir")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--out", type=Path, default=Path("results/recovery"))
@@ -139,7 +145,7 @@ def settings(options: argparse.Namespace, texts: Path, seed: int) -> TrainConfig
         cpus_per_worker=detect().threads,
         seed=seed,
         query_max_length=QUERY_LENGTH,
-        document_max_length=max(LENGTHS.get(name, 256) for name in options.learn),
+        document_max_length=LENGTH,
     )
 
 
@@ -161,8 +167,7 @@ def sentence_transformers_recipe(
     pairs = load_pairs(texts, texts=True)[: options.steps * BATCH]
     sentences = [text for pair in pairs for text in (pair.query, pair.positives[0])]
     teacher, student = (SentenceTransformer(str(folder)) for folder in (packaged(options.model), cut))
-    length = max(LENGTHS.get(name, 256) for name in options.learn)
-    teacher.max_seq_length = student.max_seq_length = length
+    teacher.max_seq_length = student.max_seq_length = LENGTH
     labels = teacher.encode(sentences, batch_size=64, show_progress_bar=True)
     trainer = SentenceTransformerTrainer(
         model=student,

@@ -1,4 +1,4 @@
-"""What a run keeps and reads back; the runs that are really killed are in ``test_loop``."""
+"""What a run keeps and reads back; the runs that are really killed are in ``test_killed_runs``."""
 
 from __future__ import annotations
 
