@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 # Where what we write is read without us: the oldest and the newest transformers that pyproject.toml allows.
-READERS_newest := onnxruntime
+READERS_newest := onnxruntime mteb
 OUTSIDE := .venv-outside-oldest/.installed .venv-outside-newest/.installed
 
 # Tests of Ray wait more than they compute: two at a time are nearly twice as fast, also on two cores.

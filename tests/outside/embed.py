@@ -4,7 +4,8 @@ TASKS.json is a list of {"folder", "out", "texts", "remote_code"}. Each ``out`` 
 AutoTokenizer, AutoModel and SentenceTransformer make of the texts: ``ids`` and ``mask`` (texts, tokens),
 ``hidden`` (texts, tokens, width), ``query`` and ``document`` (texts, width); with "only": "sentences" just
 the last two. "onnx" names an ONNX file of the model: ``onnx_query`` and ``onnx_document`` are what
-onnxruntime makes of it.
+onnxruntime makes of it. "judged", {"corpus", "queries", "qrels"}, is what mteb scores it on as its task
+SciFact: ``ndcg_at_10``.
 """
 
 import importlib.util
@@ -38,6 +39,18 @@ def onnx(file: str, folder: str, texts: list[str], limit: int) -> np.ndarray:
     return np.concatenate(found)
 
 
+def mteb_score(model: SentenceTransformer, judged: dict[str, Any]) -> float:
+    import mteb
+
+    task = mteb.get_task("SciFact")
+    task.corpus = {"test": judged["corpus"]}
+    task.queries = {"test": judged["queries"]}
+    task.relevant_docs = {"test": judged["qrels"]}
+    task.data_loaded = True
+    found = mteb.evaluate(model, [task], cache=None, show_progress_bar=False)
+    return float(found.task_results[0].get_score())  # of the main score, nDCG@10
+
+
 def embed(task: dict[str, Any]) -> dict[str, np.ndarray]:
     folder, texts, trust = task["folder"], task["texts"], task["remote_code"]
     sentences = SentenceTransformer(folder, trust_remote_code=trust, device="cpu")
@@ -48,6 +61,8 @@ def embed(task: dict[str, Any]) -> dict[str, np.ndarray]:
     if "onnx" in task:
         limit = sentences.max_seq_length
         found |= {f"onnx_{kind}": onnx(task["onnx"], folder, texts[kind], limit) for kind in texts}
+    if "judged" in task:
+        found["ndcg_at_10"] = np.array(mteb_score(sentences, task["judged"]))
     if task.get("only") == "sentences":
         return found
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)

@@ -268,9 +268,9 @@ def test_the_same_embeddings_outside(name: str, outside: dict[str, Path], export
         assert np.abs(found[kind] - ours).max() < 1e-5
 
 
-def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> None:
-    """A sample of SciFact and a MiniLM without two MLPs: beir's nDCG@10 is that of ``effir-ray evaluate``,
-    and onnxruntime's embeddings are sentence-transformers'."""
+def test_scifact_scored_by_beir_and_mteb(tmp_path: Path) -> None:
+    """A sample of SciFact and a MiniLM without two MLPs in sentence-transformers: beir's nDCG@10 and mteb's
+    are that of ``effir-ray evaluate``, and onnxruntime's embeddings are sentence-transformers'."""
     dataset = load_dataset(real_data("scifact")).sample("test", queries=40, documents=160)
     export = compressed("minilm-l6", tmp_path / "model", Schedule(drop_mlp=(1, 3)))
     queries, documents = dataset.queries("test"), list(dataset.corpus.iter_documents())
@@ -281,6 +281,11 @@ def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> Non
         "remote_code": True,
         "only": "sentences",
         "onnx": str(write_onnx(export.folder)),
+        "judged": {
+            "corpus": {d.id: {"title": d.title, "text": d.text} for d in documents},
+            "queries": queries,
+            "qrels": dataset.qrels("test"),
+        },
     }
     embed_outside("newest", [task], tmp_path)
     found = np.load(tmp_path / "scifact.npz")
@@ -295,6 +300,7 @@ def test_scifact_scored_by_sentence_transformers_and_beir(tmp_path: Path) -> Non
     ours = evaluate(export.folder, dataset).scores.mean["ndcg@10"]
     assert 0.3 < ours < 1.0  # neither broken nor trivial
     assert ndcg["NDCG@10"] == pytest.approx(ours, abs=1e-4)
+    assert float(found["ndcg_at_10"]) == pytest.approx(ours, abs=1e-4)
 
 
 def pinned(file: str, name: str) -> Version:
