@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import feather
 
 from effir_ray.compression.analysis.page import write_page
+from effir_ray.compression.analysis.similarity import layer_similarities
 from effir_ray.compression.analysis.summary import Analysis, summarize
 from effir_ray.compression.calibration import draw_pairs, draw_texts
 from effir_ray.compression.depth.importance import measure_importance
@@ -41,10 +42,12 @@ def analyze(
     """Measure ``backbone`` and write the result to the folder ``out``:
 
     - ``analysis.html``: one self-contained page; each of its figures also as an ``.svg`` file;
-    - ``sublayers.arrow``, ``sizes.arrow``: the numbers as Arrow (Feather); ``analysis.json``: all of it.
+    - ``sublayers.arrow``, ``sizes.arrow``, ``similarities.arrow``: the numbers as Arrow (Feather);
+      ``analysis.json``: all of it.
 
     Importance by each of ``criteria`` (those of ``measure_importance``) is measured on ``texts`` documents of
-    ``dataset``; pooled takes as many of its dev queries as well, dev-loss as many dev pairs. Raises
+    ``dataset``; pooled takes as many of its dev queries as well, dev-loss as many dev pairs, and so do the
+    similarities of queries and documents, which are left out where there is no dev split. Raises
     InputError for an unknown backbone, data set or criterion, or an ``out`` that cannot be written.
     """
     asked = _checked(criteria)
@@ -56,7 +59,8 @@ def analyze(
     )
     documents = draw_texts(data, texts, seed)
     queries = list(data.queries("dev").values())[:texts] if "pooled" in asked else ()
-    pairs = draw_pairs(dataset, texts, seed, split="dev") if "dev-loss" in asked else ()
+    judged = "dev-loss" in asked or "dev" in data.splits
+    pairs = draw_pairs(dataset, texts, seed, split="dev") if judged else ()
     scores: dict[Criterion, ImportanceScores] = {
         criterion: measure_importance(
             retriever, documents, criterion=criterion, queries=queries, pairs=pairs, seed=seed
@@ -70,9 +74,12 @@ def analyze(
         query_tokens=QUERY_TOKENS,
         document_tokens=DOCUMENT_TOKENS,
         calibration_texts=len(documents),
+        similarities=layer_similarities(retriever, pairs),
     )
     write_whole(out / "sublayers.arrow", _arrow(analysis.sublayers))
     write_whole(out / "sizes.arrow", _arrow(analysis.sizes))
+    if analysis.similarities:
+        write_whole(out / "similarities.arrow", _arrow(analysis.similarities))
     write_whole(out / "analysis.json", analysis.model_dump_json(indent=2).encode())
     write_page(analysis, out)
     return analysis

@@ -141,6 +141,26 @@ def sizes(analysis: Analysis, criterion: Criterion) -> str:
     return _svg(figure)
 
 
+@_styled
+def similarity(analysis: Analysis) -> str:
+    """How near queries and documents are after every block (the paper's figures 6 and 7)."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(2.1)
+    panel = figure.subplots()
+    rows = analysis.similarities
+    blocks = [row.blocks for row in rows]
+    kinds = {"positive": ("answers the query", "#0072b2", "o"), "negative": ("does not", "#d55e00", "s")}
+    for kind, (label, colour, marker) in kinds.items():
+        mean, low, high = ([getattr(row, kind + part) for row in rows] for part in ("", "_low", "_high"))
+        panel.plot(blocks, mean, color=colour, marker=marker, ms=3, lw=1, label=f"Document that {label}")
+        panel.fill_between(blocks, low, high, color=colour, alpha=0.15, lw=0)
+    panel.set(xlabel="Blocks passed", ylabel="Cosine with the query", xlim=(-0.5, len(rows) - 0.5))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return _svg(figure)
+
+
 def _cells(panel: Axes, layers: int) -> None:
     """Group names, layer numbers, white lines between cells."""
     panel.set_yticks(range(len(UNITS)), [LABELS[unit] for unit in UNITS])

@@ -74,6 +74,12 @@ def _figures(analysis: Analysis) -> dict[str, tuple[str, str]]:
         f"Predicted size when the k least important sublayers of one group go (by {first} importance).",
         figures.sizes(analysis, first),
     )
+    if analysis.similarities:
+        found["similarity"] = (
+            "Cosine of a query with a document that answers it and with one that does not, pooled after "
+            "every block (0: token embeddings); bands hold the middle half of the pairs.",
+            figures.similarity(analysis),
+        )
     return found
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from effir_ray.compression.analysis.similarity import LayerSimilarity
 from effir_ray.compression.planning import ImportanceScores, make_plan, within
 from effir_ray.compression.schedule import UNITS, Criterion, Schedule, Unit
 from effir_ray.config import Config
@@ -47,7 +48,8 @@ class SizeAtK(Config):
 
 
 class Analysis(Config):
-    """Everything the page shows. ``sublayers`` and ``sizes`` are also the two Arrow tables."""
+    """Everything the page shows. ``sublayers``, ``sizes`` and ``similarities`` are also the Arrow tables; the
+    last is empty where the data set has no dev queries."""
 
     backbone: str
     layers: int
@@ -59,6 +61,7 @@ class Analysis(Config):
     calibration_texts: int
     sublayers: tuple[SublayerFigures, ...]
     sizes: tuple[SizeAtK, ...]
+    similarities: tuple[LayerSimilarity, ...] = ()
 
     @property
     def criteria(self) -> tuple[Criterion, ...]:
@@ -87,6 +90,7 @@ def summarize(
     query_tokens: int,
     document_tokens: int,
     calibration_texts: int,
+    similarities: Sequence[LayerSimilarity] = (),
 ) -> Analysis:
     """Importance, order, shares and sizes from scores and a configuration; no weights."""
     layers = len(next(iter(scores.values())).block)
@@ -119,6 +123,7 @@ def summarize(
             for unit in UNITS
             for k in range(layers + 1)
         ),
+        similarities=tuple(similarities),
     )
 
 

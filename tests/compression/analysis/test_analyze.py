@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -93,7 +94,9 @@ def test_files_can_be_read_without_effir_ray(analysed: tuple[Analysis, Path]) ->
     assert not re.search(r'(src|href)="(?!data:)[^"]*/', page)  # nothing is fetched from elsewhere
     linked = re.findall(r'href="([^"]+\.svg)"', page)
     assert sorted(linked) == sorted(file.name for file in out.glob("*.svg"))
-    assert len(linked) == 2 + 3 * 2
+    assert len(linked) == 2 + 3 * 2 + 1
+    similarities = feather.read_table(out / "similarities.arrow")
+    assert similarities.to_pylist() == [row.model_dump() for row in analysis.similarities]
     assert not list(out.glob(".*"))
 
 
@@ -141,6 +144,14 @@ def test_of_a_compressed_model_only_what_is_left_counts(tmp_path: Path) -> None:
     assert shares[1] == 0 < shares[0]
     (last,) = (row for row in analysis.sizes if (row.unit, row.k) == ("block", 4))
     assert last.parameters < analysis.parameters
+
+
+def test_without_dev_queries_there_is_no_similarity(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "test-only")
+    (tmp_path / "test-only/qrels/dev.tsv").rename(tmp_path / "test-only/qrels/test.tsv")
+    analysis = analyze("random:llama", tmp_path / "out", dataset=str(tmp_path / "test-only"), texts=4)
+    assert not analysis.similarities
+    assert not list((tmp_path / "out").glob("similarit*"))
 
 
 def test_wrong_input_is_named(tmp_path: Path) -> None:
