@@ -1,7 +1,9 @@
-"""``python benchmarks/results_at_scale.py``: CPU seconds and memory of pareto and report over a million rows.
+"""``python benchmarks/results_at_scale.py``: CPU seconds and memory of pareto and report over a million rows,
+and how long a browser takes for a page of 5,000.
 
 Rows are drawn: quality grows with size, speed falls with it, both with noise. Each command is a process of
-its own, start included. ``--rows 100000`` for a tenth; everything is done in a temporary folder.
+its own, start included. ``--rows 100000`` for a tenth; everything is done in a temporary folder. The page
+needs Chromium (and ``pip install playwright``); without one its times are left out.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +70,35 @@ def measure(*arguments: str) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
+def time_page(chromium: str, page: Path) -> dict[str, float]:
+    """Least of three: from opening the file until the front is drawn, and from an action until what follows
+    from it is painted."""
+    from playwright.sync_api import sync_playwright
+
+    painted = "() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)))"
+    actions = {
+        "choose a model": "choose(shown().front[0].key)",
+        "colours by backbone": "(e => { e.value = 'backbone'; e.dispatchEvent(new Event('change')); })(by)",
+    }
+    found: dict[str, list[float]] = {}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        for _ in range(3):
+            opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+            start = time.perf_counter()
+            opened.goto(page.as_uri())
+            opened.wait_for_selector("#plot .main-svg")
+            opened.evaluate(painted)
+            found.setdefault("open", []).append(time.perf_counter() - start)
+            for what, action in actions.items():
+                start = time.perf_counter()
+                opened.evaluate(action)
+                opened.evaluate(painted)
+                found.setdefault(what, []).append(time.perf_counter() - start)
+            opened.close()
+    return {what: min(times) for what, times in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -79,6 +112,16 @@ def main() -> None:
             seconds, sizes = zip(*(measure(*command) for _ in range(3)), strict=True)
             kind = Path(command[-1]).suffix
             print(f"| {command[0]} {kind} | {min(seconds):.1f} | {max(sizes):.2f} |")
+        small = Path(scratch) / "5000"
+        write_rows(small, 5000)
+        measure("report", str(small), "--out", f"{scratch}/page.html")
+        chromium = next(
+            filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+        )
+        if chromium is not None:
+            print("\n| page of 5,000 models | seconds |\n|---|---|")
+            for what, took in time_page(chromium, Path(scratch) / "page.html").items():
+                print(f"| {what} | {took:.2f} |")
 
 
 if __name__ == "__main__":

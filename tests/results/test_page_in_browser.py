@@ -208,6 +208,9 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     page = opened(large)
     assert page.locator("#summary").inner_text().startswith("5000 models")
     assert page.locator("#trials tbody tr").count() == 50  # a page of the table
+    drawn = set(page.evaluate("document.getElementById('plot').data.flatMap((t) => t.customdata ?? [])"))
+    assert 1000 < len(drawn) < 2000 and f"marks {len(drawn)} of them" in page.locator("#summary").inner_text()
+    assert drawn >= set(page.evaluate("shown().front.map((r) => r.key)"))
     page.click("#forth")
     assert page.locator("#page").inner_text().startswith("2 of ")
     page.fill("#only", "0M-w0")  # trained, and among the best, whose curves are on the page
@@ -219,6 +222,8 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     page.fill("#only", "two 3M-w20")
     shown = page.evaluate("shown().points.map((r) => `${r.study} ${r.schedule}`)")
     assert set(shown) == {"two 3M-w20"}
+    drawn = page.evaluate("document.getElementById('plot').data.flatMap((t) => t.customdata ?? []).length")
+    assert drawn == len(shown) and "marks" not in page.locator("#summary").inner_text()
     page.fill("#only", "")
     page.select_option("#by", "study")
     page.locator("#plot .scatterlayer .points path").first.hover(force=True)

@@ -139,6 +139,16 @@ function published() {
   return DATA.published.filter((r) => r.ours === mine && r[view.x] != null && r[view.y] != null);
 }
 
+const MARKED = 1500; // SVG markers a browser draws in well under a second
+
+// Beyond that a cloud hides its own points: the front, the full models, the chosen one, and an even part of the rest.
+function marked(points, front) {
+  if (points.length <= MARKED) return points;
+  const always = new Set([...front.map((r) => r.key), view.chosen]);
+  const every = Math.ceil(points.length / MARKED);
+  return points.filter((r, number) => number % every === 0 || always.has(r.key) || r === fullOf(r));
+}
+
 function traces(points, front) {
   const onFront = new Set(front.map((r) => r.key));
   const drawn = [{ type: "scatter", mode: "lines", name: "Pareto front", x: front.map((r) => r[view.x]),
@@ -204,7 +214,8 @@ function drawPlot({ points, front }) {
   const annotations = everything.length ? [] : [{ text: "Nothing was measured for these axes", showarrow: false }];
   if (!wide && everything.length) annotations.push(...labels(named, everything));
   if (note) annotations.push(note);
-  Plotly.react("plot", traces(points, front), layout({ annotations, shapes: shapes ?? [],
+  const drawn = marked(points, front);
+  Plotly.react("plot", traces(drawn, front), layout({ annotations, shapes: shapes ?? [],
     xaxis: axis(view.x, wide ? { type: "log", dtick: "D2" } : { type: "linear" }), yaxis: axis(view.y) }), config("pareto"));
   element("plot").setAttribute("role", "group");
   element("plot").setAttribute("aria-label", `${COLUMNS[view.y].label} against ${COLUMNS[view.x].label}: ${points.length} ` +
@@ -213,6 +224,7 @@ function drawPlot({ points, front }) {
     `${COLUMNS[view.y].label} and ${COLUMNS[view.x].label.toLowerCase()}.` +
     (view.split === "test" && DATA.rows.some((r) => r.split === "dev")
       ? " The front was chosen on dev queries; test scores exist for what was chosen." : "") +
+    (drawn.length < points.length ? ` The plot marks ${drawn.length} of them; a search or a filter shows all of what it leaves.` : "") +
     (DATA.total > DATA.rows.length + DATA.failed.length
       ? ` The page has ${DATA.rows.length} of ${DATA.total} rows: every front of nDCG@10, full and tested models, an even part of the rest.` : "");
 }
@@ -355,7 +367,8 @@ function drawDetail() {
     ...(row.device_seconds === null ? [] : [["cost", `${Number((row.device_seconds / 60).toPrecision(2))} minutes of a device`]]),
     ...(row.model ? [["model", `${row.model}, in the study's folder`]] : []),
     ["take it with you", `effir-ray export DIR --trial ${row.trial_id} --out NEW`],
-    ["run it again", `effir-ray repeat DIR --trial ${row.trial_id} --out NEW`]]);
+    ["run it again", `effir-ray repeat DIR --trial ${row.trial_id} --out NEW`],
+    ["look into it", "effir-ray analyze --backbone NEW --out FIGURES, of what was exported: queries and documents block by block"]]);
   offerRivals(row);
 }
 
