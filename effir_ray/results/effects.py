@@ -11,6 +11,7 @@ from typing import Any
 from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS
 
 _ENOUGH = 10  # trials; of fewer, the share of one setting says nothing
+_MOST = 2000  # of more, an even part: the best tenth of so many already tells settings apart
 
 
 def effects(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -25,6 +26,12 @@ def effects(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for (study, dataset), group in studies.items():
         settings = varying_settings([json.loads(row["trial"] or "{}") for row in group])
+        if len(group) > _MOST:
+            places = [place * (len(group) - 1) // (_MOST - 1) for place in range(_MOST)]
+            group, settings = (
+                [group[place] for place in places],
+                {name: [column[place] for place in places] for name, column in settings.items()},
+            )
         if len(group) < _ENOUGH or len(settings) < 2:
             continue
         measured = [name for name in DEFAULT_OBJECTIVES if all(row[name] is not None for row in group)]

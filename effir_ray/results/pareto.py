@@ -76,9 +76,12 @@ def _contenders(points: Points) -> npt.NDArray[np.intp]:
     sample = points[np.linspace(0, len(points) - 1, _SAMPLE).astype(np.intp)]
     good = sample[non_dominated(sample)]
     good = good[np.argsort(good[:, 0])]
-    for rival in good[np.linspace(0, len(good) - 1, min(_RIVALS, len(good))).astype(np.intp)]:
-        here = points[left]
-        left = left[(here < rival).any(axis=1) | (here == rival).all(axis=1)]
+    rivals = good[np.linspace(0, len(good) - 1, min(_RIVALS, len(good))).astype(np.intp)]
+    beaten = [(sample >= rival).all(axis=1).sum() for rival in rivals]
+    here = points
+    for rival in rivals[np.argsort(beaten)[::-1]]:  # who beats most comes first: the others see few points
+        stays = (here < rival).any(axis=1) | (here == rival).all(axis=1)
+        left, here = left[stays], here[stays]
     return left
 
 
