@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 from effir_ray.config import load_yaml
 from effir_ray.data.download import BEIR_SETS
 from effir_ray.models import accounting
-from effir_ray.models.loading import load_config
-from effir_ray.search.dry_run import StudyPreview, dry_run, expected_plan
+from effir_ray.search.dry_run import StudyPreview, dry_run, expected_plan, load_backbones
 from effir_ray.search.space import SearchSpace
 from effir_ray.search.work import BFLOAT16_PEAKS, REACHED
 
@@ -100,13 +99,13 @@ def study() -> tuple[SearchSpace, StudyPreview]:
 def forward(schedule: str, tokens: float) -> float:
     """FLOPs of one text of ``tokens`` tokens through the model that ``schedule`` names in the study."""
     space, _ = study()
-    backbone = load_config(space.backbone)
+    backbones = load_backbones(space)
     trial = next(
         config
         for config in (space.trial(candidate) for candidate in space.listed())
         if config.name == schedule
     )
-    return accounting.flops(backbone, expected_plan(trial, backbone), round(tokens))
+    return accounting.flops(backbones[trial.backbone], expected_plan(trial, backbones), round(tokens))
 
 
 def slowdown(schedule: str) -> float:

@@ -75,9 +75,10 @@ def _show_result(file: Path, out: Path, result: Any) -> None:
 
 def _front_options(space: Any) -> str:
     """With what ``pareto`` shows the front that the study chose."""
-    from effir_ray.results.schema import DEFAULT_OBJECTIVES
+    from effir_ray.results.schema import DEFAULT_OBJECTIVES, OBJECTIVES_ACROSS_BACKBONES
 
-    options = "" if space.objectives == DEFAULT_OBJECTIVES else f" --objectives {','.join(space.objectives)}"
+    usual = DEFAULT_OBJECTIVES if len(space.backbone_names) == 1 else OBJECTIVES_ACROSS_BACKBONES
+    options = "" if space.objectives == usual else f" --objectives {','.join(space.objectives)}"
     if space.constraints:
         options += f' --where "{" AND ".join(space.constraints)}"'
     return options
@@ -110,11 +111,13 @@ def _show_preview(space: Path, as_json: bool) -> None:
     from effir_ray import preview_search
 
     preview = preview_search(loaded)
+    several = len(preview.backbones) > 1
     if as_json:
         show_json(preview)
         return
     show_table(
         [
+            *(["backbone"] if several else []),
             "schedule",
             "parameters",
             "of full",
@@ -125,6 +128,7 @@ def _show_preview(space: Path, as_json: bool) -> None:
         ],
         [
             (
+                *([trial.backbone] if several else []),
                 trial.schedule,
                 quantity(trial.parameters),
                 f"{trial.parameter_ratio:.1%}",
@@ -135,12 +139,12 @@ def _show_preview(space: Path, as_json: bool) -> None:
             )
             for trial in preview.trials
         ],
-        title=f"{preview.study}: {preview.backbone} on {preview.dataset}",
+        title=f"{preview.study}: {', '.join(preview.backbones)} on {preview.dataset}",
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
     if preview.excluded:
-        say(f"Left out, because they cannot meet the constraints: {preview.excluded} combinations")
+        say(f"Left out, since they fit no backbone or constraint: {preview.excluded} combinations")
     _say_work(preview.work)
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")

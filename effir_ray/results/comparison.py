@@ -18,7 +18,16 @@ from effir_ray.results.tables import Damaged, Folders
 LEVEL = 0.05
 """Of a difference that is called one."""
 
-_KNOWN = ("study", "trial_id", "schedule", "recovered", "parameters", "parameter_ratio", "document_speedup")
+_KNOWN = (
+    "study",
+    "trial_id",
+    "backbone",
+    "schedule",
+    "recovered",
+    "parameters",
+    "parameter_ratio",
+    "document_speedup",
+)
 _TYPES = {field.name: field.type for field in store.ROWS.schema}
 
 SCHEMA = pa.schema(
@@ -47,7 +56,8 @@ def compare(
     damaged: Damaged | None = None,
 ) -> pa.Table:
     """How far models are from a baseline over the same queries; the baseline is the first row, without a
-    difference, the others follow, best first.
+    difference, the others follow, best first. Of several backbones each model is compared with its own full
+    one, backbone by backbone.
 
     ``trials``: trial ids, which may be shortened, the baseline first; without them the full model and all
     others. ``split``: by default test, where at least two models have test scores, else dev. A difference has
@@ -84,17 +94,33 @@ def compare_rows(
             f"scores of single queries on split {rows[0].split} are missing ({missing}): there is nothing to "
             "compare; a search with this version of effir-ray keeps them"
         )
-    baseline = _baseline(kept, trials)
-    others = [row for row in kept if row is not baseline]
-    differences = [paired_difference(scores[_key(baseline)], scores[_key(row)]) for row in others]
-    p = [permutation_p(_differences(scores[_key(baseline)], scores[_key(row)])) for row in others]
+    groups = [kept] if trials else _by_backbone(kept)
+    baselines = [_baseline(group, trials) for group in groups]
+    pairs = [
+        (scores[_key(baseline)], row)
+        for baseline, group in zip(baselines, groups, strict=True)
+        for row in group
+        if row is not baseline
+    ]
+    differences = [paired_difference(theirs, scores[_key(row)]) for theirs, row in pairs]
+    p = [permutation_p(_differences(theirs, scores[_key(row)])) for theirs, row in pairs]
     compared = [
         _record(row, metric, scores[_key(row)], difference, once, together)
-        for row, difference, once, together in zip(others, differences, p, holm(p).tolist(), strict=True)
+        for (_, row), difference, once, together in zip(pairs, differences, p, holm(p).tolist(), strict=True)
     ]
     compared.sort(key=lambda record: -record["score"])
-    first = _record(baseline, metric, scores[_key(baseline)], None, None, None)
-    return pa.Table.from_pylist([first, *compared], schema=SCHEMA)
+    records = []
+    for baseline in baselines:
+        records.append(_record(baseline, metric, scores[_key(baseline)], None, None, None))
+        records += [record for record in compared if trials or record["backbone"] == baseline.backbone]
+    return pa.Table.from_pylist(records, schema=SCHEMA)
+
+
+def _by_backbone(rows: Sequence[TrialRow]) -> list[list[TrialRow]]:
+    groups: dict[str, list[TrialRow]] = {}
+    for row in rows:
+        groups.setdefault(row.backbone, []).append(row)
+    return list(groups.values())
 
 
 def _key(row: TrialRow) -> tuple[str, ...]:
@@ -127,7 +153,8 @@ def _baseline(rows: Sequence[TrialRow], trials: Sequence[str]) -> TrialRow:
     full = [row for row in rows if row.schedule == "full"]
     if len(full) != 1:
         raise InputError(
-            f"{len(full)} of these rows are a full model: name the baseline, --trial BASELINE --trial OTHER"
+            f"{len(full)} of these rows are the full model of {rows[0].backbone}: name the baseline, "
+            "--trial BASELINE --trial OTHER"
         )
     return full[0]
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from jinja2 import Environment, StrictUndefined
 
 from effir_ray.errors import InputError
@@ -80,7 +81,8 @@ def export(
         shutil.copytree(model, new)
         if onnx:
             write_onnx(new)
-        (new / CARD).write_text(card(rows, _full(store.trial_rows(table)), new), encoding="utf-8")
+        full = _full(store.trial_rows(table.filter(pc.equal(table["backbone"], rows[0].backbone))))
+        (new / CARD).write_text(card(rows, full, new), encoding="utf-8")
         if target.exists():
             target.rmdir()
         new.rename(target)

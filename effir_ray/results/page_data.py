@@ -158,10 +158,13 @@ def _against_full(table: pa.Table, folders: Folders) -> dict[str, dict[str, Any]
     of single queries were not kept."""
     found: dict[str, dict[str, Any]] = {}
     tested = table.filter(pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok")))
-    for group in tested.group_by(["study", "dataset"], use_threads=False).aggregate([]).to_pylist():
-        same = pc.and_(pc.equal(table["study"], group["study"]), pc.equal(table["dataset"], group["dataset"]))
+    names = ["study", "dataset", "backbone"]
+    for group in tested.group_by(names, use_threads=False).aggregate([]).to_pylist():
+        same = table
+        for name in names:
+            same = same.filter(pc.equal(same[name], group[name]))
         try:
-            compared = compare_rows(table.filter(same), folders, split="test")
+            compared = compare_rows(same, folders, split="test")
         except InputError:
             continue
         for record in compared.to_pylist():

@@ -11,7 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from effir_ray.errors import InputError
-from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction
+from effir_ray.results.schema import (
+    DEFAULT_OBJECTIVES,
+    DIRECTIONS,
+    OBJECTIVES_ACROSS_BACKBONES,
+    RELATIVE,
+    TIMED,
+    Direction,
+)
 
 Points = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -168,12 +175,41 @@ def costs_of(table: pa.Table, objectives: Mapping[str, Direction]) -> Points:
 
 
 def objectives_for(table: pa.Table, names: tuple[str, ...] = ()) -> dict[str, Direction]:
-    """Directions of ``names``; by default the search's own objectives, as far as the rows measured them."""
+    """Directions of ``names``; by default the search's own objectives, as far as the rows measured them.
+
+    Raises InputError for an objective that there is not, for one that compares with the full model where the
+    rows are of several backbones, and for a speed that was measured on several kinds of hardware.
+    """
     unknown = [name for name in names if name not in DIRECTIONS]
     if unknown:
         raise InputError(f"unknown objective '{unknown[0]}'; choose from {', '.join(DIRECTIONS)}")
-    chosen = names or tuple(name for name in DEFAULT_OBJECTIVES if table[name].null_count < len(table))
+    several = sorted(filter(None, table["backbone"].unique().to_pylist()))
+    usual = DEFAULT_OBJECTIVES if len(several) < 2 else OBJECTIVES_ACROSS_BACKBONES
+    chosen = names or tuple(name for name in usual if table[name].null_count < len(table))
+    relative = next((name for name in chosen if name in RELATIVE), None)
+    if relative and len(several) > 1:
+        one = f"--where \"backbone = '{several[0]}'\""
+        raise InputError(
+            f"objective '{relative}' compares a model with its own full one, and the rows are of "
+            f"{len(several)} backbones ({', '.join(several)}); "
+            f"take {', '.join(OBJECTIVES_ACROSS_BACKBONES)}, or one backbone: {one}"
+        )
+    _check_one_hardware(table, chosen)
     return {name: DIRECTIONS[name] for name in chosen}
+
+
+def _check_one_hardware(table: pa.Table, objectives: tuple[str, ...]) -> None:
+    timed = next((name for name in objectives if name in TIMED), None)
+    if timed is None:
+        return
+    measured = table["hardware"].filter(pc.is_valid(table[timed])).unique().to_pylist()
+    several = sorted(filter(None, measured))
+    if len(several) > 1:
+        raise InputError(
+            f"objective '{timed}' was measured on {len(several)} kinds of hardware ({'; '.join(several)}): "
+            f"no comparison; choose one, --where \"hardware = '{several[0]}'\", or objectives without speed, "
+            "--objectives ndcg_at_10,parameters"
+        )
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -42,6 +42,13 @@ DIRECTIONS: dict[str, Direction] = {
 DEFAULT_OBJECTIVES = ("ndcg_at_10", "parameters", "document_speedup")
 """Speed is the ratio to the full model measured beside it: milliseconds change with a machine's load."""
 
+OBJECTIVES_ACROSS_BACKBONES = ("ndcg_at_10", "parameters", "document_ms")
+RELATIVE = ("parameter_ratio", "document_speedup", "query_speedup")
+"""Columns that compare a model with its own full one, which says nothing between backbones."""
+
+TIMED = ("document_ms", "query_ms", "query_ms_p95", "document_speedup", "query_speedup", "tokens_per_s")
+"""Columns that depend on the hardware."""
+
 
 def _is_json(text: str) -> str:
     json.loads(text)

@@ -63,7 +63,7 @@ def pareto(
         table = filter_rows(everything, where) if where else everything
         chosen = chosen_rows(table, split, several_datasets=mean_datasets)
         if _of_several_seeds(chosen):
-            if "backbone" not in table.schema.names:
+            if "schedule" not in table.schema.names:
                 heard = _unheard if damaged else None
                 table = everything = _rows_to_choose_from(folders, where, heard, one_by_one=False)
                 chosen = chosen_rows(table, split)
@@ -93,11 +93,16 @@ def _failed_beside(chosen: pa.Table, table: pa.Table) -> int:
 
 
 _INTERVAL = ("document_speedup_low", "document_speedup_high")
-_NARROW = (*store.LATEST_COLUMNS, "seed", "sample", "contents", *DIRECTIONS, *_INTERVAL)
+_NARROW = (
+    *store.LATEST_COLUMNS,
+    *("seed", "sample", "contents", "backbone", "hardware"),
+    *DIRECTIONS,
+    *_INTERVAL,
+)
 """What choosing a front needs; the rest is read of the front alone."""
 
 
-_CONFIGURED = ("trial", "backbone", "schedule", "recovered")
+_CONFIGURED = ("trial", "schedule", "recovered")
 _AVERAGED = ("ndcg_at_10_low", "ndcg_at_10_high", "bm25_ndcg_at_10")
 """What telling seeds and data sets of one configuration needs besides."""
 

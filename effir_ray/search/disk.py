@@ -7,7 +7,7 @@ it is built anew, to the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import TrialConfig
@@ -21,7 +21,8 @@ _SPLITS: tuple[Split, ...] = ("dev", "test")
 class Collector:
     """Frees what ``space.keep`` does not keep. To be called by the driver alone, between two requests."""
 
-    def __init__(self, proposals: Proposals, store: StageStore, sources: Sources) -> None:
+    def __init__(self, proposals: Proposals, store: StageStore, sources: Mapping[str, Sources]) -> None:
+        """``sources``: of each backbone, by its name."""
         self.proposals, self.store, self.sources = proposals, store, sources
         self._stages: dict[tuple[str, str], list[KeyedStage]] = {}
 
@@ -60,5 +61,5 @@ class Collector:
         """The trial's stages; keyed once, because every row asks for all."""
         key = (config.id, split)
         if key not in self._stages:
-            self._stages[key] = trial_stages(config, self.sources, split)
+            self._stages[key] = trial_stages(config, self.sources[config.backbone], split)
         return self._stages[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+Backbones = Mapping[str, "PreTrainedConfig"]
+"""Name -> configuration of every backbone of a study."""
+
+
+def load_backbones(space: SearchSpace) -> dict[str, PreTrainedConfig]:
+    return {
+        name: load_config(name, first_blocks=space.of(name).first_blocks) for name in space.backbone_names
+    }
+
+
 class TrialPreview(Config):
     """``new_stages`` run for this trial; ``shared_stages`` were already run for one above it.
 
@@ -36,6 +46,7 @@ class TrialPreview(Config):
     """
 
     trial_id: str
+    backbone: str
     schedule: str
     parameters: int
     parameter_ratio: float
@@ -47,12 +58,13 @@ class TrialPreview(Config):
 
 class StudyPreview(Config):
     """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
-    it goes; ``excluded``: combinations of a grid that cannot meet the constraints; ``work``: how much there
+    it goes; ``excluded``: combinations of a grid that cannot meet the constraints, or of several backbones
+    cannot be built of theirs; ``work``: how much there
     is to compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the
     end."""
 
     study: str
-    backbone: str
+    backbones: tuple[str, ...]
     dataset: str
     sampler: str
     trials: tuple[TrialPreview, ...]
@@ -70,28 +82,26 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     Raises InputError for a schedule that cannot be built, naming it.
     """
     _check_sources(space)
-    backbone = load_config(space.backbone, first_blocks=space.first_blocks)
-    full = Plan.full(backbone.num_hidden_layers)
-    tokens = space.document_max_length
-    full_parameters = accounting.count_parameters(backbone, full)
-    full_flops = accounting.flops(backbone, full, tokens)
+    backbones = load_backbones(space)
     seen: dict[str, tuple[KeyedStage, TrialConfig, Plan]] = {}
     trials, sizes = [], []
-    candidates = allowed_candidates(space, backbone)
+    candidates = allowed_candidates(space, backbones)
     for candidate in candidates:
         config = space.trial(candidate)
-        plan = expected_plan(config, backbone)
+        backbone, tokens = backbones[config.backbone], config.document_max_length
+        plan, full = expected_plan(config, backbones), Plan.full(backbone.num_hidden_layers)
         parameters = accounting.count_parameters(backbone, plan)
         flops = accounting.flops(backbone, plan, tokens)
         stages = trial_stages(config, named_sources(config), "dev")
         trials.append(
             TrialPreview(
                 trial_id=config.id,
+                backbone=config.backbone,
                 schedule=config.name,
                 parameters=parameters,
-                parameter_ratio=parameters / full_parameters,
+                parameter_ratio=parameters / accounting.count_parameters(backbone, full),
                 flops_per_document=flops,
-                flops_ratio=flops / full_flops,
+                flops_ratio=flops / accounting.flops(backbone, full, tokens),
                 new_stages=tuple(stage.name for stage in stages if stage.key not in seen),
                 shared_stages=tuple(stage.name for stage in stages if stage.key in seen),
             )
@@ -99,37 +109,51 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         sizes.append((config, _model_size(backbone, parameters)))
         seen |= {stage.key: (stage, config, plan) for stage in stages if stage.key not in seen}
     names = [stage.name for stage, _, _ in seen.values()]
-    disk = study_footprint(space, _model_size(backbone, full_parameters), sizes)
+    fulls = {
+        name: _model_size(
+            backbone, accounting.count_parameters(backbone, Plan.full(backbone.num_hidden_layers))
+        )
+        for name, backbone in backbones.items()
+    }
+    disk = study_footprint(space, fulls, sizes)
     return StudyPreview(
         study=space.name,
-        backbone=space.backbone,
+        backbones=space.backbone_names,
         dataset=space.dataset,
         sampler=space.sampler,
         trials=tuple(trials),
         sampled=space.trials,
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
-        work=study_work(space, backbone, seen, len(trials)),
+        work=study_work(space, backbones, seen, len(trials)),
         peak_bytes=disk.peak,
         end_bytes=disk.end,
     )
 
 
-def allowed_candidates(space: SearchSpace, backbone: PreTrainedConfig) -> tuple[Candidate, ...]:
-    """``space.listed()`` without the combinations of a grid that cannot meet the constraints."""
-    always = space.always()
-    return tuple(
-        candidate
-        for candidate in space.listed()
-        if candidate in always or may_meet(space.conditions, space.trial(candidate), backbone)
-    )
+def allowed_candidates(space: SearchSpace, backbones: Backbones) -> tuple[Candidate, ...]:
+    """``space.listed()`` without the combinations of a grid that cannot meet the constraints. Of several
+    backbones, as deep as they are, a combination may fit one and not another: only those that fit stay."""
+    always = set(space.always())
+
+    def allowed(candidate: Candidate) -> bool:
+        config = space.trial(candidate)
+        if len(backbones) > 1:
+            try:
+                expected_plan(config, backbones)
+            except InputError:
+                return False
+        return may_meet(space.conditions, config, backbones)
+
+    return tuple(candidate for candidate in space.listed() if candidate in always or allowed(candidate))
 
 
-def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbone: PreTrainedConfig) -> bool:
+def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbones: Backbones) -> bool:
     """Whether the trial's size and FLOPs meet ``conditions``; what has to be measured is not asked.
 
     Raises InputError when the schedule cannot be built.
     """
+    backbone = backbones[config.backbone]
     full = Plan.full(backbone.num_hidden_layers)
     known: dict[str, Callable[[Plan], float]] = {
         "parameters": lambda plan: accounting.count_parameters(backbone, plan),
@@ -142,7 +166,7 @@ def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbone: Pre
     asked = [condition for condition in conditions if condition.column in known]
     if not asked:
         return True
-    plan = expected_plan(config, backbone)
+    plan = expected_plan(config, backbones)
     return all(condition.holds(known[condition.column](plan)) for condition in asked)
 
 
@@ -160,19 +184,21 @@ def _check_sources(space: SearchSpace) -> None:
     check_name(space.dataset)
     if space.calibration_from is not None:
         check_name(space.calibration_from)
-    for field, training in space.trainings.items():
-        try:
-            check_names(training)
-        except InputError as error:
-            raise InputError(f"{field}.{error}") from None
+    for name in space.backbone_names:
+        for field, training in space.of(name).trainings.items():
+            try:
+                check_names(training)
+            except InputError as error:
+                raise InputError(f"{field}.{error}") from None
 
 
-def expected_plan(config: TrialConfig, backbone: PreTrainedConfig) -> Plan:
+def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:
     """A plan of the size the trial will have: which layers and neurons go is not known yet, how many is.
 
     Of a backbone that is compressed already, what is gone counts as least important, as it does in trials.
     Raises InputError when the schedule cannot be built on this backbone.
     """
+    backbone = backbones[config.backbone]
     present = present_plan(backbone)
     scores = ImportanceScores(
         criterion="none",

@@ -6,7 +6,7 @@ Weights, optimizer states and embeddings count; indexes, logs and tokenizers are
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,22 +41,26 @@ class Footprint:
 
 
 def study_footprint(
-    space: SearchSpace, full: ModelSize, trials: Sequence[tuple[TrialConfig, ModelSize]]
+    space: SearchSpace, fulls: Mapping[str, ModelSize], trials: Sequence[tuple[TrialConfig, ModelSize]]
 ) -> Footprint:
-    """For the listed ``trials``; those that the sampler adds are taken for as large as the largest of them.
+    """For ``fulls``, the full model of each backbone, and the listed ``trials``; those that the sampler adds
+    are taken for as large as the largest of them.
 
     With ``keep: front`` half of the trials are expected to stay.
     """
-    common = full.parameters * full.stored
-    if space.base_training is not None:
-        common += full.parameters * _FLOAT
+    based = [
+        (full, training)
+        for name, full in fulls.items()
+        if (training := space.of(name).base_training) is not None
+    ]
+    common = sum(full.parameters * full.stored for full in fulls.values())
+    common += sum(full.parameters * _FLOAT for full, _ in based)
     kept = [_kept(config, size, every=space.keep == "all") for config, size in trials]
     kept += [max(kept)] * space.trials
     share = 1.0 if space.keep == "all" else _FRONT_SHARE
     stay = int(sum(kept) * share)
     building = max(_building(config, size) for config, size in trials)
-    if space.base_training is not None:
-        building = max(building, _training(space.base_training, full))
+    building = max([building, *(_training(training, full) for full, training in based)])
     end = common + (0 if space.keep == "none" else stay)
     return Footprint(peak=common + stay + building * space.concurrency, end=end)
 

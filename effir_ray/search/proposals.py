@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 import pyarrow as pa
@@ -23,13 +23,10 @@ import pyarrow as pa
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
-from effir_ray.search.dry_run import allowed_candidates, expected_plan, may_meet
+from effir_ray.search.dry_run import Backbones, allowed_candidates, expected_plan, may_meet
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
 _STUBBORN = 10  # useless proposals in a row, before an untried combination is taken instead
@@ -51,16 +48,14 @@ class TrialRequest:
 class Proposals:
     """``next()`` until it gives no more requests; ``finished()`` for every row that comes back."""
 
-    def __init__(
-        self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbone: PreTrainedConfig
-    ) -> None:
-        self.space, self.out, self.backbone = space, out.resolve(), backbone
+    def __init__(self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbones: Backbones) -> None:
+        self.space, self.out, self.backbones = space, out.resolve(), backbones
         self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
         self.running: dict[tuple[str, str], TrialRequest] = {}
         with readable(self.out / STORAGE):
             self.study = open_study(space, self.out)
-        self.distributions = {name: distribution(axis) for name, axis in space.parameters.axes.items()}
-        self.listed = deque(space.trial(candidate) for candidate in allowed_candidates(space, backbone))
+        self.distributions = {name: distribution(axis) for name, axis in space.axes.items()}
+        self.listed = deque(space.trial(candidate) for candidate in allowed_candidates(space, backbones))
         self.known_from_start = len(self.listed)
         self.started = time.monotonic()
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
@@ -195,11 +190,14 @@ class Proposals:
         )
 
     def to_test(self) -> list[TrialConfig]:
-        """The front, and the full model, which test scores are read beside."""
-        front, full = self.front(), self.space.trial(Candidate())
-        row = self.rows.get((full.id, "dev"))
-        beside = row is not None and row.status == "ok" and full.id not in {config.id for config in front}
-        return [*front, full] if beside else front
+        """The front, and the full model of every backbone, which test scores are read beside."""
+        found = {config.id: config for config in self.front()}
+        for name in self.space.backbone_names:
+            full = self.space.trial(Candidate(backbone=name))
+            row = self.rows.get((full.id, "dev"))
+            if row is not None and row.status == "ok":
+                found.setdefault(full.id, full)
+        return list(found.values())
 
     def _start(self, request: TrialRequest) -> TrialRequest:
         self.running[request.key] = request
@@ -232,7 +230,7 @@ class Proposals:
     @property
     def _countable(self) -> bool:
         """Whether the combinations can be listed: no range is continuous."""
-        return all(axis.values() for axis in self.space.parameters.axes.values())
+        return all(axis.values() for axis in self.space.axes.values())
 
     def _untried(self) -> dict[str, Any] | None:
         """Parameters of a combination that was never tried and can be built, the first in a seeded order;
@@ -244,7 +242,7 @@ class Proposals:
         return None
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
-        axes = self.space.parameters.axes
+        axes = self.space.axes
         if self._countable:
             everything = list(itertools.product(*(axis.values() for axis in axes.values())))
             random.Random(self.space.seed).shuffle(everything)
@@ -274,8 +272,8 @@ class Proposals:
     def _possible(self, config: TrialConfig) -> bool:
         """Whether the trial can be built and may meet the constraints."""
         try:
-            expected_plan(config, self.backbone)
-            return may_meet(self.space.conditions, config, self.backbone)
+            expected_plan(config, self.backbones)
+            return may_meet(self.space.conditions, config, self.backbones)
         except InputError:
             return False
 
@@ -327,8 +325,9 @@ class Proposals:
     def _params(self, config: TrialConfig) -> dict[str, Any] | None:
         """The parameters that would have proposed this trial; None when the parameters cannot express it."""
         wanted = {**config.schedule.model_dump(mode="json"), "recover": config.recovery is not None}
+        wanted["backbone"] = config.backbone
         params: dict[str, Any] = {}
-        for name, axis in self.space.parameters.axes.items():
+        for name, axis in self.space.axes.items():
             value = wanted[name]
             if isinstance(value, list):
                 value = ",".join(map(str, value)) + "," * (len(value) == 1)

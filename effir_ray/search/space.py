@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -20,7 +20,14 @@ from effir_ray.config import Config, Length, Seed, parse
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_json
 from effir_ray.results.conditions import Condition, condition
-from effir_ray.results.schema import DEFAULT_OBJECTIVES, DIRECTIONS, Direction, TrialRow
+from effir_ray.results.schema import (
+    DEFAULT_OBJECTIVES,
+    DIRECTIONS,
+    OBJECTIVES_ACROSS_BACKBONES,
+    RELATIVE,
+    Direction,
+    TrialRow,
+)
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
@@ -32,9 +39,11 @@ _ID_LENGTH = 12  # hex digits of a trial id
 
 
 class Candidate(Schedule):
-    """A schedule, and whether the pruned model is fine-tuned again with the study's ``recovery`` settings."""
+    """A schedule, whether the pruned model is fine-tuned again with the study's ``recovery`` settings, and
+    of which of the study's backbones it is (None: of its only one, or of each)."""
 
     recover: bool = False
+    backbone: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,7 +62,7 @@ class Candidate(Schedule):
         return Candidate(**self.model_dump(exclude=inert))
 
     def schedule(self) -> Schedule:
-        return Schedule(**self.model_dump(exclude={"recover"}))
+        return Schedule(**self.model_dump(exclude={"recover", "backbone"}))
 
 
 class Sample(Config):
@@ -108,18 +117,7 @@ class StudySettings(Config):
     def _training_inherits(cls, data: Any) -> Any:
         """Training uses the study's data set and seed unless it names its own, and never what the study
         chooses by and reports: the dev and test queries of the study's data set are held out."""
-        if not isinstance(data, dict):
-            return data
-        shared = {name: data[name] for name in ("dataset", "seed") if name in data}
-        held_out = {"held_out": data.get("dataset")}
-        training: dict[str, Any] = {}
-        for name in ("base_training", "recovery"):
-            given = data.get(name)
-            if isinstance(given, dict):
-                training[name] = {**shared, **held_out, **given}
-            elif isinstance(given, TrainConfig) and given.held_out is None:
-                training[name] = given.model_copy(update=held_out)
-        return {**data, **training}
+        return _with_trainings(data, data) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _training_is_the_studys(self) -> StudySettings:
@@ -151,6 +149,35 @@ class StudySettings(Config):
             max_length=self.document_max_length,
             seed=self.seed,
         )
+
+
+def _with_trainings(given: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
+    """``given`` settings, whose trainings take what they leave out from the ``study``."""
+    shared = {name: study[name] for name in ("dataset", "seed") if name in study}
+    held_out = {"held_out": study.get("dataset")}
+    training: dict[str, Any] = {}
+    for name in ("base_training", "recovery"):
+        settings = given.get(name)
+        if isinstance(settings, dict):
+            training[name] = {**shared, **held_out, **settings}
+        elif isinstance(settings, TrainConfig) and settings.held_out is None:
+            training[name] = settings.model_copy(update=held_out)
+    return {**given, **training}
+
+
+class Backbone(Config):
+    """One of several backbones of a study, with what it has of its own; the rest is the study's."""
+
+    backbone: str
+    first_blocks: int | None = Field(default=None, ge=1, le=1024)
+    query_max_length: Length | None = None
+    document_max_length: Length | None = None
+    base_training: TrainConfig | None = None
+    recovery: TrainConfig | None = None
+
+
+def _backbone(value: Any) -> Any:
+    return {"backbone": value} if isinstance(value, str) else value
 
 
 class TrialConfig(StudySettings):
@@ -295,10 +322,13 @@ class SearchSpace(StudySettings):
     objectives: columns of a dev row that the sampler improves and the front is made of
     constraints: conditions such as ``parameters <= 5e7`` that a model on the front meets. What follows from a
     schedule (sizes, FLOPs) is checked before it runs, what is measured is told to the sampler
+    backbones: several in the place of ``backbone``, each by its name or with settings of its own. Schedules
+    run on each, or on the ``backbone`` they name; the sampler chooses one for each of its trials
     keep: of which trials the models and embeddings are kept once their rows exist
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    backbones: tuple[Annotated[Backbone, BeforeValidator(_backbone)], ...] = ()
     schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
@@ -308,6 +338,32 @@ class SearchSpace(StudySettings):
     constraints: tuple[str, ...] = Field(default=(), max_length=len(DIRECTIONS))
     concurrency: int = Field(default=1, ge=1, le=4096)
     keep: Literal["front", "all", "none"] = "front"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_several(cls, data: Any) -> Any:
+        """``backbone`` is the first of several; no speed-up is an objective then, unless asked for."""
+        several = data.get("backbones") if isinstance(data, dict) else None
+        if not isinstance(several, list | tuple) or not several:
+            return data
+        entries = [
+            _with_trainings(entry, data) if isinstance(entry, dict) else entry
+            for entry in map(_backbone, several)
+        ]
+        first = entries[0].get("backbone") if isinstance(entries[0], dict) else entries[0].backbone
+        if data.get("backbone", first) != first:
+            raise ValueError("give 'backbone' or 'backbones', not both")
+        usual = {"objectives": OBJECTIVES_ACROSS_BACKBONES} if len(entries) > 1 else {}
+        return {**usual, **data, "backbone": first, "backbones": entries}
+
+    @field_validator("backbones")
+    @classmethod
+    def _different(cls, several: tuple[Backbone, ...]) -> tuple[Backbone, ...]:
+        names = [entry.backbone for entry in several]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"'{name}' is named twice; give one of them as a folder of another name")
+        return several
 
     @field_validator("objectives")
     @classmethod
@@ -331,7 +387,7 @@ class SearchSpace(StudySettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpace:
-        axes = self.parameters.axes
+        axes = self.axes
         if self.sampler == "grid":
             if self.trials:
                 raise ValueError("sampler grid runs every combination: leave 'trials' out")
@@ -341,17 +397,62 @@ class SearchSpace(StudySettings):
             combinations = math.prod(len(axis.values()) for axis in axes.values())
             if combinations > _MOST_VALUES:
                 raise ValueError(f"sampler grid has {combinations} combinations; at most {_MOST_VALUES} run")
-        elif self.trials and not axes:
+        elif self.trials and not self.parameters.axes:
             raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
-        elif axes and not self.trials:
+        elif self.parameters.axes and not self.trials:
             raise ValueError(
                 f"'parameters' are given but no trials for sampler {self.sampler}: set 'trials', "
                 "or 'sampler: grid'"
             )
-        asked = any(candidate.recover for candidate in self.schedules)
-        if self.recovery is None and (asked or (axes.get("recover") and True in axes["recover"].values())):
+        names = self.backbone_names
+        for candidate in self.schedules:
+            if candidate.backbone not in (None, *names):
+                raise ValueError(
+                    f"schedule {candidate.name} is of backbone '{candidate.backbone}'; the study's are "
+                    f"{', '.join(names)}"
+                )
+        asked = {
+            name
+            for candidate in self.schedules
+            if candidate.recover
+            for name in self._backbones_of(candidate)
+        }
+        if axes.get("recover") and True in axes["recover"].values():
+            asked |= set(names)
+        if any(self.of(name).recovery is None for name in asked):
             raise ValueError("a schedule asks to recover, but 'recovery' (training settings) is missing")
+        relative = [name for name in self.objectives if name in RELATIVE]
+        if relative and len(names) > 1:
+            raise ValueError(
+                f"objective {relative[0]} compares a model with its own full one, which says nothing between "
+                f"backbones; take {', '.join(OBJECTIVES_ACROSS_BACKBONES)}"
+            )
         return self
+
+    @property
+    def backbone_names(self) -> tuple[str, ...]:
+        return tuple(entry.backbone for entry in self.backbones) or (self.backbone,)
+
+    def of(self, backbone: str | None) -> SearchSpace:
+        """With the settings of one of its backbones; None: of its only one."""
+        wanted = self.backbone if backbone is None else backbone
+        entry = next((entry for entry in self.backbones if entry.backbone == wanted), None)
+        if entry is None:
+            return self
+        own = {name: getattr(entry, name) for name in Backbone.model_fields}
+        return self.model_copy(update={name: value for name, value in own.items() if value is not None})
+
+    def _backbones_of(self, candidate: Candidate) -> tuple[str | None, ...]:
+        one = len(self.backbones) < 2 or candidate.backbone is not None
+        return (candidate.backbone,) if one else self.backbone_names
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """What the sampler varies: ``parameters``, and the backbone where there are several."""
+        axes = self.parameters.axes
+        if axes and len(self.backbones) > 1:
+            axes["backbone"] = Axis(choices=self.backbone_names)
+        return axes
 
     @property
     def directions(self) -> dict[str, Direction]:
@@ -365,7 +466,11 @@ class SearchSpace(StudySettings):
 
     def always(self) -> tuple[Candidate, ...]:
         """The candidates that run whatever the constraints say: the full model and ``schedules``."""
-        everything = (Candidate(), *self.schedules)
+        everything = (
+            candidate.model_copy(update={"backbone": name})
+            for candidate in (Candidate(), *self.schedules)
+            for name in self._backbones_of(candidate)
+        )
         return tuple(dict.fromkeys(candidate.canonical() for candidate in everything))
 
     def listed(self) -> tuple[Candidate, ...]:
@@ -375,14 +480,15 @@ class SearchSpace(StudySettings):
         return tuple(dict.fromkeys(everything))
 
     def grid(self) -> Iterator[Candidate]:
-        axes = self.parameters.axes
+        axes = self.axes
         for values in itertools.product(*(axis.values() for axis in axes.values())):
             yield Candidate(**dict(zip(axes, values, strict=True)))
 
     def trial(self, candidate: Candidate) -> TrialConfig:
-        shared = {name: getattr(self, name) for name in StudySettings.model_fields if name != "recovery"}
         candidate = candidate.canonical()
-        recovery = self.recovery if candidate.recover else None
+        own = self.of(candidate.backbone)
+        shared = {name: getattr(own, name) for name in StudySettings.model_fields if name != "recovery"}
+        recovery = own.recovery if candidate.recover else None
         return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule())
 
 

@@ -52,6 +52,15 @@ class Sources:
         return {**own, **apart, **trained}
 
 
+def study_contents(sources: Mapping[str, Sources]) -> dict[str, str]:
+    """What a study of one or several backbones reads, by role: of several each begins with its name."""
+    if len(sources) == 1:
+        return next(iter(sources.values())).contents
+    return {
+        f"{name}: {role}": content for name, own in sources.items() for role, content in own.contents.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageTask:
     """One stage of one trial, to build in the folder ``out`` or to read there; ``parents``: role -> folder.

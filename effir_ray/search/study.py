@@ -18,7 +18,6 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
-from effir_ray.models.loading import load_config
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
@@ -28,7 +27,7 @@ from effir_ray.results.tables import compact
 from effir_ray.search.activity import remove_leftovers, reporting
 from effir_ray.search.disk import Collector
 from effir_ray.search.display import StudyDisplay
-from effir_ray.search.dry_run import dry_run
+from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.folder import (
     STAGES_FOLDER,
     StudyRecord,
@@ -42,7 +41,7 @@ from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.optuna_study import STORAGE, readable, write_all_trials
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
-from effir_ray.search.stage_graph import Sources, Split
+from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
 from effir_ray.stages import StageStore, size_on_disk
@@ -90,22 +89,26 @@ def search(
     sources = _checked_sources(space)
     need = Footprint(peak=preview.peak_bytes, end=preview.end_bytes)
     check_space(folder, need, size_on_disk(folder / STAGES_FOLDER))
-    find(folder, space, sources.contents, resume=resume)
+    contents = study_contents(sources)
+    find(folder, space, contents, resume=resume)
     given = _ray_runs()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     here = machine()
-    record = claim(folder, space, sources.contents, resume=resume, here=here)
+    record = claim(folder, space, contents, resume=resume, here=here)
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
-    sources = replace(sources, device=here.device, dtype=here.dtype, machine=here.name)
+    sources = {
+        name: replace(own, device=here.device, dtype=here.dtype, machine=here.name)
+        for name, own in sources.items()
+    }
     with exclusive(folder):
         remove_leftovers(folder)
-        backbone = load_config(space.backbone, first_blocks=space.first_blocks)
-        proposals = Proposals(space, folder, finished_rows(folder), backbone)
+        backbones = load_backbones(space)
+        proposals = Proposals(space, folder, finished_rows(folder), backbones)
         stages = StageStore(folder / STAGES_FOLDER)
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
-        estimate = TimeEstimate(stages, backbone, sources)
+        estimate = TimeEstimate(stages, backbones, sources)
         _work(proposals, folder, estimate, collector, here, address, restart=not given)
         remove_leftovers(folder)
         stages.remove_locks()
@@ -133,15 +136,15 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
     record = record_of(folder)
     space = record.space.model_copy(update={"threads": record.threads, "keep": keep})
     device, _, dtype = record.computes.partition(", ")
-    sources = replace(_checked_sources(space), device=device, dtype=dtype)
-    if sources.contents != record.contents or not record.computes:
+    read = _checked_sources(space)
+    sources = {name: replace(own, device=device, dtype=dtype) for name, own in read.items()}
+    if study_contents(sources) != record.contents or not record.computes:
         raise InputError(
             f"{folder}: what the study reads has changed since it began, or another version began it: which "
             "stages are whose is not known any more; delete folders of stages/ by hand, or the whole study"
         )
     with exclusive(folder):
-        backbone = load_config(space.backbone, first_blocks=space.first_blocks)
-        proposals = Proposals(space, folder, finished_rows(folder), backbone)
+        proposals = Proposals(space, folder, finished_rows(folder), load_backbones(space))
         collector = Collector(proposals, StageStore(folder / STAGES_FOLDER), sources)
         before = collector.kept_bytes()
         collector.collect()
@@ -320,9 +323,10 @@ def _say_other_version(record: StudyRecord) -> None:
         )
 
 
-def _checked_sources(space: SearchSpace) -> Sources:
-    """What the study reads. Raises InputError for what is not there, dev and test splits included."""
-    sources = sources_of(space)
+def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
+    """What the study reads, for each backbone. Raises InputError for what is not there, dev and test splits
+    included."""
+    sources = {name: sources_of(space.of(name)) for name in space.backbone_names}
     dataset = load_dataset(space.dataset)
     dataset.qrels("dev")
     dataset.qrels("test")

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
 
 from effir_ray.models import accounting
 from effir_ray.models.plan import Plan
-from effir_ray.search.dry_run import expected_plan
+from effir_ray.search.dry_run import Backbones, expected_plan
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _FIRST_GUESS = 5e10  # FLOP/s of a small CPU, until a stage has shown the real speed
 _TRUST = 60.0
@@ -27,8 +23,9 @@ _FRONT_SHARE = 0.5  # trials expected on the front, whose test scores follow
 class TimeEstimate:
     """Remaining seconds of a study, from the stages that are not on disk yet."""
 
-    def __init__(self, store: StageStore, backbone: PreTrainedConfig, sources: Sources) -> None:
-        self.store, self.backbone, self.sources = store, backbone, sources
+    def __init__(self, store: StageStore, backbones: Backbones, sources: Mapping[str, Sources]) -> None:
+        """``sources``: of each backbone, by its name."""
+        self.store, self.backbones, self.sources = store, backbones, sources
         self.trials: dict[str, dict[str, KeyedStage]] = {}  # trial id -> its stages by key
         self.expected: dict[str, tuple[str, float]] = {}  # stage key -> (name, first guess in seconds)
         self.actual: dict[str, float] = {}  # stage key -> seconds it took
@@ -64,14 +61,15 @@ class TimeEstimate:
         """By key; hashed once a trial, because the display asks twice a second."""
         trial = config.id
         if trial not in self.trials:
-            stages = trial_stages(config, self.sources, "dev")
+            stages = trial_stages(config, self.sources[config.backbone], "dev")
             self._learn(config, stages)
             self.trials[trial] = {stage.key: stage for stage in stages}
         return self.trials[trial]
 
     def _learn(self, config: TrialConfig, stages: Iterable[KeyedStage]) -> None:
-        full = accounting.flops(self.backbone, Plan.full(self.backbone.num_hidden_layers), 1)
-        own = accounting.flops(self.backbone, expected_plan(config, self.backbone), 1)
+        backbone = self.backbones[config.backbone]
+        full = accounting.flops(backbone, Plan.full(backbone.num_hidden_layers), 1)
+        own = accounting.flops(backbone, expected_plan(config, self.backbones), 1)
         for stage in stages:
             cost = stage.stage.cost
             work = cost.tokens(config) * (full if cost.full_model else own)

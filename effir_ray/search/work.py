@@ -42,34 +42,42 @@ class Work(Config):
 
 def study_work(
     space: SearchSpace,
-    backbone: PreTrainedConfig,
+    backbones: Mapping[str, PreTrainedConfig],
     stages: Mapping[str, tuple[KeyedStage, TrialConfig, Plan]],
     listed: int,
 ) -> Work:
     """``stages``: every stage of the ``listed`` trials by its key, with the trial that needs it first."""
-    full = Plan.full(backbone.num_hidden_layers)
     shared, own = 0.0, 0.0
     for keyed, config, plan in stages.values():
-        cost = keyed.stage.cost
-        used = full if cost.full_model else plan
-        if _is_uncounted(keyed.name, space):
+        cost, backbone = keyed.stage.cost, backbones[config.backbone]
+        used = Plan.full(backbone.num_hidden_layers) if cost.full_model else plan
+        if _is_uncounted(keyed.name, space.of(config.backbone)):
             continue
-        tokens = space.document_max_length
+        tokens = config.document_max_length
         flops = cost.tokens(config) * accounting.flops(backbone, used, tokens) / tokens
         if keyed.stage.shared:
             shared += flops
         else:
             own += flops
-    trainings = [training for training in space.trainings.values() if training is not None]
-    parameters = accounting.count_parameters(backbone, full)
+    trainings = [
+        (name, training, backbones[backbone])
+        for backbone in backbones
+        for name, training in space.of(backbone).trainings.items()
+    ]
     return Work(
         flops=shared + own * (1 + space.trials / max(1, listed)),
         uncounted=(
-            *(name for name, training in space.trainings.items() if training.steps is None),
+            *dict.fromkeys(name for name, training, _ in trainings if training.steps is None),
             *(["dev"] if space.dev.documents is None else []),
         ),
-        gpu_bytes=max((training_bytes(training, parameters) for training in trainings), default=0),
+        gpu_bytes=max(
+            (training_bytes(training, _parameters(of)) for _, training, of in trainings), default=0
+        ),
     )
+
+
+def _parameters(backbone: PreTrainedConfig) -> int:
+    return accounting.count_parameters(backbone, Plan.full(backbone.num_hidden_layers))
 
 
 def _is_uncounted(stage: str, space: SearchSpace) -> bool:

@@ -25,6 +25,8 @@ def small_space(**changes: Any) -> SearchSpace:
         "timing": {"queries": 4, "documents": 4, "rounds": 1},
         "threads": 1,
     }
+    if "backbones" in changes:
+        del settings["backbone"]
     return SearchSpace(**(settings | changes))
 
 

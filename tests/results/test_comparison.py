@@ -58,6 +58,17 @@ def test_everything_is_compared_with_the_full_model(study: Path) -> None:
     assert {record["split"] for record in found.values()} == {"test"}
 
 
+def test_of_two_backbones_each_model_is_compared_with_its_own_full_one(study: Path) -> None:
+    alone = by_trial(study)
+    keep(study, "x1", HARD * 0.5, schedule="full", parameters=50, backbone="random:bert")
+    keep(study, "x2", HARD * 0.6, schedule="1B", parameters=40, backbone="random:bert")
+    found = by_trial(study)
+    assert list(found) == [*alone, "x1", "x2"]
+    assert found["x2"]["difference"] == pytest.approx(0.1 * HARD.mean())
+    assert found["c3"]["difference"] == alone["c3"]["difference"]
+    assert found["c3"]["p_holm"] >= alone["c3"]["p_holm"]  # one more difference in the table
+
+
 def test_the_first_trial_named_is_the_baseline(study: Path) -> None:
     found = by_trial(study, ["c", "b2"])
     assert list(found) == ["c3", "b2"]
@@ -107,7 +118,9 @@ def test_rows_without_scores_of_single_queries_are_named(study: Path) -> None:
 
 def test_without_one_full_model_a_baseline_must_be_named(study: Path) -> None:
     keep(study, "d4", HARD, schedule="full", parameters=100, study="other")
-    with pytest.raises(InputError, match="2 of these rows are a full model: name the baseline"):
+    with pytest.raises(
+        InputError, match="2 of these rows are the full model of random:llama: name the baseline"
+    ):
         compare(study)
 
 

@@ -27,6 +27,9 @@ def table() -> pa.Table:
             "ndcg_at_10": [0.6, 0.5, 0.4, 0.9, None, 0.5],
             "parameters": [100, 50, 60, 10, 10, 50],
             "document_speedup": pa.array([None] * 6, pa.float64()),
+            "document_ms": [5.0, 2.5, 3.0, 1.0, 1.0, 2.5],
+            "backbone": ["one"] * 6,
+            "hardware": ["a CPU"] * 6,
         }
     )
 
@@ -39,6 +42,22 @@ def test_front_drops_dominated_failed_and_unmeasured_rows_and_keeps_ties() -> No
 def test_default_objectives_are_those_that_were_measured() -> None:
     assert objectives_for(table()) == {"ndcg_at_10": "max", "parameters": "min"}
     assert objectives_for(table(), ("parameters",)) == {"parameters": "min"}
+
+
+def test_between_backbones_speed_is_milliseconds() -> None:
+    mixed = table().set_column(6, "backbone", pa.array(["one", "two"] * 3))
+    assert list(objectives_for(mixed)) == ["ndcg_at_10", "parameters", "document_ms"]
+    with pytest.raises(InputError, match=r"'document_speedup' compares .* 2 backbones \(one, two\)"):
+        objectives_for(mixed, ("ndcg_at_10", "document_speedup"))
+
+
+def test_speed_on_two_kinds_of_hardware_is_no_objective() -> None:
+    mixed = table().set_column(7, "hardware", pa.array(["a CPU", "a GPU"] * 3))
+    with pytest.raises(
+        InputError, match=r"'document_ms' was measured on 2 kinds .*--where \"hardware = 'a CPU'"
+    ):
+        objectives_for(mixed, ("ndcg_at_10", "document_ms"))
+    assert list(objectives_for(mixed)) == ["ndcg_at_10", "parameters"]  # no speed among them
 
 
 def test_unknown_objectives_name_the_choices() -> None:

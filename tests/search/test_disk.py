@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from effir_ray.errors import InputError
-from effir_ray.models.loading import load_config
 from effir_ray.results import store
 from effir_ray.search.disk import Collector
-from effir_ray.search.dry_run import named_sources
+from effir_ray.search.dry_run import load_backbones, named_sources
 from effir_ray.search.folder import claim, exclusive
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import TrialConfig
@@ -35,9 +34,9 @@ class Study:
         self.sources = sources_of(space) if real else named_sources(space)
         if real:
             claim(folder, space, self.sources.contents, resume=False)
-        self.proposals = Proposals(space, folder, [], load_config(space.backbone))
+        self.proposals = Proposals(space, folder, [], load_backbones(space))
         self.store = StageStore(folder / "stages")
-        self.collector = Collector(self.proposals, self.store, self.sources)
+        self.collector = Collector(self.proposals, self.store, {space.backbone: self.sources})
 
     def run(self, ndcg: Mapping[str, float], *, until: str = "") -> None:
         """Requests in order, with the score that each schedule has; stops before the trial ``until``."""

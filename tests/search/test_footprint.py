@@ -43,7 +43,7 @@ def test_weights_optimizer_states_and_embeddings_are_counted(keep: str, stay: in
     space = small_space(recovery=training, schedules=schedules, keep=keep)
     trials = [space.trial(candidate) for candidate in space.listed()]
     sizes = list(zip(trials, (size(1_000), size(500), size(500)), strict=True))
-    found = study_footprint(space, size(1_000), sizes)
+    found = study_footprint(space, {space.backbone: size(1_000)}, sizes)
     backbone = 1_000 * 2
     building = 1_920 + 1_000 + 2_000 + 4 * 500 * 3 * 4  # of the trained trial, with its checkpoints
     assert (found.peak, found.end) == (backbone + stay + building, backbone + end)

@@ -7,8 +7,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from effir_ray.models.loading import load_config
 from effir_ray.results.schema import TrialRow
+from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.optuna_study import all_trials, write_all_trials
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import SearchSpace
@@ -25,7 +25,7 @@ def space() -> SearchSpace:
 
 def run(space: SearchSpace, out: Path) -> list[TrialRow]:
     """Every trial took 90 s; the second one failed."""
-    proposals = Proposals(space, out, [], load_config(space.backbone))
+    proposals = Proposals(space, out, [], load_backbones(space))
     rows: list[TrialRow] = []
     while (request := proposals.next()) is not None:
         ended = BEGAN + timedelta(seconds=100 * (len(rows) + 1))
@@ -62,7 +62,7 @@ def test_every_trial_is_there_with_its_times_and_test_score(space: SearchSpace, 
 def test_what_the_sampler_learns_from_has_true_times(space: SearchSpace, tmp_path: Path) -> None:
     rows = {row.trial_id: row for row in run(space, tmp_path) if row.split == "dev"}
     (tmp_path / "optuna.db").unlink()
-    again = Proposals(space, tmp_path, list(rows.values()), load_config(space.backbone))
+    again = Proposals(space, tmp_path, list(rows.values()), load_backbones(space))
     trials = again.study.get_trials()
     assert trials
     for trial in trials:

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from effir_ray.errors import InputError
-from effir_ray.models.loading import load_config
-from effir_ray.search.dry_run import dry_run
+from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import Candidate, SearchSpace
 from tests.helpers.search_examples import row, small_space
@@ -18,7 +17,7 @@ AXES = {"drop_mlp": {"low": 0, "high": 3}, "drop_attention": [0, 1, 2], "width_r
 
 
 def proposals(space: SearchSpace, out: Path, rows: Any = ()) -> Proposals:
-    return Proposals(space, out, list(rows), load_config(space.backbone))
+    return Proposals(space, out, list(rows), load_backbones(space))
 
 
 def score(request: TrialRequest) -> Any:
@@ -312,3 +311,31 @@ def test_what_noise_keeps_off_the_front_may_come_back_and_what_is_beaten_not(tmp
         study.finished(found.model_copy(update=bounds))
     assert [config.name for config in study.front()] == ["full", "1M"]
     assert [config.name for config in study.undefeated()] == ["full", "1M", "2M"]
+
+
+def test_several_backbones_are_sampled_and_all_full_models_tested(tmp_path: Path) -> None:
+    backbones = ["random:llama", {"backbone": "random:bert", "first_blocks": 2}]
+    space = small_space(backbones=backbones, parameters={"drop_mlp": {"low": 1, "high": 4}}, trials=6)
+    study = proposals(space, tmp_path)
+    done = finish(study)
+    dev = [(w.config.backbone, w.config.name) for w in done if w.split == "dev"]
+    # Of two blocks no more than two MLPs can go: four and two combinations are there, and all were tried.
+    assert dev[:2] == [("random:llama", "full"), ("random:bert", "full")]
+    expected = [("random:llama", f"{k}M") for k in range(1, 5)] + [("random:bert", f"{k}M") for k in (1, 2)]
+    assert sorted(dev[2:]) == sorted(expected)
+    tested = {w.config.id for w in done if w.split == "test"}
+    assert tested >= {space.trial(Candidate(backbone=name)).id for name in space.backbone_names}
+    again = proposals(space, tmp_path, study.rows.values())
+    assert again.complete and again.sampled == study.sampled
+
+
+def test_a_grid_of_several_backbones_has_what_fits_each(tmp_path: Path) -> None:
+    backbones = ["random:llama", {"backbone": "random:bert", "first_blocks": 2}]
+    space = small_space(backbones=backbones, sampler="grid", parameters={"drop_mlp": [1, 3]})
+    listed = [(config.backbone, config.name) for config in proposals(space, tmp_path).listed]
+    assert listed[2:] == [("random:llama", "1M"), ("random:bert", "1M"), ("random:llama", "3M")]
+    preview = dry_run(space)
+    assert preview.excluded == 1 and preview.backbones == ("random:llama", "random:bert")
+    assert [trial.parameter_ratio for trial in preview.trials[:2]] == [1.0, 1.0]
+    assert preview.stages["backbone"] == preview.stages["importance"] == 2
+    assert preview.stages["bm25"] == 1  # of the data set, whatever the backbone

@@ -6,8 +6,8 @@ import pytest
 
 from effir_ray.cluster.lost import pause_seconds
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.models.loading import load_config
 from effir_ray.results import store
+from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.searcher import ABORT, LOST, MAX_LOSSES, ROW, ScheduleSearcher
 from effir_ray.search.space import TrialConfig
@@ -17,7 +17,7 @@ from tests.helpers.search_examples import row, small_space
 @pytest.fixture
 def searcher(tmp_path: Path) -> ScheduleSearcher:
     space = small_space(schedules=[{"drop_mlp": 1}, {"drop_block": 1}])
-    proposals = Proposals(space, tmp_path, [], load_config(space.backbone))
+    proposals = Proposals(space, tmp_path, [], load_backbones(space))
     return ScheduleSearcher(proposals, tmp_path, lambda work, row: None)
 
 

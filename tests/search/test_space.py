@@ -16,7 +16,8 @@ TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 
 def write(folder: Path, text: str) -> Path:
     file = folder / "space.yaml"
-    file.write_text("name: s\nbackbone: random:llama\ndataset: stdlib\n" + text)
+    one = "" if text.startswith("backbones: [random:llama") else "backbone: random:llama\n"
+    file.write_text(f"name: s\n{one}dataset: stdlib\n{text}")
     return file
 
 
@@ -24,7 +25,8 @@ def write(folder: Path, text: str) -> Path:
 def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> None:
     space = load_yaml(file, SearchSpace)
     assert space.name == file.stem
-    assert space.listed()[0] == Candidate()
+    first = space.backbone_names[0] if len(space.backbone_names) > 1 else None
+    assert space.listed()[0] == Candidate(backbone=first)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +65,66 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
             "base_training makes the study's full model, which is 'base': name another",
         ),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
+        ("backbones: [random:bert, random:llama]\n", "give 'backbone' or 'backbones', not both"),
+        ("backbones: [random:llama, random:llama]\n", "'random:llama' is named twice"),
+        ("backbones: [random:llama, {backbone: random:bert, steps: 3}]\n", "unknown key"),
+        ("backbones: [random:llama, {first_blocks: 3}]\n", "backbones"),
+        (
+            "backbones: [random:llama, random:bert]\nschedules: [{drop_mlp: 1, backbone: minilm}]\n",
+            "schedule 1M is of backbone 'minilm'; the study's are random:llama, random:bert",
+        ),
+        (
+            "backbones: [random:llama, random:bert]\nobjectives: [ndcg_at_10, document_speedup]\n",
+            "objective document_speedup compares a model with its own full one",
+        ),
+        (
+            "backbones: [random:llama, {backbone: random:bert, recovery: {steps: 2}}]\n"
+            "schedules: [{drop_mlp: 1, recover: true}]\n",
+            "'recovery' .* is missing",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_yaml(write(tmp_path, text), SearchSpace)
+
+
+SEVERAL = {
+    "backbones": ["random:llama", {"backbone": "random:bert", "first_blocks": 2, "recovery": {"steps": 3}}],
+    "recovery": TRAINING,
+    "seed": 7,
+}
+
+
+def test_each_of_several_backbones_has_its_own_settings_and_the_studys() -> None:
+    space = small_space(**SEVERAL, schedules=[{"drop_mlp": 1, "recover": True}])
+    trials = [space.trial(candidate) for candidate in space.listed()]
+    assert [(trial.backbone, trial.name) for trial in trials] == [
+        ("random:llama", "full"),
+        ("random:bert", "full"),
+        ("random:llama", "1M+ft"),
+        ("random:bert", "1M+ft"),
+    ]
+    llama, bert = (trial.recovery for trial in trials[2:])
+    assert (llama.steps, llama.batch_size, bert.steps) == (2, 4, 3)
+    assert (bert.dataset, bert.held_out, bert.seed) == ("stdlib", "stdlib", 7)
+    assert [trial.first_blocks for trial in trials] == [None, 2, None, 2]
+    assert space.objectives == ("ndcg_at_10", "parameters", "document_ms")
+    assert SearchSpace.model_validate_json(space.model_dump_json()) == space
+
+
+def test_one_backbone_in_a_list_is_that_backbone() -> None:
+    space = small_space(backbones=[{"backbone": "random:llama", "first_blocks": 2}])
+    (full,) = space.listed()
+    assert full == Candidate() and space.trial(full).first_blocks == 2
+    assert space.objectives == small_space().objectives
+
+
+def test_a_trial_of_one_of_several_backbones_is_that_of_a_study_of_it_alone() -> None:
+    several = small_space(backbones=["random:llama", "random:bert"])
+    candidate = Candidate(drop_mlp=2, backbone="random:bert")
+    alone = small_space(backbone="random:bert")
+    assert several.trial(candidate) == alone.trial(Candidate(drop_mlp=2))
 
 
 def test_training_takes_data_and_seed_of_the_study_unless_it_names_its_own() -> None:

@@ -22,6 +22,8 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.results.query import query
+from effir_ray.results.report import report
+from effir_ray.results.selection import pareto
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.study import clean, search
 from effir_ray.search.trial import repeat
@@ -123,6 +125,36 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
         assert search(space, tmp_path / "study", resume=True).front == result.front
     finally:
         ray.shutdown()
+
+
+@pytest.mark.integration
+def test_a_study_of_two_real_backbones_ends_with_one_front_and_each_ones_own(tmp_path: Path) -> None:
+    space = small_space(
+        backbones=["minilm-l6", {"backbone": "smollm2-135m", "first_blocks": 2}],
+        schedules=[{"drop_mlp": 1}],
+        parameters={"drop_attention": [1, 3]},
+        trials=2,
+    )
+    out = tmp_path / "study"
+    result = search(space, out)
+    rows = store.read([out]).to_pylist()
+    assert {row["status"] for row in rows} == {"ok"} and result.trials == 6
+    full = {row["backbone"]: row for row in rows if row["split"] == "dev" and row["schedule"] == "full"}
+    assert list(full["minilm-l6"]["contents"]) != list(full["smollm2-135m"]["contents"])
+    assert {row["parameter_ratio"] for row in full.values()} == {1.0}
+    tested = {row["trial_id"] for row in rows if row["split"] == "test"}
+    assert tested == {*result.front, *(row["trial_id"] for row in full.values())}
+    joint = pareto(out)["trial_id"].to_pylist()
+    assert sorted(joint) == sorted(result.front)
+    for name in space.backbone_names:
+        own = pareto(out, where=f"backbone = '{name}'")
+        assert set(own["backbone"].to_pylist()) == {name} and len(own) >= 1
+    built = Counter(stage.split()[0] for stage in builds(out))
+    assert built["bm25"] == 2  # of dev and test, not of each backbone
+    page = report(out, tmp_path / "report.html").read_text()
+    assert "smollm2-135m" in page and "minilm-l6" in page
+    assert search(space, out, resume=True).front == result.front
+    assert clean(out, keep="none").kept_bytes == 0
 
 
 @pytest.mark.integration

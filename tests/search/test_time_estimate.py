@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray.models.loading import load_config
-from effir_ray.search.dry_run import named_sources
+from effir_ray.search.dry_run import load_backbones, named_sources
 from effir_ray.search.space import Candidate
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial_stages import trial_stages
@@ -17,7 +16,7 @@ FULL, PRUNED = SPACE.trial(Candidate()), SPACE.trial(Candidate(drop_mlp=1))
 
 
 def estimate(root: Path) -> TimeEstimate:
-    return TimeEstimate(StageStore(root), load_config(SPACE.backbone), named_sources(FULL))
+    return TimeEstimate(StageStore(root), load_backbones(SPACE), {SPACE.backbone: named_sources(FULL)})
 
 
 def finish(root: Path, *names: str, seconds: float) -> None:

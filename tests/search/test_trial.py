@@ -14,13 +14,12 @@ import torch
 
 from effir_ray import hardware
 from effir_ray.errors import TrialFailure
-from effir_ray.models.loading import load_config
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
 from effir_ray.search import trial_stages
 from effir_ray.search.activity import Activity
 from effir_ray.search.display import _activity_line
-from effir_ray.search.dry_run import dry_run, named_sources
+from effir_ray.search.dry_run import dry_run, load_backbones, named_sources
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.stage_graph import Cost, Stage, StageTask
 from effir_ray.search.time_estimate import TimeEstimate
@@ -83,7 +82,7 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A new one is keyed, shared, previewed, built, named, estimated and written to the row."""
     space = small_space(schedules=[{"drop_mlp": [1]}, {"drop_mlp": [1], "recover": False}])
     config = space.trial(Candidate(drop_mlp=(1,)))
-    backbone, sources = load_config(space.backbone), named_sources(config)
+    backbone, sources = load_backbones(space), {space.backbone: named_sources(config)}
     before = TimeEstimate(StageStore(tmp_path / "none"), backbone, sources).seconds_left([config], 0, 0, ())
     only(monkeypatch, *WITHOUT_RAY, SCORES, EXTRA)
     assert dry_run(space).stages["footprint"] == 2

@@ -18,11 +18,10 @@ from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.errors import TrialFailure
 from effir_ray.models.checkpoint import save_checkpoint
-from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search import trial_stages
-from effir_ray.search.dry_run import expected_plan, named_sources
+from effir_ray.search.dry_run import expected_plan, load_backbones, named_sources
 from effir_ray.search.space import Candidate, SearchSpace
 from effir_ray.search.stage_graph import KeyedStage, StageTask
 from effir_ray.search.trial import StageRunner, sources_of
@@ -65,7 +64,7 @@ def test_a_compressed_checkpoint_is_pruned_further(tmp_path: Path) -> None:
     assert [layer.attention for layer in plan.layers] == [False, True, True, True]
     assert load_retriever(pruned / CHECKPOINT).plan == plan
     config = space.trial(Candidate(drop_attention=[0], drop_mlp=[1]))
-    assert expected_plan(config, load_config(space.backbone)) == plan
+    assert expected_plan(config, load_backbones(space)) == plan
 
 
 def test_a_schedule_that_its_measurements_do_not_fit_fails_alone(tmp_path: Path) -> None:

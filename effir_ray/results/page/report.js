@@ -46,9 +46,9 @@ for (const row of DATA.rows) {
 }
 for (const row of DATA.rows) {
   if (row.split === "test") TESTS.set(`${row.study}/${row.trial_id}`, row);
-  if (row.schedule === "full" && !row.recovered) FULL.set(`${row.study}/${row.split}/${row.group}`, row);
+  if (row.schedule === "full" && !row.recovered) FULL.set(`${row.study}/${row.backbone}/${row.split}/${row.group}`, row);
 }
-const fullOf = (row) => FULL.get(`${row.study}/${row.split}/${row.group}`);
+const fullOf = (row) => FULL.get(`${row.study}/${row.backbone}/${row.split}/${row.group}`);
 const testOf = (row) => (row.split === "test" ? null : TESTS.get(`${row.study}/${row.trial_id}`) ?? null);
 const rowsOf = (split) => DATA.rows.filter((r) => r.group === view.group && r.split === split);
 const measured = (row) => row[view.x] !== null && row[view.y] !== null;
