@@ -44,18 +44,19 @@ def first_steps(out: Path) -> int:
     return [json.loads(line)["step"] for line in lines].count(1)
 
 
-def training_workers() -> list[psutil.Process]:
+def processes(name: str) -> list[psutil.Process]:
+    """Of the Ray that this process has started; ``name`` is part of what Ray calls them."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
 
 def kill_a_worker() -> None:
     """One rank: if there is another, it is left waiting inside a collective."""
-    training_workers()[0].kill()
+    processes("RayTrainWorker")[0].kill()
 
 
 class when:

@@ -7,14 +7,12 @@ import json
 import shutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from effir_ray import storage
 from effir_ray.training.config import TrainConfig
@@ -133,47 +131,6 @@ def _load(engine: Engine, checkpoint: Any) -> dict[str, Any]:
         engine.load(Path(folder))
         progress: dict[str, Any] = json.loads((Path(folder) / _PROGRESS).read_text())
         return progress
-
-
-class NamedReservation(WorkerGroupCallback):  # type: ignore[misc]  # Ray has no types
-    """Gives what Ray Train reserves for the workers of ``run`` a name from the start, for ``release``."""
-
-    def __init__(self, run: str) -> None:
-        self._prefix = _reservations(run)
-
-    @contextmanager
-    def on_worker_group_start(self) -> Iterator[None]:
-        from ray.train.v2._internal.execution.worker_group import worker_group
-
-        unnamed = worker_group.placement_group
-
-        def named(*arguments: Any, **options: Any) -> Any:
-            return unnamed(*arguments, name=f"{self._prefix}{uuid.uuid4().hex}", **options)
-
-        worker_group.placement_group = named
-        try:
-            yield
-        finally:
-            worker_group.placement_group = unnamed
-
-
-def release(run: str) -> None:
-    """Give back what the workers of an earlier start of this run have reserved.
-
-    Ray Train's controller does it, unless it is killed itself. Then CPUs and GPUs stay taken until the driver
-    ends, and the next start waits for them: Ray's own cleaner hears of a reservation only when its workers
-    run, and asks the dashboard whether the controller lives.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for group, known in ray.util.placement_group_table().items():
-        if known["name"].startswith(_reservations(run)) and known["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
-
-
-def _reservations(run: str) -> str:
-    return f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
 
 
 class OutOfMemory(RuntimeError):

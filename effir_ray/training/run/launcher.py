@@ -27,14 +27,13 @@ from effir_ray.training.identity import training_identity
 from effir_ray.training.run.fault_tolerance import (
     DEV_SCORE,
     SMALLEST_BUDGET,
-    NamedReservation,
     halve,
     halved_budget,
-    release,
 )
 from effir_ray.training.run.history import HISTORY, HistoryWriter, follow, read_history
 from effir_ray.training.run.loop import train_worker
 from effir_ray.training.run.rendezvous import torch_config
+from effir_ray.training.run.reservations import NamedReservation, Trainer, release
 from effir_ray.training.run.trackers import Board, check_installed, tracked
 from effir_ray.training.supervision.training_data import needs_model, prepare
 
@@ -259,16 +258,15 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
 
 
 def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
-    """A ``TorchTrainer``; one of the same name in the same place goes on from its newest checkpoint."""
+    """One of the same name in the same place goes on from its newest checkpoint."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
     scaling = _scaling(config)
     # A GPU of Ray's is a number that somebody gave: torch decides what workers talk through.
     backend = "nccl" if scaling.use_gpu and machine().device == "cuda" else "gloo"
     best = {"checkpoint_score_attribute": DEV_SCORE, "checkpoint_score_order": "max"}
     keep = CheckpointConfig(num_to_keep=config.keep_checkpoints, **(best if config.dev else {}))
-    return TorchTrainer(
+    return Trainer(
         train_worker,
         train_loop_config=job,
         torch_config=torch_config(backend),

@@ -11,20 +11,15 @@ import pytest
 import ray
 import ray.train
 import torch
-from ray.train.v2._internal.execution.worker_group import worker_group
-from ray.util.placement_group import placement_group, placement_group_table
 
-from effir_ray.cluster.connection import connect
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run import fault_tolerance
 from effir_ray.training.run.fault_tolerance import (
-    NamedReservation,
     OutOfMemory,
     StepReports,
     halved_budget,
     halving,
-    release,
 )
 from effir_ray.training.step.engine import PlainEngine
 from effir_ray.training.step.text_encoder import TextEncoder
@@ -89,21 +84,3 @@ def test_other_errors_leave_the_budget_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="shape"), halving(str(tmp_path), 3000):
         raise RuntimeError("shape mismatch")
     assert halved_budget(str(tmp_path)) is None
-
-
-@pytest.mark.integration
-def test_what_a_failed_start_reserved_is_given_back(tmp_path: Path) -> None:
-    """What other runs have reserved stays theirs."""
-    connect(None)
-    mine, other = str(tmp_path), str(tmp_path / "other")
-    with NamedReservation(mine).on_worker_group_start():
-        group = worker_group.placement_group([{"CPU": 0.1}])
-    assert worker_group.placement_group is placement_group
-    with NamedReservation(other).on_worker_group_start():
-        kept = worker_group.placement_group([{"CPU": 0.1}])
-    ray.get([group.ready(), kept.ready()])
-    release(mine)
-    release(mine)  # nothing is left: nothing to do
-    assert placement_group_table(group)["state"] == "REMOVED"
-    assert placement_group_table(kept)["state"] == "CREATED"
-    release(other)
