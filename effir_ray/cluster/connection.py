@@ -134,6 +134,13 @@ def _new_folder() -> Path:
             return Path(tempfile.mkdtemp(prefix="", dir=private_folder()))
 
 
+def is_private() -> bool:
+    """Whether the Ray that this process is connected to is a private instance, which ends with its driver."""
+    import ray
+
+    return bool(ray.util.get_node_ip_address() == LOOPBACK)
+
+
 def private_folder() -> Path:
     """Where private instances keep tokens, sockets and logs, one folder each; those of killed ones go.
 

@@ -15,7 +15,7 @@ from ray.train.torch.config import (
     _TorchBackend,
 )
 
-from effir_ray.cluster.connection import LOOPBACK
+from effir_ray.cluster.connection import is_private
 
 
 def torch_config(backend: str) -> TorchConfig:
@@ -23,8 +23,7 @@ def torch_config(backend: str) -> TorchConfig:
 
     torch's store listens on every interface, and anyone who reaches it can write to it.
     """
-    private = ray.util.get_node_ip_address() == LOOPBACK
-    return FileConfig(backend=backend) if private else StoreConfig(backend=backend)
+    return FileConfig(backend=backend) if is_private() else StoreConfig(backend=backend)
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]  # Ray has no types

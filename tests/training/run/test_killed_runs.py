@@ -25,7 +25,6 @@ from tests.helpers.training_runs import (
     has_step,
     kill_a_worker,
     losses,
-    processes,
     settings,
     wait_for,
     when,
@@ -47,8 +46,7 @@ def test_a_killed_worker_is_replaced_and_the_loss_curve_is_the_same(
 def test_a_process_that_dies_before_it_trains_is_replaced(
     victim: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray Train calls it an error of its controller. Every CPU is asked for: none may stay reserved; nor may
-    the processes stay that free what a dead controller has reserved."""
+    """Ray Train calls it an error of its controller. Every CPU is asked for: none may stay reserved."""
     flag = tmp_path / "killed"
 
     def trainer(*arguments: Any) -> Any:
@@ -74,7 +72,6 @@ def test_a_process_that_dies_before_it_trains_is_replaced(
     result = train("random:llama", config, tmp_path / "out")
     assert flag.exists()
     assert [row["step"] for row in result.history] == [1, 2]
-    wait_for(lambda: not processes("PlacementGroupCleaner"))
 
 
 def test_rows_that_came_with_a_checkpoint_outlive_a_controller_that_did_not_write_them(
