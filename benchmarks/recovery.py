@@ -7,7 +7,7 @@
 DATA holds BEIR folders. Learnt from are texts, never a judgement: of ``squad`` questions and paragraphs of
 its train split, of other data sets documents, each beside its title or first sentence. Scored are all test
 queries of ``--test`` over whole corpora; the full model, BM25 and the cut before it learns stand beside. One
-row a score in OUT/rows; what is there already is not done again. Two cores: an hour a run of 2400 steps.
+row a score in OUT/rows; what is there already is not done again. One core: two hours a run.
 
 --recipe effir: the blocks that ``pooled`` chooses on what is learnt from, 2 - 2 cos to the full model's
 embeddings. sentence-transformers: evenly spaced blocks and its own trainer with its MSELoss, as its
@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--test", nargs="+", default=["scifact", "nfcorpus", "cranfield"])
     parser.add_argument("--keep", type=int, default=3, help="blocks that stay")
     parser.add_argument("--recipe", choices=("effir", "sentence-transformers"), default="effir")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
     parser.add_argument("--out", type=Path, default=Path("results/recovery"))

@@ -138,6 +138,8 @@ def test_the_recovery_table_of_docs_is_that_of_the_rows() -> None:
     named = {
         "full model, 6 blocks": ("full", 6, (), None),
         "3 blocks, before it learns": ("cut", 3, (), None),
+        "3 blocks, distilled: 1,200 steps of 32 pairs, 128 tokens": ("effir", 3, ("squad",), 1200),
+        "3 blocks, distilled: 1,600 steps of 16 pairs, 256 tokens": ("effir", 3, ("squad",), 1600),
         "BM25": ("bm25", 6, (), None),
     }
     for title, key in named.items():
