@@ -213,7 +213,10 @@ def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:
         neurons = {index: np.zeros(accounting.width(*layer)) for index, layer in enumerate(parts)}
         return narrow_plan(plan, config.schedule, neurons)
     except InputError as error:
-        raise InputError(f"schedule {config.name} of {config.backbone}: {error}") from None
+        hint = (
+            "; a schedule is of every backbone unless it names one (backbone:)" if len(backbones) > 1 else ""
+        )
+        raise InputError(f"schedule {config.name} of {config.backbone}: {error}{hint}") from None
 
 
 def _check_names(schedule: Schedule) -> None:

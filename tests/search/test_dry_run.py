@@ -187,3 +187,11 @@ def test_names_that_lead_nowhere_are_told_before_anything_runs(
     with pytest.raises(InputError, match=message) as refused:
         dry_run(small_space(**settings))
     assert "\n" not in str(refused.value)
+
+
+def test_a_schedule_that_does_not_fit_every_backbone_has_to_name_its_own() -> None:
+    backbones = ["random:llama", {"backbone": "random:bert", "first_blocks": 2}]
+    with pytest.raises(InputError, match=r"3M of random:bert: .*; a schedule is of every backbone unless"):
+        dry_run(small_space(backbones=backbones, schedules=[{"drop_mlp": 3}]))
+    own = small_space(backbones=backbones, schedules=[{"drop_mlp": 3, "backbone": "random:llama"}])
+    assert [trial.schedule for trial in dry_run(own).trials] == ["full", "full", "3M"]
