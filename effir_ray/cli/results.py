@@ -84,11 +84,13 @@ def show_front(front: pa.Table) -> None:
     from effir_ray.results.selection import FAILED, is_doubtful
 
     rows = front.to_pylist()
+    several = len({row["backbone"] for row in rows}) > 1
     datasets = [json.loads(row["datasets"]) for row in rows] if "datasets" in front.schema.names else []
     single = sorted({name for found in datasets for name in found})
     show_table(
         [
             "trial",
+            *(["backbone"] if several else []),
             "schedule",
             "trained",
             "nDCG@10",
@@ -103,6 +105,7 @@ def show_front(front: pa.Table) -> None:
         [
             (
                 row["trial_id"],
+                *([row["backbone"]] if several else []),
                 row["schedule"],
                 "yes" if row["recovered"] else "",
                 _with_interval(row),
@@ -189,10 +192,11 @@ def compare(
     if as_json:
         show_json(compared)
         return
-    first = compared[0]
+    first, several = compared[0], len({row["backbone"] for row in compared}) > 1
     show_table(
         [
             "trial",
+            *(["backbone"] if several else []),
             "schedule",
             "trained",
             metric,
@@ -205,6 +209,7 @@ def compare(
         [
             (
                 row["trial_id"],
+                *([row["backbone"]] if several else []),
                 row["schedule"],
                 "yes" if row["recovered"] else "",
                 f"{row['score']:.4f}",

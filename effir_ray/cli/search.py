@@ -144,7 +144,7 @@ def _show_preview(space: Path, as_json: bool) -> None:
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
     if preview.excluded:
-        say(f"Left out, since they fit no backbone or constraint: {preview.excluded} combinations")
+        say(f"Left out: {preview.excluded} combinations that do not fit their backbone or the constraints")
     _say_work(preview.work)
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")

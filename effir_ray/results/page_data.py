@@ -14,7 +14,7 @@ from effir_ray.results import query_scores
 from effir_ray.results.comparison import compare_rows
 from effir_ray.results.effects import effects, varying_settings
 from effir_ray.results.published import published, same_dataset
-from effir_ray.results.schema import DIRECTIONS
+from effir_ray.results.schema import DIRECTIONS, RELATIVE, TIMED
 from effir_ray.results.selection import is_doubtful, samples
 from effir_ray.results.study_tables import curves, importance, kept
 from effir_ray.results.tables import Damaged, Folders
@@ -74,7 +74,13 @@ def page_data(table: pa.Table, folders: Folders, *, damaged: Damaged | None = No
     looked_at = _looked_at(records)
     return {
         "columns": {
-            name: {"label": label, "kind": kind, "better": DIRECTIONS[name]}
+            name: {
+                "label": label,
+                "kind": kind,
+                "better": DIRECTIONS[name],
+                "relative": name in RELATIVE,
+                "timed": name in TIMED,
+            }
             for name, (label, kind) in LABELS.items()
         },
         "rows": sorted(rows, key=lambda row: row["split"] != "dev"),

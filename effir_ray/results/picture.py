@@ -36,7 +36,8 @@ def draw_front(table: pa.Table, out: Path) -> Path:
         axes = figure.subplots()
         _draw(axes, records, best.tolist())
         first = records[0]
-        axes.set_title(f"{first['backbone']} on {first['dataset']}, {first['split']} queries", loc="left")
+        backbones = ", ".join(dict.fromkeys(record["backbone"] for record in records))
+        axes.set_title(f"{backbones} on {first['dataset']}, {first['split']} queries", loc="left")
         out.parent.mkdir(parents=True, exist_ok=True)
         kind = out.suffix.removeprefix(".")
         with whole(out) as aside:

@@ -55,7 +55,7 @@ class StudyDisplay:
         if row is not None:
             self.rows.append(row)
             if self.stream is not None and not self.stream.isatty():
-                self._print(_row_line(row))
+                self._print(_row_line(row, self._title(row)))
 
     def _work(self) -> None:
         assert self.stream is not None
@@ -105,6 +105,9 @@ class StudyDisplay:
         running = [(activity.stage, activity.since) for activity in current(self.out)]
         return self.estimate.seconds_left(known, unknown, tests, running)
 
+    def _title(self, row: TrialRow) -> str:
+        return self.proposals.space.title(row.schedule, row.backbone)
+
     def _render(self) -> RenderableType:
         from rich.console import Group
         from rich.progress_bar import ProgressBar
@@ -113,7 +116,7 @@ class StudyDisplay:
 
         table = Table("schedule", "split", "nDCG@10", "parameters", "doc. speed-up", box=None, pad_edge=False)
         for row in list(self.rows):
-            table.add_row(row.schedule, row.split, *_cells(row))
+            table.add_row(self._title(row), row.split, *_cells(row))
         bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
         lines = [_activity_line(activity) for activity in current(self.out)] or [_IDLE]
         running = [Text(line, style="cyan") for line in lines]
@@ -136,8 +139,8 @@ def _cells(row: TrialRow) -> tuple[str, str, str]:
     return (f"{100 * row.ndcg_at_10:.1f}", f"{(row.parameters or 0) / 1e6:.1f} M", speed)
 
 
-def _row_line(row: TrialRow) -> str:
+def _row_line(row: TrialRow, title: str) -> str:
     score, size, speed = _cells(row)
     if row.status == "failed":
-        return f"{row.schedule} on {row.split} failed: {row.reason}"
-    return f"{row.schedule} on {row.split}: nDCG@10 {score}, {size} parameters, documents {speed} as fast"
+        return f"{title} on {row.split} failed: {row.reason}"
+    return f"{title} on {row.split}: nDCG@10 {score}, {size} parameters, documents {speed} as fast"

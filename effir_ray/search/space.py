@@ -433,6 +433,10 @@ class SearchSpace(StudySettings):
     def backbone_names(self) -> tuple[str, ...]:
         return tuple(entry.backbone for entry in self.backbones) or (self.backbone,)
 
+    def title(self, schedule: str, backbone: str) -> str:
+        """How a trial is called beside the study's others."""
+        return schedule if len(self.backbones) < 2 else f"{schedule} of {backbone}"
+
     def of(self, backbone: str | None) -> SearchSpace:
         """With the settings of one of its backbones; None: of its only one."""
         wanted = self.backbone if backbone is None else backbone

@@ -225,7 +225,7 @@ def _run(
     space = proposals.space
     searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(out), study=space.name, here=here), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(out), space=space, here=here), {"cpu": _TRIAL_CPUS}
     )
     tuner = tune.Tuner(
         trainable,
@@ -256,15 +256,15 @@ def _disconnect() -> None:
     ray.shutdown()
 
 
-def _trial(config: dict[str, Any], out: str, study: str, here: Hardware) -> None:
+def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware) -> None:
     """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
     from ray import tune
 
     from effir_ray.search.searcher import ABORT, LOST, ROW
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
-    folder = Path(out)
-    with reporting(folder, trial.id, trial.name, split) as listener:
+    folder, study = Path(out), space.name
+    with reporting(folder, trial.id, space.title(trial.name, trial.backbone), split) as listener:
         try:
             row = run_trial(
                 trial,

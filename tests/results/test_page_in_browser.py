@@ -237,6 +237,24 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     assert page.locator("#model").count() == 1
 
 
+def test_between_backbones_a_speed_up_has_no_front_and_rows_say_whose_they_are(
+    opened: Any, tmp_path: Path
+) -> None:
+    random = np.random.default_rng(0)
+    rows = [synthetic("one", number, random) for number in range(40)]
+    rows[20:] = [row.model_copy(update={"backbone": "random:bert"}) for row in rows[20:]]
+    store.append(tmp_path, rows)
+    page = opened(report([tmp_path], tmp_path / "report.html"))
+    assert "Backbone" in page.locator("#front thead").inner_text()
+    assert "No front" not in page.locator("#summary").inner_text()
+    page.select_option("#x", "document_speedup")
+    said = page.locator("#summary").inner_text()
+    assert "0 on the front" in said and "own full one, and these are of" in said
+    page.fill("#only", "random:bert")
+    assert "No front" not in page.locator("#summary").inner_text()
+    assert page.locator("#front tbody tr").count() >= 1
+
+
 def test_paper_is_white_and_without_controls(real: Path, opened: Any) -> None:
     page = opened(real)
     if page.locator("html").get_attribute("data-theme") != "dark":

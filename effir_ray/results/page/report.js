@@ -64,8 +64,21 @@ function sortedBy(points, better) {
     sign(better ? x : y) * (a[better ? x : y] - b[better ? x : y]));
 }
 
+// Why there is no front of these points, as for the command line; empty where there is one.
+function incomparable(points) {
+  const axes = [COLUMNS[view.x], COLUMNS[view.y]];
+  const backbones = distinct(points.map((r) => r.backbone)), machines = distinct(points.map((r) => r.hardware).filter(Boolean));
+  const relative = axes.find((c) => c.relative), timed = axes.find((c) => c.timed);
+  if (relative && backbones.length > 1)
+    return ` No front: ${relative.label.toLowerCase()} compares a model with its own full one, and these are of ${backbones.join(", ")}; filter by one.`;
+  if (timed && machines.length > 1)
+    return ` No front: ${timed.label.toLowerCase()} was measured on ${machines.join("; ")}, which is no comparison.`;
+  return "";
+}
+
 // From the best in x on, what is better in y than all before it; equal points stay together.
 function frontOf(points) {
+  if (incomparable(points)) return [];
   const sign = COLUMNS[view.y].better === "max" ? 1 : -1;
   let best = -Infinity, last = null;
   return sortedBy(points).filter((row) => {
@@ -221,7 +234,7 @@ function drawPlot({ points, front }) {
   element("plot").setAttribute("aria-label", `${COLUMNS[view.y].label} against ${COLUMNS[view.x].label}: ${points.length} ` +
     `models, ${front.length} on the front. The tables below have all figures.`);
   element("summary").textContent = `${points.length} models, ${front.length} on the front of ` +
-    `${COLUMNS[view.y].label} and ${COLUMNS[view.x].label.toLowerCase()}.` +
+    `${COLUMNS[view.y].label} and ${COLUMNS[view.x].label.toLowerCase()}.` + incomparable(points) +
     (view.split === "test" && DATA.rows.some((r) => r.split === "dev")
       ? " The front was chosen on dev queries; test scores exist for what was chosen." : "") +
     (drawn.length < points.length ? ` The plot marks ${drawn.length} of them; a search or a filter shows all of what it leaves.` : "") +
@@ -231,12 +244,12 @@ function drawPlot({ points, front }) {
 
 // -- the tables -------------------------------------------------------------------------------------------
 
-const TABLE = ["schedule", "recovered", "ndcg_at_10", "test_ndcg_at_10", "of_full", "recall_at_100", "mrr_at_10",
+const TABLE = ["schedule", "backbone", "recovered", "ndcg_at_10", "test_ndcg_at_10", "of_full", "recall_at_100", "mrr_at_10",
   "parameters", "parameter_ratio", "block_parameters", "flops_per_document", "document_ms", "document_speedup",
   "query_speedup", "seed", "study", "trial_id"];
-const HEAD = { schedule: "Schedule", recovered: "Trained", test_ndcg_at_10: "nDCG@10, test", of_full: "nDCG@10 of full",
+const HEAD = { schedule: "Schedule", backbone: "Backbone", recovered: "Trained", test_ndcg_at_10: "nDCG@10, test", of_full: "nDCG@10 of full",
   seed: "Seed", study: "Study", trial_id: "Trial" };
-const TEXT = new Set(["schedule", "recovered", "study", "trial_id"]);
+const TEXT = new Set(["schedule", "backbone", "recovered", "study", "trial_id"]);
 const LIKE = { test_ndcg_at_10: "ndcg_at_10", of_full: "parameter_ratio" }; // column -> one that is written alike
 
 function tableRows(rows) {
@@ -294,7 +307,7 @@ function drawTables({ points, front }) {
   const onFront = new Set(front.map((r) => r.key));
   const all = tableRows(rowsOf(view.split).filter(matches));
   const columns = TABLE.filter((c) => all.some((r) => r[c] !== null && r[c] !== ""))
-    .filter((c) => !["seed", "study"].includes(c) || distinct(all.map((r) => r[c])).length > 1)
+    .filter((c) => !["backbone", "seed", "study"].includes(c) || distinct(all.map((r) => r[c])).length > 1)
     .filter((c) => c !== "test_ndcg_at_10" || view.split !== "test");
   const [by, direction] = view.sort;
   const sign = direction === "ascending" ? 1 : -1;
