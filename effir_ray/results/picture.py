@@ -94,7 +94,7 @@ def _draw(axes: Axes, records: list[dict[str, Any]], best: list[bool]) -> None:
     axes.set_axisbelow(True)
     axes.grid(color="#d0d7de", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="best", frameon=False, fontsize=9)
 
 
 def _label(axes: Axes, named: list[dict[str, Any]]) -> None:

@@ -26,7 +26,10 @@ from effir_ray.models.loading import load_config
 from effir_ray.models.retriever import load_retriever
 
 QUERY_TOKENS, DOCUMENT_TOKENS = 32, 512
-"""Lengths of the texts whose FLOPs are counted."""
+"""Lengths of the texts whose FLOPs are counted; the second is also where compared documents are cut."""
+
+PAIRS = 64
+"""Queries that are compared with documents: enough for a mean and the middle half of each."""
 
 
 def analyze(
@@ -46,8 +49,8 @@ def analyze(
       ``analysis.json``: all of it.
 
     Importance by each of ``criteria`` (those of ``measure_importance``) is measured on ``texts`` documents of
-    ``dataset``; pooled takes as many of its dev queries as well, dev-loss as many dev pairs, and so do the
-    similarities of queries and documents, which are left out where there is no dev split. Raises
+    ``dataset``; pooled takes as many of its dev queries as well, dev-loss as many dev pairs. Queries and
+    documents, cut at 512 tokens, are compared for at most 64 dev pairs, where there is a dev split. Raises
     InputError for an unknown backbone, data set or criterion, or an ``out`` that cannot be written.
     """
     asked = _checked(criteria)
@@ -74,7 +77,9 @@ def analyze(
         query_tokens=QUERY_TOKENS,
         document_tokens=DOCUMENT_TOKENS,
         calibration_texts=len(documents),
-        similarities=layer_similarities(retriever, pairs),
+        similarities=layer_similarities(
+            retriever, pairs[:PAIRS], max_length=min(DOCUMENT_TOKENS, retriever.spec.max_length)
+        ),
     )
     write_whole(out / "sublayers.arrow", _arrow(analysis.sublayers))
     write_whole(out / "sizes.arrow", _arrow(analysis.sizes))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from effir_ray.compression.calibration import PairBatch, make_pair_batches
 from effir_ray.config import Config
 from effir_ray.data.pairs import Pair
-from effir_ray.encoding.padded import PaddedTexts, hidden_states
+from effir_ray.encoding.batching import token_budget_batches
+from effir_ray.encoding.padded import hidden_states, pad
+from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever
 from effir_ray.progress import progress
+
+TOKEN_BUDGET = 4096
 
 
 class LayerSimilarity(Config):
@@ -40,21 +43,15 @@ def layer_similarities(
     as the model pools its last one, without the final norm. Empty where there are no two pairs of different
     documents.
     """
-    if len(pairs) < 2:
+    positives = [pair.positives[0] for pair in pairs]
+    answers = torch.tensor([positives.index(text) for text in positives], dtype=torch.long)
+    other = answers != answers.roll(-1)
+    if not other.any():
         return []
-    positives: list[np.ndarray] = []  # (blocks + 1, pairs) a batch
-    negatives: list[np.ndarray] = []
-    with progress("Comparing queries and documents", unit="batches") as bar:
-        for batch in make_pair_batches(retriever, pairs, max_length=max_length):
-            queries, documents = (_pooled(retriever, texts) for texts in (batch.queries, batch.documents))
-            other = _others(batch).to(documents.device)
-            positives.append(cosine_similarity(queries, documents, dim=-1).cpu().numpy())
-            cosines = cosine_similarity(queries, documents.roll(-1, dims=1), dim=-1)
-            negatives.append(cosines[:, other].cpu().numpy())
-            bar.advance()
-    if not sum(part.shape[1] for part in negatives):
-        return []
-    near, far = (np.concatenate(parts, axis=1) for parts in (positives, negatives))
+    queries = _pooled(retriever, [pair.query for pair in pairs], "query", max_length)
+    documents = _pooled(retriever, positives, "document", max_length)
+    near = cosine_similarity(queries, documents, dim=-1).numpy()
+    far = cosine_similarity(queries, documents.roll(-1, dims=1), dim=-1)[:, other].numpy()
     return [
         LayerSimilarity(
             blocks=blocks, **_spread("positive", near[blocks]), **_spread("negative", far[blocks])
@@ -63,26 +60,31 @@ def layer_similarities(
     ]
 
 
-def _others(batch: PairBatch) -> Tensor:
-    """(pairs,) whether the next pair's document is another one."""
-    rows = torch.arange(len(batch))
-    return batch.allowed[rows, rows.roll(-1)]
-
-
-def _pooled(retriever: Retriever, texts: PaddedTexts) -> Tensor:
-    """(blocks + 1, texts, hidden) of one forward."""
-    mask = texts.attention_mask.to(retriever.model.device)
-    streams: dict[int, Tensor] = {}
+def _pooled(retriever: Retriever, texts: Sequence[str], kind: TextKind, max_length: int | None) -> Tensor:
+    """(blocks + 1, texts, hidden) on the CPU: the stream before the first block and after each."""
+    tokens = retriever.tokenize(texts, kind, max_length)
+    found: dict[int, list[Tensor]] = {}
+    places: list[int] = []
+    mask = torch.empty(0)
 
     def keep(index: int, unit: str, before: Tensor, after: Tensor) -> None:
         if unit == "block":
             if index == 0:
-                streams[0] = retriever.pool(before.float(), mask)
-            streams[index + 1] = retriever.pool(after.float(), mask)
+                found.setdefault(0, []).append(retriever.pool(before.float(), mask).cpu())
+            found.setdefault(index + 1, []).append(retriever.pool(after.float(), mask).cpu())
 
-    with retriever.family.watch(retriever.model, keep):
-        hidden_states(retriever, texts)
-    return torch.stack([streams[blocks] for blocks in sorted(streams)])
+    with (
+        retriever.family.watch(retriever.model, keep),
+        progress("Comparing queries and documents", unit="texts", total=len(tokens)) as bar,
+    ):
+        for batch in token_budget_batches([len(text) for text in tokens], TOKEN_BUDGET):
+            padded = pad([tokens[place] for place in batch]).to(retriever.model.device)
+            mask = padded.attention_mask
+            hidden_states(retriever, padded)
+            places += batch
+            bar.advance(len(batch))
+    order = torch.tensor(places).argsort()
+    return torch.stack([torch.cat(found[blocks])[order] for blocks in sorted(found)])
 
 
 def _spread(name: str, cosines: np.ndarray) -> dict[str, float]:
