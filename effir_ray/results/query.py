@@ -65,8 +65,6 @@ def select(tables: dict[str, pa.Table], sql: str) -> pa.Table:
             _check_one_select(connection, sql)
             with _memory():
                 return _within_limits(connection, sql)
-        except duckdb.InterruptException:
-            raise InputError(f"SQL: stopped after {_SECONDS:g} s; a SELECT over results takes less") from None
         except duckdb.Error as error:
             raise InputError(f"SQL: {' '.join(str(error).split())}") from None
 
@@ -95,7 +93,15 @@ def _memory() -> Iterator[None]:
 
 
 def _within_limits(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
-    alarm = threading.Timer(_SECONDS, connection.interrupt)
+    import duckdb
+
+    late = threading.Event()
+
+    def interrupt() -> None:
+        late.set()
+        connection.interrupt()
+
+    alarm = threading.Timer(_SECONDS, interrupt)
     alarm.start()
     try:
         reader: Any = connection.sql(sql).to_arrow_reader(_BATCH)
@@ -106,6 +112,10 @@ def _within_limits(connection: duckdb.DuckDBPyConnection, sql: str) -> pa.Table:
             if size > _BYTES:
                 raise InputError(f"SQL: the result is larger than {_BYTES >> 20} MiB; add a LIMIT")
         return pa.Table.from_batches(batches, schema=reader.schema)
+    except (duckdb.Error, OSError):  # between two batches it is pyarrow that hears of the interrupt
+        if late.is_set():
+            raise InputError(f"SQL: stopped after {_SECONDS:g} s; a SELECT over results takes less") from None
+        raise
     finally:
         alarm.cancel()
 

@@ -7,13 +7,16 @@ it is built anew, to the same bits.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore, size_on_disk
+from effir_ray.training.config import STATE
 
 _SPLITS: tuple[Split, ...] = ("dev", "test")
 
@@ -34,6 +37,18 @@ class Collector:
         for stage in self._finished():
             if stage.stage.bulk is not None and stage.key not in wanted:
                 self.store.free(stage.path(self.store), stage.stage.bulk)
+        self._collect_states()
+
+    def _collect_states(self) -> None:
+        """What stopped trainings would go on from, where they do not: their models are whole without."""
+        going_on = [*self.proposals.unfinished(), *self.proposals.may_go_on()]
+        kept = {config.until(None).id for config in going_on}
+        for row in list(self.proposals.rows.values()):
+            config = TrialConfig.of(row)
+            if config.recovery is None or config.recovery.stop_after is None or config.until(None).id in kept:
+                continue
+            for stage in self._of(config, "dev"):
+                _remove(stage.path(self.store) / STATE)
 
     def kept_bytes(self) -> int:
         """Of the models and embeddings of trials that are there."""
@@ -46,7 +61,7 @@ class Collector:
 
     def _wanted(self) -> Iterator[KeyedStage]:
         """Everything that leads to a row to come, and what the scores of the front's rows are of."""
-        for config in self.proposals.unfinished():
+        for config in [*self.proposals.unfinished(), *self.proposals.may_go_on()]:
             yield from self._of(config, "dev")
         for config in self.proposals.undefeated():
             tested = (config.id, "test") in self.proposals.rows
@@ -63,3 +78,11 @@ class Collector:
         if key not in self._stages:
             self._stages[key] = trial_stages(config, self.sources[config.backbone], split)
         return self._stages[key]
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first: a kill in between leaves nothing that looks whole."""
+    gone = folder.with_name(f"{folder.name}.gone")
+    if folder.exists():
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -30,7 +30,12 @@ def open_study(space: SearchSpace, out: Path) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Metric names and multivariate TPE count as experimental; nothing here depends on their details.
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study = _study(space, out)
+    study = optuna.create_study(
+        storage=_url(out),
+        study_name=study_name(space),
+        directions=_directions(space),
+        load_if_exists=True,
+    )
     study.set_metric_names(list(space.objectives))
     # A resumed sampler must not begin again with the draws it made before.
     study.sampler = _sampler(space, space.seed + len(study.get_trials(deepcopy=False)))
@@ -50,10 +55,11 @@ def readable(file: Path) -> Iterator[None]:
         ) from None
 
 
-def _study(space: SearchSpace, out: Path) -> optuna.Study:
-    return optuna.create_study(
-        storage=_url(out), study_name=space.name, directions=_directions(space), load_if_exists=True
-    )
+def study_name(space: SearchSpace) -> str:
+    """One study for each thing that is compared: what was trained equally long."""
+    if space.strategy == "independent":
+        return space.name
+    return f"{space.name}, first of {space.halving.rungs} rungs by {space.halving.factor}"
 
 
 def _url(out: Path) -> str:

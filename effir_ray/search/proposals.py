@@ -1,5 +1,5 @@
-"""Which trial runs next: the listed schedules, then what Optuna proposes, then the front and the full
-model on the test split.
+"""Which trial runs next: the listed schedules, then what Optuna proposes, then, with a strategy that stops
+trials early, the better ones further on; at last the front and the full model on the test split.
 
 Optuna is driven by ask and tell on a study in the output folder. Rows are written before Optuna is told, so
 after a kill at any moment ``Proposals`` brings the two together again: what has a row is told, what was asked
@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pyarrow as pa
 
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
+from effir_ray.search import halving
 from effir_ray.search.dry_run import Backbones, allowed_candidates, expected_plan, may_meet
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
@@ -45,6 +47,10 @@ class TrialRequest:
         return self.config.id, self.split
 
 
+Parts = tuple[tuple[str, TrialConfig], ...]
+"""What is done of a trial one after the other, with the trial id of each; of most trials one whole."""
+
+
 class Proposals:
     """``next()`` until it gives no more requests; ``finished()`` for every row that comes back."""
 
@@ -55,11 +61,15 @@ class Proposals:
         with readable(self.out / STORAGE):
             self.study = open_study(space, self.out)
         self.distributions = {name: distribution(axis) for name, axis in space.axes.items()}
-        self.listed = deque(space.trial(candidate) for candidate in allowed_candidates(space, backbones))
-        self.known_from_start = len(self.listed)
+        self.sampled: set[str] = set()
+        allowed = allowed_candidates(space, backbones)
+        self.listed = deque(self._entry(space.trial(candidate)) for candidate in allowed)
+        self.promoted: deque[TrialConfig] = deque()  # what goes on from a rung and has not been handed out
+        self.parts: dict[str, Parts] = {}  # trial id of its first part -> all parts of a trial of this study
+        for config in self.listed:
+            self.parts[config.id] = self._parts(config)
         self.started = time.monotonic()
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
-        self.sampled: set[str] = set()
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         with readable(self.out / STORAGE):
             self._reconcile()
@@ -93,8 +103,8 @@ class Proposals:
 
     @property
     def planned(self) -> int:
-        """Dev trials of the whole study."""
-        return self.known_from_start + len(self.sampled) + self._lacking
+        """Dev trials of the whole study, each part of one that is done in parts."""
+        return len(self.parts) + self._lacking + sum(self._further())
 
     def done(self, split: Split) -> int:
         return sum(1 for _, place in list(self.rows) if place == split)
@@ -114,15 +124,26 @@ class Proposals:
     def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
         """Dev trials known but without a row, how many the sampler will add, and the test scores still to
         come (None while the front is open)."""
-        known, unknown = (self._under_way, 0) if self.stopped else (self.unfinished(), self._lacking)
+        if self.stopped:
+            known, unknown = self._under_way, 0
+        else:
+            known, unknown = self.unfinished(), self._lacking + sum(self._further(decided=False))
         if known or unknown:
             return known, unknown, None
         return known, unknown, sum((config.id, "test") not in self.rows for config in self.to_test())
 
     def unfinished(self) -> list[TrialConfig]:
         """Dev trials known but without a row; those that run are the last."""
-        waiting = [config for config in list(self.listed) if (config.id, "dev") not in self.rows]
-        return waiting + self._under_way
+        waiting = [config for config in list(self.listed) if not self._known(config)]
+        return waiting + list(self.promoted) + self._under_way
+
+    def may_go_on(self) -> list[TrialConfig]:
+        """What follows on trials that wait at a rung for the others there."""
+        reached = [(rung, pool) for rung, pool in enumerate(self._pools()) if pool]
+        if not reached:
+            return []
+        rung, pool = reached[-1]
+        return [parts[rung + 1][1] for parts in pool if rung + 1 < len(parts)]
 
     @property
     def _under_way(self) -> list[TrialConfig]:
@@ -142,7 +163,8 @@ class Proposals:
     @property
     def _all_known(self) -> bool:
         """Whether every dev trial has a row or is under way."""
-        return all(self._known(config.id) for config in self.listed) and not self._lacking
+        entered = all(self._known(config) for config in self.listed) and not self._lacking
+        return entered and not self.promoted and not self._due()
 
     @property
     def exhausted(self) -> bool:
@@ -160,8 +182,9 @@ class Proposals:
     def take_back(self) -> None:
         """What runs is lost with Ray: it is handed out again, first."""
         lost = [request.config for request in self.running.values() if request.split == "dev"]
-        self.listed.extendleft(reversed(lost))
         self.running.clear()
+        self.listed.extendleft(config for config in reversed(lost) if config.id in self.parts)
+        self.promoted.extendleft(config for config in reversed(lost) if config.id not in self.parts)
 
     def front(self) -> list[TrialConfig]:
         """The configurations no other dev trial that meets the constraints beats, the best in the first
@@ -203,17 +226,89 @@ class Proposals:
         self.running[request.key] = request
         return request
 
-    def _known(self, trial_id: str) -> bool:
-        return (trial_id, "dev") in self.rows or (trial_id, "dev") in self.running
+    def _entry(self, config: TrialConfig) -> TrialConfig:
+        """What a trial begins with."""
+        return self.space.rungs(config)[0]
+
+    def _known(self, config: TrialConfig) -> bool:
+        """Whether the trial, or more of it, has a row or runs."""
+        return any(self._begun(part) for part, _ in self._parts(config))
+
+    def _begun(self, part: str) -> bool:
+        return (part, "dev") in self.rows or (part, "dev") in self.running
+
+    def _parts(self, config: TrialConfig) -> Parts:
+        """Those of the trial that begins with ``config``; by id, which takes time to compute."""
+        known = self.parts.get(config.id)
+        return known or tuple((part.id, part) for part in self.space.rungs(config))
+
+    def _enter(self, config: TrialConfig) -> None:
+        """Count ``config`` among what was sampled, unless it was listed."""
+        if config.id not in self.parts:
+            self.parts[config.id] = self._parts(config)
+            self.sampled.add(config.id)
 
     def _next_dev(self) -> TrialConfig | None:
         if self.stopped:
             return None
         while self.listed:
             config = self.listed.popleft()
-            if not self._known(config.id):
+            if not self._known(config):
                 return config
-        return self._next_sample() if self._lacking else None
+        if self._lacking and (sample := self._next_sample()) is not None:
+            return sample
+        if not self.promoted and not self._under_way:
+            self.promoted.extend(self._due())
+        return self.promoted.popleft() if self.promoted else None
+
+    @property
+    def _rungs(self) -> int:
+        return max((len(parts) for parts in list(self.parts.values())), default=1)
+
+    def _pools(self) -> list[list[Parts]]:
+        """Rung -> the trials in parts that have a good row there, and at every rung before."""
+        pools: list[list[Parts]] = [[] for _ in range(self._rungs)]
+        for parts in list(self.parts.values()):
+            if len(parts) == 1:
+                continue
+            for rung, (part, _) in enumerate(parts):
+                row = self.rows.get((part, "dev"))
+                if row is None or row.status != "ok":
+                    break
+                pools[rung].append(parts)
+        return pools
+
+    def _further(self, *, decided: bool = True) -> list[int]:
+        """How many trials train on from each rung, or are expected to; without the ``decided`` ones only
+        those of rungs that are still open."""
+        several = [parts for parts in list(self.parts.values()) if len(parts) > 1]
+        counts, pool = [], len(several) + (self._lacking if self.space.strategy == "halving" else 0)
+        waiting = {config.id for config in list(self.promoted)}
+        for rung in range(1, self._rungs):
+            ids = [parts[rung][0] for parts in several if rung < len(parts)]
+            there = sum(self._begun(part) or part in waiting for part in ids)
+            counts.append(there * decided if there else halving.share(pool, self.space.halving.factor))
+            pool = there or counts[-1]
+        return counts
+
+    def _due(self) -> list[TrialConfig]:
+        """What goes on from the first rung that has such; to be asked when nothing runs."""
+        for rung, pool in enumerate(self._pools()[:-1]):
+            pool = [parts for parts in pool if rung + 1 < len(parts)]
+            if not pool:
+                continue
+            rows = [self.rows[parts[rung][0], "dev"] for parts in pool]
+            table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=ARROW_SCHEMA)
+            count = halving.share(len(pool), self.space.halving.factor)
+            meets = np.array([self._meets(row) for row in rows], dtype=np.bool_)
+            costs = costs_of(table, self.space.directions)
+            chosen = np.flatnonzero(meets)[halving.best(costs[meets], count)].tolist()
+            # What breaks a measured constraint now may meet it once it is trained.
+            chosen += np.flatnonzero(~meets)[halving.best(costs[~meets], count - len(chosen))].tolist()
+            following = [pool[place][rung + 1] for place in chosen]
+            if due := [config for part, config in following if not self._begun(part)]:
+                return due
+        return []
 
     def _next_sample(self) -> TrialConfig | None:
         for _ in range(_STUBBORN):
@@ -237,7 +332,7 @@ class Proposals:
         None when there is none (or, of endlessly many, none among ``_DRAWS``)."""
         for params in self._combinations():
             config = self.space.trial(Candidate(**params))
-            if not self._known(config.id) and self._possible(config):
+            if not self._known(config) and self._possible(config):
                 return params
         return None
 
@@ -256,9 +351,9 @@ class Proposals:
         """One proposal of the sampler; None when it is known already or cannot be built."""
         trial = self.study.ask(self.distributions)
         candidate = Candidate(**trial.params).canonical()
-        config = self.space.trial(candidate)
+        config = self._entry(self.space.trial(candidate))
         trial.set_user_attr("trial", config.model_dump_json())
-        if self._known(config.id) or not self._possible(config):
+        if self._known(config) or not self._possible(config):
             known = self.rows.get((config.id, "dev"))
             self._end(trial, known)
             return None
@@ -266,7 +361,7 @@ class Proposals:
         trial.set_user_attr("schedule", config.name)
         trial.set_user_attr("trial_id", config.id)
         self.asked[config.id] = trial.number
-        self.sampled.add(config.id)
+        self._enter(config)
         return config
 
     def _possible(self, config: TrialConfig) -> bool:
@@ -334,13 +429,12 @@ class Proposals:
             if not axis.contains(value):
                 return None
             params[name] = value
-        same = self.space.trial(Candidate(**params)).id == config.id
+        same = self._entry(self.space.trial(Candidate(**params))).id == config.id
         return params if same else None
 
     def _reconcile(self) -> None:
         """After a kill: which of Optuna's trials have rows, which still have to run."""
         told: set[str] = set()
-        listed = {config.id for config in self.listed}
         for trial in self.study.get_trials(deepcopy=False):
             text = trial.user_attrs.get("trial")
             if trial.state == optuna.trial.TrialState.RUNNING:
@@ -349,8 +443,7 @@ class Proposals:
                     continue
                 config = TrialConfig.read(text, str(self.out / STORAGE))
                 self.asked[config.id] = trial.number
-                if config.id not in listed:
-                    self.sampled.add(config.id)
+                self._enter(config)
                 if (config.id, "dev") not in self.rows:
                     self.listed.append(config)
             elif text is not None:
@@ -359,10 +452,11 @@ class Proposals:
                     told.add(config.id)
                 elif _HANDED_OUT in trial.user_attrs and (config.id, "dev") not in self.rows:
                     self.listed.append(config)  # it failed, and is tried again as listed ones are
-                    self.sampled.add(config.id)
+                    self._enter(config)
         for row in [row for row in self.rows.values() if row.split == "dev"]:
-            if row.trial_id not in listed:
-                self.sampled.add(row.trial_id)
+            entry = self._entry(TrialConfig.of(row))
+            if self._known(entry):  # not where another strategy did a part that this one does not
+                self._enter(entry)
             if row.trial_id not in told:
                 self._tell(row)
 

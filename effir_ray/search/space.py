@@ -31,6 +31,7 @@ from effir_ray.results.schema import (
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
+StrategyName = Literal["independent", "halving"]
 
 _MOST_VALUES = 10_000
 """Schedules, values of an axis or combinations of a grid: a study of more would not end."""
@@ -204,7 +205,16 @@ class TrialConfig(StudySettings):
 
     @property
     def name(self) -> str:
-        return self.schedule.name + ("+ft" if self.recovery else "")
+        if self.recovery is None:
+            return self.schedule.name
+        stopped = self.recovery.stop_after
+        return f"{self.schedule.name}+ft" + (f"@{stopped}" if stopped else "")
+
+    def until(self, steps: int | None) -> TrialConfig:
+        """The same trial, its recovery ended after so many steps; None: after all."""
+        if self.recovery is None or self.recovery.stop_after == steps:
+            return self
+        return self.model_copy(update={"recovery": self.recovery.model_copy(update={"stop_after": steps})})
 
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
@@ -315,6 +325,19 @@ class Budget(Config):
     device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
+class Halving(Config):
+    """``rungs`` at which trained trials are compared, each after ``factor`` times the steps of the one before
+    and the last after all; of those at a rung one in ``factor`` goes on."""
+
+    factor: int = Field(default=3, ge=2, le=100)
+    rungs: int = Field(default=3, ge=2, le=10)
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """Of the rungs before the last; none where ``total`` is too few to be divided."""
+        parts = [total // self.factor**place for place in range(self.rungs - 1, 0, -1)]
+        return tuple(dict.fromkeys(part for part in parts if 0 < part < total))
+
+
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
     proposes ``trials`` more from ``parameters`` (grid: all combinations) until the ``budget`` is spent.
@@ -324,6 +347,8 @@ class SearchSpace(StudySettings):
     schedule (sizes, FLOPs) is checked before it runs, what is measured is told to the sampler
     backbones: several in the place of ``backbone``, each by its name or with settings of its own. Schedules
     run on each, or on the ``backbone`` they name; the sampler chooses one for each of its trials
+    strategy: what a trained trial may cost. ``independent``: all steps of ``recovery``, each. ``halving``:
+    all begin with few, and only the better ones go on, from their checkpoints (``halving`` says how many)
     keep: of which trials the models and embeddings are kept once their rows exist
     """
 
@@ -332,6 +357,8 @@ class SearchSpace(StudySettings):
     schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
+    strategy: StrategyName = "independent"
+    halving: Halving = Halving()
     trials: int = Field(default=0, ge=0, le=10**6)
     budget: Budget = Budget()
     objectives: tuple[str, ...] = Field(default=DEFAULT_OBJECTIVES, min_length=1, max_length=len(DIRECTIONS))
@@ -350,7 +377,9 @@ class SearchSpace(StudySettings):
             _with_trainings(entry, data) if isinstance(entry, dict) else entry
             for entry in map(_backbone, several)
         ]
-        first = entries[0].get("backbone") if isinstance(entries[0], dict) else entries[0].backbone
+        first = entries[0].get("backbone") if isinstance(entries[0], dict) else data.get("backbone")
+        if isinstance(entries[0], Backbone):
+            first = entries[0].backbone
         if data.get("backbone", first) != first:
             raise ValueError("give 'backbone' or 'backbones', not both")
         usual = {"objectives": OBJECTIVES_ACROSS_BACKBONES} if len(entries) > 1 else {}
@@ -384,6 +413,29 @@ class SearchSpace(StudySettings):
         except InputError as error:
             raise ValueError(str(error)) from None
         return texts
+
+    @model_validator(mode="after")
+    def _halves_steps(self) -> SearchSpace:
+        trainings = [own for name in self.backbone_names if (own := self.of(name).recovery) is not None]
+        if any(training.stop_after is not None for training in trainings):
+            raise ValueError("recovery.stop_after is for the strategy to set: leave it out")
+        if self.strategy == "independent":
+            return self
+        if not trainings:
+            raise ValueError("strategy halving stops trainings early, and there is no 'recovery' to stop")
+        for training in trainings:
+            if training.steps is None:
+                raise ValueError(
+                    "strategy halving divides the steps of 'recovery': give 'steps', not 'epochs'"
+                )
+            if training.dev is not None:
+                raise ValueError("strategy halving compares the trials itself: leave recovery.dev out")
+            if not self.halving.steps(training.steps):
+                raise ValueError(
+                    f"{training.steps} steps of 'recovery' are too few for a rung of {self.halving.factor} "
+                    "times fewer"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> SearchSpace:
@@ -488,7 +540,17 @@ class SearchSpace(StudySettings):
         for values in itertools.product(*(axis.values() for axis in axes.values())):
             yield Candidate(**dict(zip(axes, values, strict=True)))
 
+    def rungs(self, config: TrialConfig) -> tuple[TrialConfig, ...]:
+        """What runs of a trial, one after the other, as long as it is among the better ones; at whichever of
+        them ``config`` is. The last is the whole trial."""
+        whole = config.until(None)
+        if self.strategy == "independent" or whole.recovery is None:
+            return (whole,)
+        assert whole.recovery.steps is not None  # see ``_halves_steps``
+        return (*(whole.until(steps) for steps in self.halving.steps(whole.recovery.steps)), whole)
+
     def trial(self, candidate: Candidate) -> TrialConfig:
+        """The whole trial of a candidate."""
         candidate = candidate.canonical()
         own = self.of(candidate.backbone)
         shared = {name: getattr(own, name) for name in StudySettings.model_fields if name != "recovery"}

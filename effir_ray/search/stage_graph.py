@@ -65,7 +65,8 @@ def study_contents(sources: Mapping[str, Sources]) -> dict[str, str]:
 class StageTask:
     """One stage of one trial, to build in the folder ``out`` or to read there; ``parents``: role -> folder.
 
-    ``store`` keeps what the stage shares with other trials besides (mined negatives, teacher embeddings).
+    ``inputs`` are those of its key. ``store`` keeps what the stage shares with other trials besides (mined
+    negatives, teacher embeddings).
     """
 
     config: TrialConfig
@@ -73,6 +74,7 @@ class StageTask:
     parents: Mapping[str, Path]
     out: Path
     store: StageStore
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

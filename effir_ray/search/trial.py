@@ -115,7 +115,14 @@ class StageRunner:
     def task(self, keyed: KeyedStage, out: Path) -> StageTask:
         """What the stage's functions get, with ``out`` as its folder."""
         parents = {role: parent.path(self.store) for role, parent in keyed.parents.items()}
-        return StageTask(config=self.config, split=self.split, parents=parents, out=out, store=self.store)
+        return StageTask(
+            config=self.config,
+            split=self.split,
+            parents=parents,
+            out=out,
+            store=self.store,
+            inputs=keyed.inputs,
+        )
 
     def _build(self, keyed: KeyedStage, out: Path) -> None:
         self.listener(keyed.name)

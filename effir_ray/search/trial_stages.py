@@ -47,7 +47,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
-from effir_ray.training.config import STUDY_TEACHER, TrainConfig
+from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
 
 CHECKPOINT = "checkpoint"
 PLAN = "plan.json"
@@ -91,10 +91,28 @@ def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[Sta
         assert training is not None
         if "teacher" in task.parents:
             training = _taught_by(training, task.parents["teacher"] / CHECKPOINT)
-        train(task.parents["model"] / CHECKPOINT, training, task.out, stages=task.store)
+        train(
+            task.parents["model"] / CHECKPOINT,
+            training,
+            task.out,
+            stages=task.store,
+            begun=_begun(task, training),
+        )
         _write_plan(task.out, read_plan(task.parents["model"]))
 
     return build
+
+
+def _begun(task: StageTask, training: TrainConfig) -> Path | None:
+    """The longest part of the same training that another trial did and that can be gone on from."""
+    longest, found = 0, None
+    for state in task.store.root.glob(f"recovered/*/{STATE}"):
+        other = json.loads((state.parent / "stage.json").read_text())["inputs"]
+        steps = other["settings"].get("stop_after") or 0
+        same = {**task.inputs, "settings": {**task.inputs["settings"], "stop_after": steps}} == other
+        if same and longest < steps < (training.stop_after or training.steps or 0):
+            longest, found = steps, state.parent
+    return found
 
 
 def _taught_by(training: TrainConfig, teacher: Path) -> TrainConfig:
@@ -356,7 +374,7 @@ def _training_tokens(training: TrainConfig | None) -> float:
     if training is None:
         return 0.0
     lengths = training.query_max_length + training.document_max_length * (1 + training.hard_negatives)
-    return 3.0 * (training.steps or 100) * training.batch_size * lengths
+    return 3.0 * (training.stop_after or training.steps or 100) * training.batch_size * lengths
 
 
 def _lengths(config: TrialConfig) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,6 +18,14 @@ class LoraConfig(Config):
     r: int = Field(default=32, ge=1, le=2**14)
     alpha: float = Field(default=64.0, gt=0, le=1e6)
 
+
+def _is_none(value: Any) -> bool:
+    """For fields that came later: what does not use them keeps its identity."""
+    return value is None
+
+
+STATE = "state"
+"""The folder of a run that ``stop_after`` ended from which one of more steps goes on."""
 
 STUDY_TEACHER = "base"
 """A teacher's name inside a study: its own full model, fine-tuned where the study does that."""
@@ -88,6 +96,8 @@ class TrainConfig(Config):
     zero_stage: DeepSpeed's; 0 in bfloat16 runs as 1, which sums gradients in float32.
     checkpoint_every: steps from one checkpoint to the next; None takes a tenth of the run, and at least five
     minutes.
+    stop_after: ends after so many of its ``steps``, at the learning rate that has there, and leaves what a
+    run that goes further begins with: a rung of a search by halving.
     """
 
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
@@ -98,6 +108,7 @@ class TrainConfig(Config):
     hard_negatives: int = Field(default=7, ge=0, le=10**4)
     epochs: float = Field(default=1.0, gt=0, le=1e5)
     steps: int | None = Field(default=None, ge=1, le=10**9)
+    stop_after: int | None = Field(default=None, ge=1, le=10**9, exclude_if=_is_none)
     batch_size: int = Field(default=128, ge=2, le=2**20)  # not stated in the paper; RepLLaMA's
     query_max_length: Length = 512
     document_max_length: Length = 512
@@ -148,6 +159,18 @@ class TrainConfig(Config):
         if not self.info_nce and not self.distillation.scores and self.distillation.teacher is None:
             raise ValueError(
                 "info_nce is 0 and nothing takes its place: give distillation a teacher and its weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_on_the_way(self) -> TrainConfig:
+        if self.stop_after is None:
+            return self
+        if self.steps is None or self.stop_after >= self.steps:
+            raise ValueError("stop_after is fewer than steps, which must be given too")
+        if self.dev is not None:
+            raise ValueError(
+                "stop_after and dev do not go together: the best weights of the part left are not known"
             )
         return self
 

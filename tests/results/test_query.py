@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from effir_ray.errors import InputError
+from effir_ray.results import query
 from effir_ray.results.published import published, same_dataset, schedule_of
 from effir_ray.results.query import select, where
 
@@ -61,6 +62,15 @@ def test_a_query_that_wants_all_memory_is_stopped(sql: str) -> None:
     with pytest.raises(InputError, match=r"^SQL: Out of Memory"):
         select({"trials": TABLE}, sql)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limit
+
+
+def test_a_query_that_is_interrupted_while_its_result_is_read_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(query, "_SECONDS", 0.2)
+    monkeypatch.setattr(query, "_BYTES", 1 << 40)
+    with pytest.raises(InputError, match="stopped after"):
+        select({}, "SELECT * FROM range(100000000000)")
 
 
 def test_a_condition_keeps_the_schema() -> None:

@@ -35,13 +35,13 @@ class StepReports:
     """Sends rows to the driver about once a second; with them a checkpoint where one is due.
 
     A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
-    score. It holds weights and optimizer state; the place in the data and all random draws follow from the
-    step. It is put together beside the run's storage, which has room for it: the system's temporary folder
-    may be small, or memory.
+    score, and at the end of a run that stops on the way. It holds weights and optimizer state; the place in
+    the data and all random draws follow from the step. It is put together beside the run's storage, which has
+    room for it: the system's temporary folder may be small, or memory.
     """
 
     def __init__(self, engine: Engine, config: TrainConfig, run: str) -> None:
-        self._engine, self._every = engine, config.checkpoint_every
+        self._engine, self._every, self._stop = engine, config.checkpoint_every, config.stop_after
         self._staging = _staging(run)
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
@@ -50,9 +50,10 @@ class StepReports:
     def __call__(self, row: dict[str, Any]) -> None:
         """Every rank calls it after every step: reporting is a barrier, so rank 0's clock decides for all."""
         self._rows.append(row)
-        last = row["step"] == row["steps"]
+        stopped = row["step"] == self._stop
+        last = row["step"] == row["steps"] or stopped
         due = self._since(self._sent) >= REPORT_SECONDS
-        if DEV_SCORE in row or (self._periodic(row["step"], row["steps"]) and not last):
+        if DEV_SCORE in row or stopped or (self._periodic(row["step"], row["steps"]) and not last):
             self._staging.mkdir(parents=True)
             try:
                 self._engine.save(self._staging)
@@ -66,8 +67,9 @@ class StepReports:
         elif due or last:
             self._report(row, None)
 
-    def restore(self) -> int:
-        """Load the newest checkpoint of this run into the engine; returns how many steps it had done.
+    def restore(self, begun: str | None) -> int:
+        """Load the newest checkpoint of this run, or that of the shorter one that it goes on from, into the
+        engine; returns how many steps it had done.
 
         Ray Train's controller keeps a checkpoint before the rows that came with it are written: a kill in
         between would lose them, so they are in the checkpoint too and sent again.
@@ -75,6 +77,8 @@ class StepReports:
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None and begun is not None:
+            checkpoint = ray.train.Checkpoint.from_directory(begun)
         if checkpoint is None:
             return 0
         progress = _load(self._engine, checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -22,7 +23,7 @@ from effir_ray.models.loading import load_config
 from effir_ray.models.names import PACKAGED, backbone_fingerprint
 from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
-from effir_ray.training.config import STUDY_TEACHER, TrainConfig
+from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
 from effir_ray.training.identity import training_identity
 from effir_ray.training.run.fault_tolerance import (
     DEV_SCORE,
@@ -64,12 +65,15 @@ def train(
     resume: bool = True,
     stages: StageStore | None = None,
     track: Collection[str] = (),
+    begun: Path | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` (any name or path that ``load_retriever`` takes) into ``out/checkpoint``.
 
     Run again with the same arguments it goes on from the newest training checkpoint, or returns at once when
     it had finished; ``resume=False`` starts over. Works in a script, a notebook and inside a Ray Tune trial.
     ``stages`` keeps mined negatives and teacher embeddings (by default below ``out``).
+    ``begun``: the folder of a run of the same model and settings that ``stop_after`` ended earlier; its steps
+    are not done again, and the weights are those of a run that was not stopped.
     ``track``: "mlflow" and "wandb" (Weights & Biases), where the curves are then shown too.
 
     Raises InputError for data or settings that cannot work (a folder of another run included) and
@@ -90,13 +94,16 @@ def train(
     job = _open(out, model, config, resume)
     if (out / _RESULT).is_file():
         return _finished(out)
+    job["begun"] = _go_on_from(begun, out) if begun is not None else None
     began = time.monotonic()
     connect(address)
     job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
     with tracked(
         track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
     ) as boards:
-        outcome = _fit(job, config, out, boards)
+        outcome, state = _fit(job, config, out, boards)
+    if config.stop_after is not None:
+        state.to_directory(out / STATE)
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
@@ -184,8 +191,17 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return names + [place] * (before["config"].get(place) != after["config"][place])
 
 
-def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]) -> dict[str, Any]:
-    """Run the workers to the end; what they returned.
+def _go_on_from(begun: Path, out: Path) -> str:
+    """The state of a shorter run, whose rows are the first of this one's."""
+    if not (out / HISTORY).exists():
+        shutil.copyfile(begun / HISTORY, out / HISTORY)
+    return str(begun / STATE)
+
+
+def _fit(
+    job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]
+) -> tuple[dict[str, Any], Any]:
+    """Run the workers to the end; what they returned, and their newest checkpoint.
 
     Out of memory, they run again with half the tokens. A process lost while they start (Ray Train calls that
     its controller's error), or the controller itself, is replaced ``max_failures`` times, as Ray Train does
@@ -206,7 +222,7 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
         budget = halved_budget(job["run"])
         try:
             with follow(out, f"Training {Path(job['model']).name}", boards):
-                outcome = _trainer(job, config, out).fit().return_value
+                result = _trainer(job, config, out).fit()
             break
         except SystemExit:
             raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
@@ -222,10 +238,11 @@ def _fit(job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[B
                 time.sleep(pause_seconds(lost))
             if halved is not None and halved < SMALLEST_BUDGET:
                 raise TrialFailure(f"out of memory even with a token budget of {halved * 2}") from error
+    outcome = result.return_value
     if "error" in outcome:
         kind = InputError if outcome["error"] == "InputError" else TrialFailure
         raise kind(outcome["message"])
-    return dict(outcome)
+    return dict(outcome), result.checkpoint
 
 
 def _lost(error: Exception, config: TrainConfig) -> LostProcess:

@@ -39,8 +39,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
     ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
-    survey (of a stream), run (folder or URI of the run's state), saved (where the trained checkpoint goes),
-    stages, teacher_dtype.
+    survey (of a stream), begun (the state of a shorter run to go on from, or None), run (folder or URI of the
+    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype.
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
@@ -54,7 +54,7 @@ class Worker:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
-        self.run, self.saved = str(job["run"]), str(job["saved"])
+        self.run, self.saved, self.begun = str(job["run"]), str(job["saved"]), job["begun"]
         device, bfloat16 = _device(config)
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
@@ -110,7 +110,7 @@ class Worker:
 
     def train(self) -> dict[str, Any]:
         reporter = fault_tolerance.StepReports(self.engine, self.config, self.run)
-        step = start = reporter.restore()
+        step = start = reporter.restore(self.begun)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),
             grace=start + max(10, int(self.config.warmup * self.batches.steps)),

@@ -56,7 +56,8 @@ class Batch:
 
 
 class Batches:
-    """All steps of a run, from any step on. ``steps``, ``epoch_steps``: optimizer steps in the run, an epoch.
+    """All steps of a run, from any step on. ``steps``, ``epoch_steps``: optimizer steps in the run, an epoch;
+    ``last``: the one after which it ends, on the way to ``steps`` or there.
 
     The last pairs of an epoch that fill no batch are left out (another shuffle leaves out others).
     """
@@ -81,6 +82,7 @@ class Batches:
         self.negatives = min(config.hard_negatives, survey.negatives)
         self.epoch_steps = len(pairs) // config.batch_size
         self.steps = config.steps or max(1, round(config.epochs * self.epoch_steps))
+        self.last = config.stop_after or self.steps
         self.has_teacher_scores = survey.scored
         self._shared = {} if isinstance(pairs, PairStream) else shared_positives(pairs)
 
@@ -94,7 +96,7 @@ class Batches:
         return f"no negatives in the data: in-batch negatives alone; {advice}"
 
     def run(self, start: int = 0) -> Iterator[Batch]:
-        """The batches of steps ``start`` to ``steps``; the next one is tokenised while this one trains."""
+        """The batches of steps ``start`` to ``last``; the next one is tokenised while this one trains."""
         with ThreadPoolExecutor(1) as executor:
             upcoming = None
             for number, examples in enumerate(self._examples(start), start=start):
@@ -109,7 +111,7 @@ class Batches:
         """This rank's examples of every step."""
         size = self._config.batch_size
         pairs: Iterator[Pair] = iter(())
-        for step in range(start, self.steps):
+        for step in range(start, self.last):
             epoch, at = divmod(step, self.epoch_steps)
             if step == start or at == 0:
                 pairs = self._epoch(epoch, at * size)
