@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.results.conditions import Condition
+from effir_ray.search import halving
 from effir_ray.search.footprint import ModelSize, study_footprint
 from effir_ray.search.space import Candidate, SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources
@@ -57,17 +58,18 @@ class TrialPreview(Config):
 
 
 class StudyPreview(Config):
-    """``stages``: how often each kind of stage runs for the listed trials; ``sampled``: trials proposed as
-    it goes; ``excluded``: combinations of a grid that cannot meet the constraints, or of several backbones
-    cannot be built of theirs; ``work``: how much there
-    is to compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the
-    end."""
+    """``trials``: those listed, as they begin; ``rungs``: of the trained ones, how many train on from each
+    rung of a halving, or of all of them one number. ``stages``: how often each kind of stage runs for the
+    listed trials; ``sampled``: trials proposed as it goes; ``excluded``: combinations of a grid that cannot
+    meet the constraints, or of several backbones cannot be built of theirs; ``work``: how much there is to
+    compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the end."""
 
     study: str
     backbones: tuple[str, ...]
     dataset: str
     sampler: str
     trials: tuple[TrialPreview, ...]
+    rungs: tuple[int, ...]
     sampled: int
     excluded: int
     stages: dict[str, int]
@@ -86,8 +88,10 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     seen: dict[str, tuple[KeyedStage, TrialConfig, Plan]] = {}
     trials, sizes = [], []
     candidates = allowed_candidates(space, backbones)
+    rungs = _rungs(space, candidates)
+    further: list[tuple[KeyedStage, TrialConfig, Plan, float]] = []
     for candidate in candidates:
-        config = space.trial(candidate)
+        config, *later = space.rungs(space.trial(candidate))
         backbone, tokens = backbones[config.backbone], config.document_max_length
         plan, full = expected_plan(config, backbones), Plan.full(backbone.num_hidden_layers)
         parameters = accounting.count_parameters(backbone, plan)
@@ -108,6 +112,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         )
         sizes.append((config, _model_size(backbone, parameters)))
         seen |= {stage.key: (stage, config, plan) for stage in stages if stage.key not in seen}
+        further += _further([config, *later], plan, [count / max(1, rungs[0]) for count in rungs])
     names = [stage.name for stage, _, _ in seen.values()]
     fulls = {
         name: _model_size(
@@ -122,13 +127,39 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         dataset=space.dataset,
         sampler=space.sampler,
         trials=tuple(trials),
+        rungs=rungs,
         sampled=space.trials,
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
-        work=study_work(space, backbones, seen, len(trials)),
+        work=study_work(
+            space, backbones, [*((*stage, 1.0) for stage in seen.values()), *further], len(trials)
+        ),
         peak_bytes=disk.peak,
         end_bytes=disk.end,
     )
+
+
+def _rungs(space: SearchSpace, candidates: Sequence[Candidate]) -> tuple[int, ...]:
+    """How many trials train at each rung; all that the sampler adds are taken for trained."""
+    parts = [len(space.rungs(space.trial(candidate))) for candidate in candidates if candidate.recover]
+    counts = [len(parts) + space.trials]
+    for _ in range(1, max(parts, default=1)):
+        counts.append(halving.share(counts[-1], space.halving.factor))
+    return tuple(counts)
+
+
+def _further(
+    parts: Sequence[TrialConfig], plan: Plan, chances: Sequence[float]
+) -> Iterator[tuple[KeyedStage, TrialConfig, Plan, float]]:
+    """The stages of a trial's later parts, with the chance that they run; of a training only the steps that
+    the part before has not done."""
+    for before, part, chance in zip(parts, parts[1:], chances[1:], strict=False):
+        assert before.recovery is not None and part.recovery is not None
+        done = (before.recovery.stop_after or 0) / (part.recovery.stop_after or part.recovery.steps or 1)
+        known = {stage.key for stage in trial_stages(before, named_sources(before), "dev")}
+        for stage in trial_stages(part, named_sources(part), "dev"):
+            if stage.key not in known:
+                yield stage, part, plan, chance * (1 - done if stage.name == "recovered" else 1)
 
 
 def allowed_candidates(space: SearchSpace, backbones: Backbones) -> tuple[Candidate, ...]:

@@ -61,8 +61,10 @@ def study_footprint(
     stay = int(sum(kept) * share)
     building = max(_building(config, size) for config, size in trials)
     building = max([building, *(_training(training, full) for full, training in based)])
+    waiting = [_state(config.recovery, size) for config, size in trials if config.recovery is not None]
+    states = sum(waiting) + max(waiting, default=0) * space.trials if space.strategy == "halving" else 0
     end = common + (0 if space.keep == "none" else stay)
-    return Footprint(peak=common + stay + building * space.concurrency, end=end)
+    return Footprint(peak=common + stay + building * space.concurrency + states, end=end)
 
 
 def check_space(out: Path, need: Footprint, used: int) -> None:
@@ -99,10 +101,15 @@ def _building(config: TrialConfig, size: ModelSize) -> int:
 
 def _training(training: TrainConfig, size: ModelSize) -> int:
     """The checkpoints of a training run, one more while the next is written, and that one put together."""
+    return (training.keep_checkpoints + 3) * _state(training, size)
+
+
+def _state(training: TrainConfig, size: ModelSize) -> int:
+    """What a training goes on from."""
     trained = float(size.parameters)
     if training.lora is not None:  # an adapter of a d x d matrix has 2 r d parameters
         trained *= min(1.0, 2 * training.lora.r / size.dimensions)
-    return int((training.keep_checkpoints + 3) * trained * _TRAINED * _FLOAT)
+    return int(trained * _TRAINED * _FLOAT)
 
 
 def _embeddings(config: TrialConfig, size: ModelSize, split: Split) -> int:

@@ -143,7 +143,11 @@ class Proposals:
         if not reached:
             return []
         rung, pool = reached[-1]
-        return [parts[rung + 1][1] for parts in pool if rung + 1 < len(parts)]
+        following = [parts[rung + 1] for parts in pool if rung + 1 < len(parts)]
+        going_on = {config.id for config in self.promoted}
+        if any(part in going_on or self._begun(part) for part, _ in following):
+            return []  # it is decided
+        return [config for _, config in following]
 
     @property
     def _under_way(self) -> list[TrialConfig]:

@@ -351,6 +351,14 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
     return {"depth": depth, "width": schedule.width_reduction, "multiple": schedule.width_multiple}
 
 
+def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    """``sources`` may be those of the whole study, which stops no training on the way."""
+    identity = sources.trainings["recovery"]
+    stopped = config.recovery.stop_after if config.recovery is not None else None
+    settings = identity["settings"] | ({} if stopped is None else {"stop_after": stopped})
+    return {**identity, "settings": settings}
+
+
 def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     return {
         "data": sources.dataset,
@@ -457,7 +465,7 @@ STAGES: tuple[Stage, ...] = (
         name="recovered",
         title="fine-tuning the pruned model",
         build=_train(lambda config: config.recovery),
-        inputs=lambda config, sources, split: sources.trainings["recovery"],
+        inputs=_recovery_inputs,
         parents={"model": ("pruned", *_FULL), "teacher": _FULL},
         asked=lambda config, role: role != "teacher" or _learns_from_base(config),
         needed=lambda config: config.recovery is not None,

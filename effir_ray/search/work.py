@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from effir_ray.config import Config
@@ -43,18 +43,19 @@ class Work(Config):
 def study_work(
     space: SearchSpace,
     backbones: Mapping[str, PreTrainedConfig],
-    stages: Mapping[str, tuple[KeyedStage, TrialConfig, Plan]],
+    stages: Iterable[tuple[KeyedStage, TrialConfig, Plan, float]],
     listed: int,
 ) -> Work:
-    """``stages``: every stage of the ``listed`` trials by its key, with the trial that needs it first."""
+    """``stages``: every stage of the ``listed`` trials once, with the trial that needs it first, and what
+    part of it is expected to run."""
     shared, own = 0.0, 0.0
-    for keyed, config, plan in stages.values():
+    for keyed, config, plan, part in stages:
         cost, backbone = keyed.stage.cost, backbones[config.backbone]
         used = Plan.full(backbone.num_hidden_layers) if cost.full_model else plan
         if _is_uncounted(keyed.name, space.of(config.backbone)):
             continue
         tokens = config.document_max_length
-        flops = cost.tokens(config) * accounting.flops(backbone, used, tokens) / tokens
+        flops = part * cost.tokens(config) * accounting.flops(backbone, used, tokens) / tokens
         if keyed.stage.shared:
             shared += flops
         else:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,8 +41,12 @@ def losses(result: TrainResult) -> list[float]:
 
 def first_steps(out: Path) -> int:
     """How often the run in ``out`` began at its first step: once, if it went on from its checkpoints."""
-    lines = (out / "history.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines].count(1)
+    return [row["step"] for row in rows(out)].count(1)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    """Every row as it was written, those of repeated steps too."""
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
 def processes(name: str) -> list[psutil.Process]:

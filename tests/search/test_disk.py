@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from effir_ray.search.study import clean
 from effir_ray.search.trial import sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, trial_stages
 from effir_ray.stages import StageStore
+from effir_ray.training.config import STATE
 from tests.helpers.search_examples import row, small_space
 
 TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
@@ -27,9 +29,9 @@ TRAINING = {"steps": 2, "batch_size": 4, "lora": None}
 class Study:
     """A study whose stages are built by hand: 100 bytes of bulk each."""
 
-    def __init__(self, folder: Path, *, real: bool = False, **settings: object) -> None:
+    def __init__(self, folder: Path, *, real: bool = False, **settings: Any) -> None:
         """``real``: with the fingerprints, the record and the rows that a search has."""
-        space = small_space(recovery=TRAINING, **settings)
+        space = small_space(**({"recovery": TRAINING} | settings))
         self.out = folder if real else None
         self.sources = sources_of(space) if real else named_sources(space)
         if real:
@@ -55,6 +57,8 @@ class Study:
         for stage in trial_stages(request.config, self.sources, request.split):
             place = stage.path(self.store)
             if not self.store.has(place):
+                if stage.name == "recovered" and request.config.name.partition("@")[2]:
+                    (place / STATE).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT)).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT) / "weights").write_bytes(bytes(100))
                 (place / "stage.json").write_text("{}")
@@ -100,6 +104,36 @@ def test_what_an_unfinished_trial_needs_stays_until_it_has_its_row(tmp_path: Pat
     trained = study.proposals.space.trial(study.proposals.space.schedules[2])
     assert study.whole(pruned) == EVERYTHING - {"embeddings", "pruned"}
     assert study.whole(trained) == EVERYTHING - {"pruned"} | {"recovered"}
+
+
+def test_what_a_stopped_training_goes_on_from_stays_while_it_may(tmp_path: Path) -> None:
+    drops = [{"drop_mlp": [layer], "recover": True} for layer in range(3)]
+    training = TRAINING | {"steps": 8}
+    halving = {"factor": 2, "rungs": 3}
+    study = Study(tmp_path, schedules=drops, recovery=training, strategy="halving", halving=halving)
+    scores = {"full": 0.5} | {
+        f"M[{layer}]+ft{at}": 0.1 * layer for layer in range(3) for at in ("@2", "@4", "")
+    }
+
+    def states() -> list[str]:
+        space = study.proposals.space
+        parts = [part for drop in space.schedules for part in space.rungs(space.trial(drop))]
+        stages = {part.name: trial_stages(part, study.sources, "dev") for part in parts}
+        return sorted(
+            name
+            for name, own in stages.items()
+            if any((stage.path(study.store) / STATE).exists() for stage in own)
+        )
+
+    study.run(scores, until="M[2]+ft@4")
+    assert states() == ["M[0]+ft@2", "M[1]+ft@2", "M[2]+ft@2"], "nothing is decided before all are there"
+    study.proposals.take_back()
+    study.run(scores, until="M[2]+ft")
+    study.collector.collect()
+    assert states() == ["M[2]+ft@2", "M[2]+ft@4"]
+    study.proposals.take_back()
+    study.run(scores)
+    assert states() == []
 
 
 def test_a_killed_deletion_is_finished_by_the_next(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import non_dominated
-from effir_ray.search.dry_run import load_backbones
+from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.folder import claim
 from effir_ray.search.halving import best
 from effir_ray.search.optuna_study import open_study
@@ -183,6 +183,20 @@ def test_a_failed_trial_does_not_go_on(tmp_path: Path) -> None:
         study.finished(row(request.config, None) if lost else score(request))
     assert not [row for row in study.rows.values() if row.schedule == "M[3]+ft@6"]
     assert study.complete
+
+
+def test_a_dry_run_counts_the_parts_that_are_expected_to_run() -> None:
+    """Of nine trainings of 18 steps 9 do two, 3 four more and 1 twelve more: 42 steps instead of 162."""
+    trained = [dry_run(halving_space(strategy=name)) for name in ("halving", "independent")]
+    untrained = [
+        dry_run(halving_space(strategy=name, recovery={"steps": 18000, "batch_size": 4}))
+        for name in ("halving", "independent")
+    ]
+    assert [preview.rungs for preview in trained] == [(9, 3, 1), (9,)]
+    assert trained[0].trials[1].schedule == "M[0]+ft@2"
+    more = [after.work.flops - before.work.flops for before, after in zip(trained, untrained, strict=True)]
+    assert more[0] / more[1] == pytest.approx(42 / 162, rel=0.05), "which of the sizes go on is not known"
+    assert trained[0].peak_bytes > trained[1].peak_bytes, "what waits keeps its optimizer's state"
 
 
 def test_studies_of_parts_have_a_sampler_of_their_own(tmp_path: Path) -> None:

@@ -57,7 +57,10 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
         test={},
         threads=1,
         recovery=TRAINING,
-        schedules=[{"drop_mlp": 1, "recover": True}, {"drop_attention": 1}],
+        schedules=[{"drop_mlp": 1, "recover": True}, {"drop_mlp": 2, "recover": True}],
+        strategy="halving",  # the better one goes on from what it had learnt
+        halving={"factor": 2, "rungs": 2},
+        objectives=["ndcg_at_10", "parameters"],
     )
     file = folder / "space.yaml"
     file.write_text(yaml.safe_dump(space.model_dump(mode="json")))
@@ -80,6 +83,10 @@ def test_whatever_is_killed_the_rows_are_those_of_an_undisturbed_study(
     whole = tmp_path / "undisturbed"
     assert start(space, whole, temporary).wait(_STUDY_SECONDS) == 0
     expected = rows(whole)
+    assert sum(name.split()[0].endswith("+ft") for name in expected if name.endswith("dev")) == 1
+    assert sum(name.split()[0].endswith("+ft@2") for name in expected if name.endswith("dev")) == 2
+    steps = [Path(file).parent.name for file in whole.glob("stages/recovered/*/history.jsonl")]
+    assert len(steps) == 3 and not list(whole.glob("stages/recovered/*/state*"))
     seed = random.randrange(10**6)
     draw, told = random.Random(seed), [f"seed {seed}"]
     for number in range(0, KILLS, _KILLS_A_STUDY):

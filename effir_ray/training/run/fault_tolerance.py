@@ -77,8 +77,8 @@ class StepReports:
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None and begun is not None:
-            checkpoint = ray.train.Checkpoint.from_directory(begun)
+        if checkpoint is None and begun is not None:  # its rows are known
+            return int(_load(self._engine, ray.train.Checkpoint.from_directory(begun))["step"])
         if checkpoint is None:
             return 0
         progress = _load(self._engine, checkpoint)

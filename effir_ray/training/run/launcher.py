@@ -103,12 +103,20 @@ def train(
     ) as boards:
         outcome, state = _fit(job, config, out, boards)
     if config.stop_after is not None:
-        state.to_directory(out / STATE)
+        _copy(state, out / STATE)
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
     storage.remove(job["run"])
     return _finished(out)
+
+
+def _copy(checkpoint: Any, folder: Path) -> None:
+    """Ray's own ``to_directory`` leaves files in the system's temporary folder."""
+    from pyarrow import fs
+
+    folder.mkdir(exist_ok=True)
+    fs.copy_files(checkpoint.path, str(folder), source_filesystem=checkpoint.filesystem)
 
 
 def _tracking_id(out: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from effir_ray.data.pairs import load_pairs, write_pairs
 from effir_ray.encoding.encoder import Encoder
@@ -24,6 +25,7 @@ from tests.helpers.training_runs import (
     has_step,
     kill_a_worker,
     losses,
+    rows,
     settings,
     when,
 )
@@ -37,6 +39,22 @@ def test_a_run_learns_and_leaves_an_ordinary_checkpoint(uninterrupted: TrainResu
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
     assert load_retriever(str(uninterrupted.checkpoint)).plan.layers
     assert not list(uninterrupted.checkpoint.parent.glob("run/*")), "the run's own checkpoints are left over"
+
+
+def test_a_run_goes_on_from_the_state_of_a_shorter_one_to_the_same_weights(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    begun = train("random:llama", settings(dataset, stop_after=9), tmp_path / "begun")
+    assert begun.step == 9 and len(begun.history) == 9
+    weights = [load_file(result.checkpoint / "model.safetensors") for result in (begun, uninterrupted)]
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0]), "it is on the way"
+    whole = train("random:llama", settings(dataset), tmp_path / "whole", begun=tmp_path / "begun")
+    assert losses(whole) == losses(uninterrupted)
+    assert [row["step"] for row in rows(tmp_path / "whole")][:10] == [*range(1, 10), 10], (
+        "nothing is done again"
+    )
+    found = load_file(whole.checkpoint / "model.safetensors")
+    assert all((found[name] == weights[1][name]).all() for name in weights[1])
 
 
 def test_out_of_memory_goes_on_with_half_the_budget(
