@@ -28,7 +28,7 @@ def texts(tmp_path: Path) -> Path:
 @pytest.mark.integration
 def test_half_of_minilm_learns_from_documents_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped before it learns, it goes on with the cut it had chosen; then it answers at once."""
-    documents = load_dataset(str(real_data("cranfield"))).corpus.iter_documents(0, 300)
+    documents = load_dataset(str(real_data("cranfield"))).corpus.iter_documents(0, 150)
     openings = ({"title": d.title, "text": " ".join(d.text.split()[:50])} for d in documents)
     source, out = write_lines(tmp_path / "texts.jsonl", *openings), tmp_path / "half"
     settings = {"texts": str(source), "minutes": 0.3}

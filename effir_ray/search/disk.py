@@ -31,13 +31,13 @@ class Collector:
 
     def collect(self) -> None:
         """Delete the models and embeddings of trials that have their rows, and that nothing to come needs."""
+        self._collect_states()
         if self.proposals.space.keep == "all":
             return
         wanted = {stage.key for stage in self._wanted()}
         for stage in self._finished():
             if stage.stage.bulk is not None and stage.key not in wanted:
                 self.store.free(stage.path(self.store), stage.stage.bulk)
-        self._collect_states()
 
     def _collect_states(self) -> None:
         """What stopped trainings would go on from, where they do not: their models are whole without."""

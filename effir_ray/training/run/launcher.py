@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Collection, Sequence
@@ -202,7 +201,7 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def _go_on_from(begun: Path, out: Path) -> str:
     """The state of a shorter run, whose rows are the first of this one's."""
     if not (out / HISTORY).exists():
-        shutil.copyfile(begun / HISTORY, out / HISTORY)
+        write_whole(out / HISTORY, (begun / HISTORY).read_text(encoding="utf-8"))
     return str(begun / STATE)
 
 
