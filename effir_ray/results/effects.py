@@ -44,14 +44,18 @@ def varying_settings(trials: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """``schedule.drop_mlp`` -> its value in every trial, for settings that differ between them; no seeds.
 
     A part that only some trials have, as ``recovery``, is a setting itself, none or given; what stands in it
-    counts where two trials that have it differ.
+    counts where two trials that have it differ, also in whether it stands there.
     """
     flat = [dict(_leaves(trial, "")) for trial in trials]
+    having = [{parent for name in trial for parent in _parents(name)} for trial in flat]
     found = {}
     names = dict.fromkeys(name for trial in flat for name in trial)
     parts = {parent for name in names for parent in _parents(name)}
     for name in names:
-        present = [trial[name] for trial in flat if name in trial]
+        place = name.rpartition(".")[0]
+        present = [
+            trial.get(name) for trial, own in zip(flat, having, strict=True) if name in trial or place in own
+        ]
         part = name in parts
         if not name.endswith("seed") and (part or any(value != present[0] for value in present)):
             found[name] = [_value(name, trial, part) for trial in flat]

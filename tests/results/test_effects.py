@@ -41,6 +41,13 @@ def rows(count: int) -> list[dict[str, Any]]:
     return found
 
 
+def test_where_a_trial_stopped_is_a_setting_though_the_others_do_not_have_it() -> None:
+    stopped, whole = {"recovery": {"steps": 9, "stop_after": 3}}, {"recovery": {"steps": 9}}
+    found = varying_settings([stopped, whole, {"recovery": None}])
+    assert found["recovery.stop_after"] == [3, None, None]
+    assert "recovery.steps" not in found
+
+
 def test_the_setting_that_decides_has_the_largest_share() -> None:
     (found,) = effects(rows(80))
     assert found["shares"].keys() == {"ndcg_at_10", "parameters"}
