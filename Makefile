@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	$(BIN)/effir-ray demo
 
 test: $(INSTALLED) $(OUTSIDE)
-	EFFIR_RAY_FUZZ_SECONDS=10 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	EFFIR_RAY_FUZZ_SECONDS=20 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not integration" -n $(JOBS) --dist loadfile

@@ -29,10 +29,11 @@ from effir_ray.cluster.devices import machine
 from effir_ray.files import write_whole
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.space import Candidate, SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.trial import run_trial, sources_of
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore

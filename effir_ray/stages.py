@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from effir_ray.provenance import __version__
 
 _FREED = "freed.json"
 _LOCKS = "locks"
+_ASIDE = ".tmp"  # of a folder that is being built
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -41,6 +42,12 @@ class StageStore:
     def has(self, place: Path) -> bool:
         """Whether the stage at ``place`` is there with everything it holds."""
         return (place / "stage.json").exists() and not (place / _FREED).exists()
+
+    def finished(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The folder and the inputs of every finished stage of a kind, freed ones too."""
+        for record in sorted(self.root.glob(f"{stage}/*/stage.json")):
+            if record.parent.suffix != _ASIDE:
+                yield record.parent, json.loads(record.read_text(encoding="utf-8"))["inputs"]
 
     def lock(self, name: str) -> Path:
         """The file to lock for what only one process at a time may do."""
@@ -109,7 +116,7 @@ class StageStore:
     ) -> None:
         """Called with the stage's lock held."""
         shutil.rmtree(place, ignore_errors=True)
-        aside = place.with_name(f"{place.name}.tmp")
+        aside = place.with_name(place.name + _ASIDE)
         if not resumable:
             shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(exist_ok=True)

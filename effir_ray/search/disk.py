@@ -41,14 +41,15 @@ class Collector:
 
     def _collect_states(self) -> None:
         """What stopped trainings would go on from, where they do not: their models are whole without."""
-        going_on = [*self.proposals.unfinished(), *self.proposals.may_go_on()]
-        kept = {config.until(None).id for config in going_on}
-        for row in list(self.proposals.rows.values()):
-            config = TrialConfig.of(row)
-            if config.recovery is None or config.recovery.stop_after is None or config.until(None).id in kept:
-                continue
-            for stage in self._of(config, "dev"):
-                _remove(stage.path(self.store) / STATE)
+        there = [place for place, _ in self.store.finished("recovered") if list(place.glob(f"{STATE}*"))]
+        if not there:
+            return
+        rungs, going_on = self.proposals.space.rungs, self._to_come()
+        parts = [stage for config in going_on for part in rungs(config) for stage in self._of(part, "dev")]
+        kept = {stage.path(self.store) for stage in parts}
+        for place in there:
+            if place not in kept:
+                _remove(place / STATE)
 
     def kept_bytes(self) -> int:
         """Of the models and embeddings of trials that are there."""
@@ -61,7 +62,7 @@ class Collector:
 
     def _wanted(self) -> Iterator[KeyedStage]:
         """Everything that leads to a row to come, and what the scores of the front's rows are of."""
-        for config in [*self.proposals.unfinished(), *self.proposals.may_go_on()]:
+        for config in self._to_come():
             yield from self._of(config, "dev")
         for config in self.proposals.undefeated():
             tested = (config.id, "test") in self.proposals.rows
@@ -71,6 +72,9 @@ class Collector:
                 for end in self._of(config, split):
                     if end.stage.query_scores is not None:
                         yield from end.parents.values()
+
+    def _to_come(self) -> list[TrialConfig]:
+        return [*self.proposals.unfinished(), *self.proposals.may_go_on()]
 
     def _of(self, config: TrialConfig, split: Split) -> list[KeyedStage]:
         """The trial's stages; keyed once, because every row asks for all."""

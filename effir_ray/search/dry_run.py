@@ -17,9 +17,9 @@ from effir_ray.models.folder import present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.results.conditions import Condition
-from effir_ray.search import halving
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.footprint import ModelSize, study_footprint
-from effir_ray.search.space import Candidate, SearchSpace, StudySettings, TrialConfig
+from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.search.work import Work, study_work
@@ -144,7 +144,7 @@ def _rungs(space: SearchSpace, candidates: Sequence[Candidate]) -> tuple[int, ..
     parts = [len(space.rungs(space.trial(candidate))) for candidate in candidates if candidate.recover]
     counts = [len(parts) + space.trials]
     for _ in range(1, max(parts, default=1)):
-        counts.append(halving.share(counts[-1], space.halving.factor))
+        counts.append(space.halving.share(counts[-1]))
     return tuple(counts)
 
 

@@ -13,16 +13,30 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from effir_ray.config import Config
 from effir_ray.results.pareto import Points, non_dominated
 
 
-def share(count: int, factor: int) -> int:
-    """How many of ``count`` go on."""
-    return math.ceil(count / factor)
+class Halving(Config):
+    """``rungs`` at which trained trials are compared, each after ``factor`` times the steps of the one before
+    and the last after all; of those at a rung one in ``factor`` goes on."""
+
+    factor: int = Field(default=3, ge=2, le=100)
+    rungs: int = Field(default=3, ge=2, le=10)
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """Of the rungs before the last; none where ``total`` is too few to be divided."""
+        parts = [total // self.factor**place for place in range(self.rungs - 1, 0, -1)]
+        return tuple(dict.fromkeys(part for part in parts if 0 < part < total))
+
+    def share(self, count: int) -> int:
+        """How many of ``count`` trials at a rung go on."""
+        return math.ceil(count / self.factor)
 
 
-def best(costs: Points, count: int) -> list[int]:
+def choose(costs: Points, count: int) -> list[int]:
     """``count`` rows of ``costs`` (trials, objectives; all minimised), in order of choice; none with a
     NaN."""
     chosen: list[int] = []

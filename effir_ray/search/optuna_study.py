@@ -19,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from effir_ray.errors import InputError
 from effir_ray.results.effects import parameter, varying_settings
 from effir_ray.results.schema import TrialRow
-from effir_ray.search.space import Axis, SearchSpace
+from effir_ray.search.candidates import Axis
+from effir_ray.search.space import SearchSpace
 
 STORAGE = "optuna.db"
 _TESTED = "test_ndcg_at_10"

@@ -24,10 +24,11 @@ import pyarrow as pa
 from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
-from effir_ray.search import halving
+from effir_ray.search.candidates import Axis, Candidate
 from effir_ray.search.dry_run import Backbones, allowed_candidates, expected_plan, may_meet
+from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
-from effir_ray.search.space import Axis, Candidate, SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
@@ -291,7 +292,7 @@ class Proposals:
         for rung in range(1, self._rungs):
             ids = [parts[rung][0] for parts in several if rung < len(parts)]
             there = sum(self._begun(part) or part in waiting for part in ids)
-            counts.append(there * decided if there else halving.share(pool, self.space.halving.factor))
+            counts.append(there * decided if there else self.space.halving.share(pool))
             pool = there or counts[-1]
         return counts
 
@@ -303,12 +304,12 @@ class Proposals:
                 continue
             rows = [self.rows[parts[rung][0], "dev"] for parts in pool]
             table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=ARROW_SCHEMA)
-            count = halving.share(len(pool), self.space.halving.factor)
+            count = self.space.halving.share(len(pool))
             meets = np.array([self._meets(row) for row in rows], dtype=np.bool_)
             costs = costs_of(table, self.space.directions)
-            chosen = np.flatnonzero(meets)[halving.best(costs[meets], count)].tolist()
+            chosen = np.flatnonzero(meets)[choose(costs[meets], count)].tolist()
             # What breaks a measured constraint now may meet it once it is trained.
-            chosen += np.flatnonzero(~meets)[halving.best(costs[~meets], count - len(chosen))].tolist()
+            chosen += np.flatnonzero(~meets)[choose(costs[~meets], count - len(chosen))].tolist()
             following = [pool[place][rung + 1] for place in chosen]
             if due := [config for part, config in following if not self._begun(part)]:
                 return due

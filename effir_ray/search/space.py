@@ -28,42 +28,14 @@ from effir_ray.results.schema import (
     Direction,
     TrialRow,
 )
+from effir_ray.search.candidates import MOST_VALUES, Axis, Candidate, Parameters
+from effir_ray.search.halving import Halving
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 StrategyName = Literal["independent", "halving"]
 
-_MOST_VALUES = 10_000
-"""Schedules, values of an axis or combinations of a grid: a study of more would not end."""
-
 _ID_LENGTH = 12  # hex digits of a trial id
-
-
-class Candidate(Schedule):
-    """A schedule, whether the pruned model is fine-tuned again with the study's ``recovery`` settings, and
-    of which of the study's backbones it is (None: of its only one, or of each)."""
-
-    recover: bool = False
-    backbone: str | None = None
-
-    @property
-    def name(self) -> str:
-        return super().name + ("+ft" if self.recover else "")
-
-    def canonical(self) -> Candidate:
-        """Without the settings that change nothing, so that equal trials are recognised as equal."""
-        inert: set[str] = set()
-        if not self.width_reduction:
-            inert |= {"width_method", "width_multiple"}
-        counted = (
-            drop for drop in (self.drop_attention, self.drop_mlp, self.drop_block) if isinstance(drop, int)
-        )
-        if not any(counted):
-            inert.add("importance")
-        return Candidate(**self.model_dump(exclude=inert))
-
-    def schedule(self) -> Schedule:
-        return Schedule(**self.model_dump(exclude={"recover", "backbone"}))
 
 
 class Sample(Config):
@@ -221,99 +193,6 @@ class TrialConfig(StudySettings):
         return self.model_copy(update={"schedule": Schedule(), "recovery": None})
 
 
-def _axis(value: Any) -> Any:
-    """A plain list in the YAML is a list of choices; layer lists become ``"3,5"``, which Schedule reads."""
-    if isinstance(value, list | tuple):
-        return {
-            "choices": [
-                ",".join(map(str, v)) + "," * (len(v) == 1) if isinstance(v, list) else v for v in value
-            ]
-        }
-    return value
-
-
-class Axis(Config):
-    """The values of one parameter: ``choices``, or a range with both ends included."""
-
-    choices: tuple[bool | int | float | str, ...] | None = None
-    low: int | float | None = None
-    high: int | float | None = None
-    step: int | float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Axis:
-        if self.choices is not None:
-            if not self.choices or (self.low, self.high, self.step) != (None, None, None):
-                raise ValueError("give a list of choices with at least one entry, or low and high")
-        elif self.low is None or self.high is None or self.low > self.high:
-            raise ValueError("a range needs low and high, low not above high")
-        elif (count := self._count()) > _MOST_VALUES:
-            raise ValueError(f"a range of {count:.3g} values; take a larger step (at most {_MOST_VALUES})")
-        return self
-
-    @property
-    def integral(self) -> bool:
-        return all(isinstance(end, int) for end in (self.low, self.high, self.step) if end is not None)
-
-    def _count(self) -> float:
-        """How many values a range has; 0 for a continuous one. Infinite where the step is next to nothing."""
-        assert self.low is not None and self.high is not None
-        step = self.step or (1 if self.integral else None)
-        if step is None:
-            return 0
-        count = (self.high - self.low) / step + 1e-9
-        return count if count > _MOST_VALUES else int(count) + 1
-
-    def values(self) -> tuple[Any, ...]:
-        """Every value, or an empty tuple for a continuous range."""
-        if self.choices is not None:
-            return self.choices
-        assert self.low is not None and self.high is not None
-        step = self.step or (1 if self.integral else None)
-        if step is None:
-            return ()
-        return tuple(round(self.low + i * step, 10) for i in range(int(self._count())))
-
-    def contains(self, value: Any) -> bool:
-        """Whether the sampler could propose ``value``."""
-        if self.values():
-            return value in self.values()
-        assert self.low is not None and self.high is not None
-        return isinstance(value, int | float) and self.low <= value <= self.high
-
-
-ParameterAxis = Annotated[Axis | None, BeforeValidator(_axis)]
-
-
-class Parameters(Config):
-    """The fields of a candidate that the sampler may vary."""
-
-    drop_attention: ParameterAxis = None
-    drop_mlp: ParameterAxis = None
-    drop_block: ParameterAxis = None
-    drop_last_blocks: ParameterAxis = None
-    importance: ParameterAxis = None
-    width_reduction: ParameterAxis = None
-    width_method: ParameterAxis = None
-    recover: ParameterAxis = None
-
-    @model_validator(mode="after")
-    def _values_fit(self) -> Parameters:
-        for name, axis in self.axes.items():
-            if name.startswith("drop_") and axis.choices is None and not axis.integral:
-                raise ValueError(f"{name} counts sublayers: give low, high and step as whole numbers")
-            for value in axis.values() or (axis.low, axis.high):
-                try:
-                    Candidate(**{name: value})
-                except ValueError as error:
-                    raise ValueError(f"{name}: {value!r} is not possible: {_reason(error)}") from None
-        return self
-
-    @property
-    def axes(self) -> dict[str, Axis]:
-        return {name: axis for name in type(self).model_fields if (axis := getattr(self, name)) is not None}
-
-
 class Budget(Config):
     """When a study stops proposing: what runs ends, and the front is still tested.
 
@@ -325,21 +204,9 @@ class Budget(Config):
     device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
-class Halving(Config):
-    """``rungs`` at which trained trials are compared, each after ``factor`` times the steps of the one before
-    and the last after all; of those at a rung one in ``factor`` goes on."""
-
-    factor: int = Field(default=3, ge=2, le=100)
-    rungs: int = Field(default=3, ge=2, le=10)
-
-    def steps(self, total: int) -> tuple[int, ...]:
-        """Of the rungs before the last; none where ``total`` is too few to be divided."""
-        parts = [total // self.factor**place for place in range(self.rungs - 1, 0, -1)]
-        return tuple(dict.fromkeys(part for part in parts if 0 < part < total))
-
-
 class SearchSpace(StudySettings):
-    """A study. ``schedules`` always run, first and in order, after the full model; the ``sampler`` then
+    """A study. ``schedules`` always run (by halving, they always begin), first and in order, after the full
+    model; the ``sampler`` then
     proposes ``trials`` more from ``parameters`` (grid: all combinations) until the ``budget`` is spent.
 
     objectives: columns of a dev row that the sampler improves and the front is made of
@@ -354,7 +221,7 @@ class SearchSpace(StudySettings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     backbones: tuple[Annotated[Backbone, BeforeValidator(_backbone)], ...] = ()
-    schedules: tuple[Candidate, ...] = Field(default=(), max_length=_MOST_VALUES)
+    schedules: tuple[Candidate, ...] = Field(default=(), max_length=MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
     strategy: StrategyName = "independent"
@@ -377,13 +244,12 @@ class SearchSpace(StudySettings):
             _with_trainings(entry, data) if isinstance(entry, dict) else entry
             for entry in map(_backbone, several)
         ]
-        first = entries[0].get("backbone") if isinstance(entries[0], dict) else data.get("backbone")
-        if isinstance(entries[0], Backbone):
-            first = entries[0].backbone
+        head, usual = entries[0], data.get("backbone")  # what is neither is refused where its type is checked
+        first = head.get("backbone") if isinstance(head, dict) else getattr(head, "backbone", usual)
         if data.get("backbone", first) != first:
             raise ValueError("give 'backbone' or 'backbones', not both")
-        usual = {"objectives": OBJECTIVES_ACROSS_BACKBONES} if len(entries) > 1 else {}
-        return {**usual, **data, "backbone": first, "backbones": entries}
+        objectives = {"objectives": OBJECTIVES_ACROSS_BACKBONES} if len(entries) > 1 else {}
+        return {**objectives, **data, "backbone": first, "backbones": entries}
 
     @field_validator("backbones")
     @classmethod
@@ -416,9 +282,11 @@ class SearchSpace(StudySettings):
 
     @model_validator(mode="after")
     def _halves_steps(self) -> SearchSpace:
+        for name in self.backbone_names:
+            for field, training in self.of(name).trainings.items():
+                if training.stop_after is not None:
+                    raise ValueError(f"{field}.stop_after is for the strategy to set: leave it out")
         trainings = [own for name in self.backbone_names if (own := self.of(name).recovery) is not None]
-        if any(training.stop_after is not None for training in trainings):
-            raise ValueError("recovery.stop_after is for the strategy to set: leave it out")
         if self.strategy == "independent":
             return self
         if not trainings:
@@ -447,8 +315,8 @@ class SearchSpace(StudySettings):
             if endless:
                 raise ValueError(f"sampler grid needs choices or a step for {', '.join(endless)}")
             combinations = math.prod(len(axis.values()) for axis in axes.values())
-            if combinations > _MOST_VALUES:
-                raise ValueError(f"sampler grid has {combinations} combinations; at most {_MOST_VALUES} run")
+            if combinations > MOST_VALUES:
+                raise ValueError(f"sampler grid has {combinations} combinations; at most {MOST_VALUES} run")
         elif self.trials and not self.parameters.axes:
             raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
         elif self.parameters.axes and not self.trials:
@@ -556,8 +424,3 @@ class SearchSpace(StudySettings):
         shared = {name: getattr(own, name) for name in StudySettings.model_fields if name != "recovery"}
         recovery = own.recovery if candidate.recover else None
         return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule())
-
-
-def _reason(error: ValueError) -> str:
-    problems = getattr(error, "errors", None)
-    return str(problems()[0]["msg"]).removeprefix("Value error, ") if problems else str(error)

@@ -96,22 +96,23 @@ def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[Sta
             training,
             task.out,
             stages=task.store,
-            begun=_begun(task, training),
+            begun=_begun(task),
         )
         _write_plan(task.out, read_plan(task.parents["model"]))
 
     return build
 
 
-def _begun(task: StageTask, training: TrainConfig) -> Path | None:
+def _begun(task: StageTask) -> Path | None:
     """The longest part of the same training that another trial did and that can be gone on from."""
     longest, found = 0, None
-    for state in task.store.root.glob(f"recovered/*/{STATE}"):
-        other = json.loads((state.parent / "stage.json").read_text())["inputs"]
-        steps = other["settings"].get("stop_after") or 0
-        same = {**task.inputs, "settings": {**task.inputs["settings"], "stop_after": steps}} == other
-        if same and longest < steps < (training.stop_after or training.steps or 0):
-            longest, found = steps, state.parent
+    for place, other in task.store.finished("recovered"):
+        settings = task.inputs["settings"]
+        wanted = settings.get("stop_after") or settings["steps"]
+        steps = other["settings"].get("stop_after", 0)
+        same = other == {**task.inputs, "settings": settings | {"stop_after": steps}}
+        if same and longest < steps < wanted and (place / STATE).exists():
+            longest, found = steps, place
     return found
 
 

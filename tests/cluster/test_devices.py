@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from effir_ray.cluster.devices import WAITING
-from effir_ray.search.space import Candidate
+from effir_ray.search.candidates import Candidate
 from tests.helpers.search_examples import small_space, write_corpus
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Study:
                     (place / STATE).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT)).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT) / "weights").write_bytes(bytes(100))
-                (place / "stage.json").write_text("{}")
+                (place / "stage.json").write_text(json.dumps({"inputs": stage.inputs}))
 
     def whole(self, config: TrialConfig, split: Split = "dev") -> set[str]:
         """The stages of a trial that are there with their bulk."""

@@ -9,8 +9,9 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.results.published import published
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import dry_run, named_sources
-from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.trial_stages import trial_stages
 from tests.helpers.search_examples import small_space
 

@@ -6,8 +6,8 @@ import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.folder import attempts, claim, exclusive, finished_rows
-from effir_ray.search.space import Candidate
 from effir_ray.search.study import search
 from effir_ray.search.trial import sources_of
 from tests.helpers.search_examples import row, small_space, write_corpus

@@ -15,7 +15,7 @@ from effir_ray.errors import InputError
 from effir_ray.results.pareto import non_dominated
 from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.folder import claim
-from effir_ray.search.halving import best
+from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import open_study
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace
@@ -75,11 +75,11 @@ def test_whole_layers_go_on_and_then_what_lies_farthest() -> None:
     front = [[0.0, 4.0], [1.0, 1.0], [4.0, 0.0]]
     behind = [[1.0, 4.5], [1.2, 1.2], [4.5, 0.5]]
     costs = np.array(behind + front + [[np.nan, 0.0]])
-    assert sorted(best(costs, 3)) == [3, 4, 5]
-    assert set(best(costs, 4)) - {3, 4, 5} == {0}
-    assert best(costs, 2) == [3, 5], "the best in the first objective, then the other end"
-    assert len(best(costs, 99)) == 6
-    assert best(costs[-1:], 1) == []
+    assert sorted(choose(costs, 3)) == [3, 4, 5]
+    assert set(choose(costs, 4)) - {3, 4, 5} == {0}
+    assert choose(costs, 2) == [3, 5], "the best in the first objective, then the other end"
+    assert len(choose(costs, 99)) == 6
+    assert choose(costs[-1:], 1) == []
 
 
 @given(
@@ -89,7 +89,7 @@ def test_whole_layers_go_on_and_then_what_lies_farthest() -> None:
     count=st.integers(1, 12),
 )
 def test_nothing_goes_on_before_what_beats_it(costs: Any, count: int) -> None:
-    chosen = best(costs, count)
+    chosen = choose(costs, count)
     assert len(set(chosen)) == len(chosen) == min(count, len(costs))
     rest = np.setdiff1d(np.arange(len(costs)), chosen)
     for left in rest:
@@ -185,18 +185,35 @@ def test_a_failed_trial_does_not_go_on(tmp_path: Path) -> None:
     assert study.complete
 
 
+def test_backbones_whose_trainings_are_of_other_lengths_meet_at_the_same_rungs(tmp_path: Path) -> None:
+    """One of four steps has two rungs where the other has three."""
+    short = {"backbone": "random:llama:1", "recovery": {"steps": 4, "batch_size": 4}}
+    drops = [{"drop_mlp": [layer], "recover": True} for layer in range(3)]
+    space = halving_space(backbones=["random:llama", short], schedules=drops)
+    study = proposals(space, tmp_path)
+    asked = [request.config for request in run(study) if request.split == "dev"]
+    at = {
+        name: [str(config.name).partition("+ft")[2] for config in asked if config.backbone == name][1:]
+        for name in space.backbone_names
+    }
+    assert at["random:llama"][:3] == ["@2"] * 3 and at["random:llama:1"][:3] == ["@1"] * 3
+    further = at["random:llama"][3:] + at["random:llama:1"][3:]
+    assert len(further) >= 2 and set(further) <= {"@6", ""}
+    assert study.complete and study.planned == len(asked)
+
+
 def test_a_dry_run_counts_the_parts_that_are_expected_to_run() -> None:
     """Of nine trainings of 18 steps 9 do two, 3 four more and 1 twelve more: 42 steps instead of 162."""
-    trained = [dry_run(halving_space(strategy=name)) for name in ("halving", "independent")]
-    untrained = [
-        dry_run(halving_space(strategy=name, recovery={"steps": 18000, "batch_size": 4}))
-        for name in ("halving", "independent")
+    names = ("halving", "independent")
+    short = [dry_run(halving_space(strategy=name)) for name in names]
+    long = [
+        dry_run(halving_space(strategy=name, recovery={"steps": 18000, "batch_size": 4})) for name in names
     ]
-    assert [preview.rungs for preview in trained] == [(9, 3, 1), (9,)]
-    assert trained[0].trials[1].schedule == "M[0]+ft@2"
-    more = [after.work.flops - before.work.flops for before, after in zip(trained, untrained, strict=True)]
+    assert [preview.rungs for preview in short] == [(9, 3, 1), (9,)]
+    assert short[0].trials[1].schedule == "M[0]+ft@2"
+    more = [after.work.flops - before.work.flops for before, after in zip(short, long, strict=True)]
     assert more[0] / more[1] == pytest.approx(42 / 162, rel=0.05), "which of the sizes go on is not known"
-    assert trained[0].peak_bytes > trained[1].peak_bytes, "what waits keeps its optimizer's state"
+    assert short[0].peak_bytes > short[1].peak_bytes, "what waits keeps its optimizer's state"
 
 
 def test_studies_of_parts_have_a_sampler_of_their_own(tmp_path: Path) -> None:
@@ -214,7 +231,8 @@ def test_studies_of_parts_have_a_sampler_of_their_own(tmp_path: Path) -> None:
         ({"recovery": {"epochs": 1, "batch_size": 4}}, "give 'steps', not 'epochs'"),
         ({"recovery": {"steps": 2, "batch_size": 4}}, "too few"),
         ({"recovery": {"steps": 18, "dev": {"every": 2}}}, "leave recovery.dev out"),
-        ({"recovery": {"steps": 18, "stop_after": 3}}, "leave it out"),
+        ({"recovery": {"steps": 18, "stop_after": 3}}, "recovery.stop_after is for the strategy"),
+        ({"base_training": {"steps": 18, "stop_after": 3}}, "base_training.stop_after is for the strategy"),
         ({"halving": {"factor": 1}}, "greater than or equal to 2"),
         ({"recovery": {"steps": 18, "stop_after": 18}}, "fewer than steps"),
     ],

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from effir_ray.errors import InputError
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.proposals import Proposals, TrialRequest
-from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.space import SearchSpace
 from tests.helpers.search_examples import row, small_space
 
 AXES = {"drop_mlp": {"low": 0, "high": 3}, "drop_attention": [0, 1, 2], "width_reduction": [0.0, 0.5]}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import load_backbones, named_sources
-from effir_ray.search.space import Candidate
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore

@@ -18,9 +18,10 @@ from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
 from effir_ray.search import trial_stages
 from effir_ray.search.activity import Activity
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.display import _activity_line
 from effir_ray.search.dry_run import dry_run, load_backbones, named_sources
-from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import Cost, Stage, StageTask
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import StageRunner, failed_row, run_trial

@@ -21,13 +21,14 @@ from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search import trial_stages
+from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import expected_plan, load_backbones, named_sources
-from effir_ray.search.space import Candidate, SearchSpace
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import KeyedStage, StageTask
 from effir_ray.search.trial import StageRunner, sources_of
 from effir_ray.search.trial_stages import CHECKPOINT, read_plan
 from effir_ray.stages import StageStore
-from effir_ray.training.config import TrainConfig
+from effir_ray.training.config import STATE, TrainConfig
 from effir_ray.training.supervision.training_data import held_out_by, training_pairs
 from tests.helpers.search_examples import small_space, write_corpus
 
@@ -172,6 +173,37 @@ def test_seconds_count_once_a_worker() -> None:
     config = space.trial(Candidate(drop_mlp=1, recover=True))
     counted = {name: STAGES[name].workers(config) for name in ("base", "recovered", "embeddings", "scores")}
     assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 1}
+
+
+def test_a_training_begins_with_the_longest_part_that_is_whole_and_its_own(tmp_path: Path) -> None:
+    """Not with one that another trial is just writing, nor with one of other settings."""
+    space = small_space(recovery={"steps": 27, "batch_size": 4}, strategy="halving")
+    store = StageStore(tmp_path)
+
+    def stage(candidate: Candidate, rung: int) -> KeyedStage:
+        part = space.rungs(space.trial(candidate))[rung]
+        stages = trial_stages.trial_stages(part, named_sources(part), "dev")
+        return next(stage for stage in stages if stage.name == "recovered")
+
+    def built(of: KeyedStage) -> Path:
+        return store.run(of.name, of.inputs, lambda out: (out / STATE).mkdir())
+
+    def begun(of: KeyedStage) -> Path | None:
+        return trial_stages._begun(replace(task(space, tmp_path, {}), store=store, inputs=of.inputs))
+
+    one, other = Candidate(drop_mlp=(1,), recover=True), Candidate(drop_mlp=(2,), recover=True)
+    first, second, whole = (stage(one, rung) for rung in range(3))
+    being_written = second.path(store)
+    (being_written.with_name(f"{being_written.name}.tmp") / STATE).mkdir(parents=True)
+    built(stage(other, 1))
+    assert begun(whole) is None
+    place = built(first)
+    assert begun(whole) == begun(second) == place and begun(first) is None
+    being_written.with_name(f"{being_written.name}.tmp").joinpath(STATE).rmdir()
+    further = built(second)
+    assert begun(whole) == further and begun(second) == place
+    (further / STATE).rmdir()  # nothing is to go on from there any more
+    assert begun(whole) == place
 
 
 @pytest.mark.integration
