@@ -16,10 +16,10 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
@@ -37,9 +37,10 @@ from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.trial import run_trial, sources_of
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
+from effir_ray.training.config import STATE
 from effir_ray.training.run.history import HISTORY, read_history
 
-DEPTH_AND_WIDTH = itertools.product(range(4), range(3), (0.0, 0.25, 0.5, 0.75))
+DEPTH_AND_WIDTH = tuple(itertools.product(range(4), range(3), (0.0, 0.25, 0.5, 0.75)))
 DRAWS = 200  # of random search
 
 
@@ -81,58 +82,49 @@ def grid(seed: int) -> SearchSpace:
     )
 
 
-def parts(space: SearchSpace) -> Iterator[TrialConfig]:
-    """The full model, then every part of every schedule."""
-    yield space.trial(Candidate())
-    for candidate in space.schedules:
-        yield from space.rungs(space.trial(candidate))
-
-
 def measure(space: SearchSpace, out: Path) -> None:
+    """The full model, then every part of every schedule, of which only the small files are kept."""
     rows, costs = known(out), read_costs(out)
     connect()
     stages, here = StageStore(out / STAGES_FOLDER), machine()
-    everything = list(parts(space))
-    for number, config in enumerate(everything, start=1):
-        if config.id in rows and config.id in costs:
-            continue
-        row = run_trial(config, stages, study=space.name, out=out, here=here)
-        store.append(out, [row])
-        costs[config.id] = cost_of(config, row, stages)
-        write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
-        print(
-            f"{number}/{len(everything)} {config.name}: nDCG@10 {row.ndcg_at_10:.4f}, {costs[config.id]}",
-            flush=True,
-        )
+    schedules = [space.rungs(space.trial(candidate)) for candidate in (Candidate(), *space.schedules)]
+    for number, rungs in enumerate(schedules, start=1):
+        steps_before = 0
+        for config in rungs:
+            if config.id not in rows or config.id not in costs:
+                row = run_trial(config, stages, study=space.name, out=out, here=here)
+                store.append(out, [row])
+                costs[config.id] = cost_of(config, row, stages, steps_before)
+                write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
+                score, cost = row.ndcg_at_10 or 0.0, costs[config.id]
+                print(f"{number}/{len(schedules)} {config.name}: nDCG@10 {score:.4f}, {cost}", flush=True)
+            steps_before = config.recovery.stop_after or 0 if config.recovery is not None else 0
+        for config in rungs if len(rungs) > 1 else ():
+            free(config, stages)
 
 
-def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore) -> dict[str, float]:
-    """Seconds of what this part did: steps that a shorter one had done are not among them."""
+def free(config: TrialConfig, stages: StageStore) -> None:
+    """Models and states of 141 parts would be 50 GB."""
+    for stage in trial_stages(config, sources_of(config), "dev"):
+        if stage.stage.bulk is not None:
+            stages.free(stage.path(stages), stage.stage.bulk)
+        shutil.rmtree(stage.path(stages) / STATE, ignore_errors=True)
+
+
+def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore, steps_before: int) -> dict[str, float]:
+    """Seconds of what this part did, without the ``steps_before`` that a shorter one had done."""
     assert row.device_seconds is not None
-    trained = [
-        stage for stage in trial_stages(config, sources_of(config), "dev") if stage.name == "recovered"
-    ]
-    if not trained:
+    if config.recovery is None:
         return {"start": 0.0, "steps": 0.0, "rest": round(row.device_seconds, 2)}
-    assert config.recovery is not None
-    place = trained[0].path(stages)
+    keyed = trial_stages(config, sources_of(config), "dev")
+    place = next(stage for stage in keyed if stage.name == "recovered").path(stages)
     whole = json.loads((place / "stage.json").read_text())["seconds"]
-    shorter = max((other.stop_after or 0 for other in earlier(config)), default=0)
-    steps = sum(line["seconds"] for line in read_history(place / HISTORY) if line["step"] > shorter)
+    steps = sum(line["seconds"] for line in read_history(place / HISTORY) if line["step"] > steps_before)
     return {
         "start": round(whole - steps, 2),
         "steps": round(steps, 2),
         "rest": round(row.device_seconds - whole * config.recovery.workers, 2),
     }
-
-
-def earlier(config: TrialConfig) -> list[Any]:
-    """The trainings of the parts before this one."""
-    own = config.recovery
-    assert own is not None
-    found = [part.recovery for part in grid(config.seed).rungs(config)]
-    done = own.stop_after or own.steps or 0
-    return [part for part in found if part is not None and (part.stop_after or done) < done]
 
 
 def known(out: Path) -> dict[str, TrialRow]:
@@ -181,8 +173,11 @@ def affordable(order: Sequence[str], price: Mapping[str, float], cost: float) ->
     return [i for i, total in zip(order, spent, strict=True) if total <= cost]
 
 
-def table(space: SearchSpace, out: Path) -> list[str]:
-    rows, costs = known(out), read_costs(out)
+Costs = Mapping[str, Mapping[str, float]]
+
+
+def table(space: SearchSpace, rows: Mapping[str, TrialRow], costs: Costs) -> list[str]:
+    """One line a strategy, then how well early scores tell late ones."""
     schedules = [space.rungs(space.trial(candidate)) for candidate in space.schedules]
     missing = sum(part.id not in costs for rungs in schedules for part in rungs)
     if missing:
@@ -244,7 +239,7 @@ def main() -> None:
         measure(space, given.out.resolve())
     print("| seed | strategy | parts run | to the end | hypervolume | cost | cost without starts |")
     print("|---|---|---|---|---|---|---|")
-    print("\n".join(table(space, given.out.resolve())))
+    print("\n".join(table(space, known(given.out), read_costs(given.out))))
 
 
 if __name__ == "__main__":
