@@ -71,7 +71,7 @@ def synthetic(study: str, number: int, random: np.random.Generator) -> TrialRow:
         study=study,
         trial_id=f"{study}{number:05d}",
         trial=json.dumps({"schedule": schedule}),
-        schedule=f"{drop}M-w{int(100 * width)}",
+        schedule=f"{drop}M-w{int(100 * width)}" + "+ft@9" * (drop == 0),
         plan=json.dumps(plan),
         blocks=16,
         mlp_width=64,
@@ -214,6 +214,7 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     page.click("#forth")
     assert page.locator("#page").inner_text().startswith("2 of ")
     page.fill("#only", "0M-w0")  # trained, and among the best, whose curves are on the page
+    assert set(page.locator("#trials tbody td:first-child").all_inner_texts()) == {"0M-w0+ft@9"}
     open_figures(page)
     assert page.evaluate("document.getElementById('curves').data.length") >= 1
     heat = page.evaluate("document.getElementById('importance').data[0]")
