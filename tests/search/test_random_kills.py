@@ -33,7 +33,6 @@ TRAINING = {
     "steps": 4,
     "batch_size": 8,
     "lora": None,
-    "workers": 2,
     "query_max_length": 16,
     "document_max_length": 32,
 }
