@@ -66,7 +66,7 @@ def grid(seed: int) -> SearchSpace:
             "recovery": {
                 "info_nce": 0,
                 "distillation": {"teacher": "base", "embedding": 1.0},
-                "steps": 108,
+                "steps": 54,
                 "batch_size": 16,
                 "learning_rate": 2e-4,
                 "lora": None,
