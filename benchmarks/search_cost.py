@@ -92,7 +92,7 @@ def measure(space: SearchSpace, out: Path) -> None:
         steps_before = 0
         for config in rungs:
             if config.id not in rows or config.id not in costs:
-                row = run_trial(config, stages, study=space.name, out=out, here=here)
+                (row,) = run_trial(config, stages, study=space.name, out=out, here=here)
                 store.append(out, [row])
                 costs[config.id] = cost_of(config, row, stages, steps_before)
                 write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")

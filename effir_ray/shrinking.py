@@ -48,7 +48,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.progress import progress
 from effir_ray.readers import read_json_object
-from effir_ray.results.significance import Interval, bootstrap_interval, paired_difference
+from effir_ray.results.significance import Interval, bootstrap_interval, differences
 from effir_ray.stages import StageStore
 from effir_ray.training.config import DistillationConfig, TrainConfig
 from effir_ray.training.run.launcher import train
@@ -418,7 +418,7 @@ def _scored(full: Encoder, small: Encoder, dataset: Dataset) -> dict[str, Any]:
     return {
         "measure": f"nDCG@10 on {dataset.name} test",
         "scores": {name: {metric: scores.mean[metric]} for name, scores in found.items()},
-        "lost": paired_difference(by_query["small"], by_query["full"]),
+        "lost": bootstrap_interval(differences(by_query["small"], by_query["full"])),
     }
 
 

@@ -115,7 +115,7 @@ def show_front(front: pa.Table) -> None:
                 "" if row["parameter_ratio"] is None else f"{row['parameter_ratio']:.1%}",
                 row["document_ms"],
                 row["document_speedup"],
-                *(f"{datasets[number][name]:.4f}" for name in single),
+                *(f"{datasets[number][name]:.4f}" if name in datasets[number] else "" for name in single),
             )
             for number, row in enumerate(rows)
         ],

@@ -24,6 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from effir_ray.errors import InputError
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
@@ -44,6 +46,8 @@ LOOPBACK = "127.0.0.1"
 _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch between an instance that other machines can join and one on the loopback interface. It is off
 by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
+
+_INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
 
 _TOKEN = "token"
 _SECONDS_TO_A_TOKEN = 60.0  # an instance's folder has its token at once
@@ -104,6 +108,7 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
     import ray
 
     folder = _new_folder()
+    options["runtime_env"]["env_vars"][_INSTANCE] = str(folder)
     atexit.register(_end_local, folder, _ask_for_token(folder))
     for attempt in range(_START_ATTEMPTS):
         try:
@@ -170,6 +175,7 @@ def _sweep(folder: Path) -> None:
                 continue
             with (place / _TOKEN).open() as file:  # its process holds the lock
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _end_stragglers(place)
                 _remove(place)
 
 
@@ -215,11 +221,21 @@ def _end_local(folder: Path, token: TextIO) -> None:
     import ray
 
     ray.shutdown()
+    _end_stragglers(folder)
     shutil.rmtree(folder, ignore_errors=True)
     token.close()
     _sweep(folder.parent)  # of processes that outlived their killed driver when this instance began
     with suppress(OSError):  # another instance lives
         folder.parent.rmdir()
+
+
+def _end_stragglers(folder: Path) -> None:
+    """Kill Ray's processes that outlived the instance in ``folder``: now and then one waits for ever for its
+    own threads, with all the memory it has."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            if process.name().startswith("ray::") and process.environ().get(_INSTANCE) == str(folder):
+                process.kill()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from effir_ray.evaluation.metrics import Scores
@@ -10,9 +11,9 @@ from effir_ray.hardware import detect
 from effir_ray.models import accounting
 from effir_ray.models.plan import Plan
 from effir_ray.provenance import git_commit, package_versions
-from effir_ray.results.query_scores import METRICS
+from effir_ray.results.query_scores import METRICS, QueryScores
 from effir_ray.results.schema import TrialRow
-from effir_ray.results.significance import bootstrap_interval
+from effir_ray.results.significance import Interval, bootstrap_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,6 +31,31 @@ def score_columns(scores: Scores) -> dict[str, float]:
     interval = bootstrap_interval([found["ndcg@10"] for found in scores.per_query.values()])
     return {
         **{column: scores.mean[metric] for column, metric in METRICS.items()},
+        **_interval_columns(interval),
+    }
+
+
+def mean_columns(parts: Sequence[tuple[Mapping[str, Any], QueryScores]]) -> dict[str, Any]:
+    """The columns of one model's means over several data sets, from its columns and scores of single queries
+    on each. A mean counts every data set alike, however many queries it has; of one it is its own."""
+    first, _ = parts[0]
+    if len(parts) == 1:
+        return dict(first)
+    interval = bootstrap_interval(*([found["ndcg@10"] for found in scores.values()] for _, scores in parts))
+    return {**first, **{name: _mean(name, parts) for name in _MEANS}, **_interval_columns(interval)}
+
+
+_MEANS = (*METRICS, "bm25_ndcg_at_10", "isotropy")
+
+
+def _mean(name: str, parts: Sequence[tuple[Mapping[str, Any], QueryScores]]) -> float | None:
+    values = [columns.get(name) for columns, _ in parts]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _interval_columns(interval: Interval) -> dict[str, float]:
+    return {
         "n_queries": interval.n,
         "ndcg_at_10_se": interval.standard_error,
         "ndcg_at_10_low": min(interval.low, 1.0),  # a mean of ones may be a rounding error above

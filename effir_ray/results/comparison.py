@@ -12,7 +12,7 @@ from effir_ray.errors import InputError
 from effir_ray.results import query_scores, store
 from effir_ray.results.schema import TrialRow
 from effir_ray.results.selection import chosen_rows
-from effir_ray.results.significance import Interval, holm, paired_difference, permutation_p
+from effir_ray.results.significance import Interval, bootstrap_interval, differences, holm, permutation_p
 from effir_ray.results.tables import Damaged, Folders
 
 LEVEL = 0.05
@@ -62,9 +62,9 @@ def compare(
     ``trials``: trial ids, which may be shortened, the baseline first; without them the full model and all
     others. ``split``: by default test, where at least two models have test scores, else dev. A difference has
     its paired bootstrap 95 % interval, the p of the paired randomisation test, and that p by Holm for all
-    differences of the table. ``damaged`` hears of files that cannot be read, which are then left out. Raises
-    InputError when there is nothing to compare, rows are of several data sets or samples, or scores of single
-    queries were not kept.
+    differences of the table; of rows that are means over several data sets it is the mean of those on each.
+    ``damaged`` hears of files that cannot be read, which are then left out. Raises InputError when there is
+    nothing to compare, rows are of several data sets or samples, or scores of single queries were not kept.
     """
     if metric not in query_scores.METRICS:
         raise InputError(f"--metric {metric}: expected one of {', '.join(query_scores.METRICS)}")
@@ -86,7 +86,8 @@ def compare_rows(
         table = _named(table, trials)
     rows = store.trial_rows(chosen_rows(table, split or _usual_split(table)))
     known = query_scores.read(folders, trials=[row.trial_id for row in rows], damaged=damaged)
-    scores = query_scores.by_trial(known, metric)
+    found = query_scores.by_trial(known, metric)
+    scores = {_key(row): by_query for row in rows if (by_query := query_scores.of_row(found, *_key(row)))}
     kept = [row for row in rows if _key(row) in scores]
     if len(kept) < 2 or (trials and len(kept) < len(rows)):
         missing = ", ".join(sorted(row.trial_id for row in rows if _key(row) not in scores)) or "a second one"
@@ -102,11 +103,13 @@ def compare_rows(
         for row in group
         if row is not baseline
     ]
-    differences = [paired_difference(theirs, scores[_key(row)]) for theirs, row in pairs]
-    p = [permutation_p(_differences(theirs, scores[_key(row)])) for theirs, row in pairs]
+    apart = [
+        [differences(*both) for both in zip(theirs, scores[_key(row)], strict=True)] for theirs, row in pairs
+    ]
+    p = [permutation_p(*found) for found in apart]
     compared = [
-        _record(row, metric, scores[_key(row)], difference, once, together)
-        for (_, row), difference, once, together in zip(pairs, differences, p, holm(p).tolist(), strict=True)
+        _record(row, metric, scores[_key(row)], bootstrap_interval(*by_dataset), once, together)
+        for (_, row), by_dataset, once, together in zip(pairs, apart, p, holm(p).tolist(), strict=True)
     ]
     compared.sort(key=lambda record: -record["score"])
     records = []
@@ -123,7 +126,7 @@ def _by_backbone(rows: Sequence[TrialRow]) -> list[list[TrialRow]]:
     return list(groups.values())
 
 
-def _key(row: TrialRow) -> tuple[str, ...]:
+def _key(row: TrialRow) -> tuple[str, str, str, str]:
     return row.study, row.trial_id, row.dataset, row.split
 
 
@@ -159,20 +162,17 @@ def _baseline(rows: Sequence[TrialRow], trials: Sequence[str]) -> TrialRow:
     return full[0]
 
 
-def _differences(first: query_scores.ByQuery, second: query_scores.ByQuery) -> list[float]:
-    return [second[query] - first[query] for query in first]
-
-
 def _record(
     row: TrialRow,
     metric: str,
-    scores: query_scores.ByQuery,
+    scores: tuple[query_scores.ByQuery, ...],
     difference: Interval | None,
     p: float | None,
     p_holm: float | None,
 ) -> dict[str, Any]:
     known = {name: getattr(row, name) for name in (*_KNOWN, "dataset", "split")}
-    measured = {"metric": metric, "queries": len(scores), "score": sum(scores.values()) / len(scores)}
+    means = [sum(by_query.values()) / len(by_query) for by_query in scores]
+    measured = {"metric": metric, "queries": sum(map(len, scores)), "score": sum(means) / len(means)}
     if difference is None:
         return {**known, **measured}
     bounds = {

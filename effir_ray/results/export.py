@@ -21,7 +21,7 @@ from effir_ray.models.onnx_file import ONNX, write_onnx
 from effir_ray.provenance import __version__
 from effir_ray.results import store
 from effir_ray.results.hub import check_hub, push
-from effir_ray.results.schema import TrialRow
+from effir_ray.results.schema import TrialRow, dataset_in_short
 from effir_ray.results.selection import pareto, rows_of_trial
 
 CARD = "README.md"
@@ -108,8 +108,8 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
     results = [
         EvalResult(
             task_type="Retrieval",
-            dataset_type=Path(each.dataset).name,
-            dataset_name=Path(each.dataset).name,
+            dataset_type=dataset_in_short(each.dataset),
+            dataset_name=dataset_in_short(each.dataset),
             dataset_split=each.split,
             metric_type="ndcg_at_10",
             metric_value=each.ndcg_at_10,
@@ -192,7 +192,7 @@ def _changes(plan: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 def _score(row: TrialRow, full: TrialRow | None) -> dict[str, str]:
     interval = "" if row.ndcg_at_10_low is None else f" ({row.ndcg_at_10_low:.3f}-{row.ndcg_at_10_high:.3f})"
     return {
-        "dataset": Path(row.dataset).name,
+        "dataset": dataset_in_short(row.dataset),
         "split": row.split,
         "sample": row.sample,
         "queries": "" if row.n_queries is None else str(row.n_queries),

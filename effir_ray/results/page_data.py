@@ -14,7 +14,7 @@ from effir_ray.results import query_scores
 from effir_ray.results.comparison import compare_rows
 from effir_ray.results.effects import effects, varying_settings
 from effir_ray.results.published import published, same_dataset
-from effir_ray.results.schema import DIRECTIONS, RELATIVE, TIMED
+from effir_ray.results.schema import DIRECTIONS, RELATIVE, TIMED, averaged
 from effir_ray.results.selection import is_doubtful, samples
 from effir_ray.results.study_tables import curves, importance, kept
 from effir_ray.results.tables import Damaged, Folders
@@ -83,7 +83,7 @@ def page_data(table: pa.Table, folders: Folders, *, damaged: Damaged | None = No
             }
             for name, (label, kind) in LABELS.items()
         },
-        "rows": sorted(rows, key=lambda row: row["split"] != "dev"),
+        "rows": sorted(rows, key=lambda row: (row["split"] != "dev", not row["averaged"])),
         "failed": [
             {name: record[name] for name in ("schedule", "dataset", "split", "reason")}
             for record in records
@@ -125,6 +125,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "created_at": created.strftime("%Y-%m-%d %H:%M:%S UTC") if created else "",
         "layers": _layers(record),
         "doubtful": is_doubtful(record),
+        "averaged": bool(averaged(record["dataset"])),
         **({} if _has_interval(record) else dict.fromkeys(_SPEED_INTERVAL)),
     }
 
@@ -160,8 +161,8 @@ def _versioned_samples(table: pa.Table) -> pa.Array:
 
 
 def _against_full(table: pa.Table, folders: Folders) -> dict[str, dict[str, Any]]:
-    """Study and trial id -> how far a tested model is from the full one of its study; nothing where scores
-    of single queries were not kept."""
+    """Study, trial id and data set -> how far a tested model is from the full one of its study; nothing where
+    scores of single queries were not kept."""
     found: dict[str, dict[str, Any]] = {}
     tested = table.filter(pc.and_(pc.equal(table["split"], "test"), pc.equal(table["status"], "ok")))
     names = ["study", "dataset", "backbone"]
@@ -175,7 +176,7 @@ def _against_full(table: pa.Table, folders: Folders) -> dict[str, dict[str, Any]
             continue
         for record in compared.to_pylist():
             if record["difference"] is not None:
-                found[f"{record['study']}/{record['trial_id']}"] = {
+                found[f"{record['study']}/{record['trial_id']}/{record['dataset']}"] = {
                     "split": record["split"],
                     "difference": record["difference"],
                     "low": record["difference_low"],

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from effir_ray.results import tables
-from effir_ray.results.schema import TrialRow
+from effir_ray.results.schema import TrialRow, averaged
 from effir_ray.results.tables import Damaged, Folders, TableKind
 
 METRICS = {
@@ -83,6 +83,15 @@ def by_trial(table: pa.Table, column: str = "ndcg_at_10") -> dict[tuple[str, ...
     for *key, query, score in zip(*(table[name].to_pylist() for name in names), strict=True):
         found.setdefault(tuple(key), {})[query] = score
     return found
+
+
+def of_row(
+    scores: Mapping[tuple[str, ...], ByQuery], study: str, trial_id: str, dataset: str, split: str
+) -> tuple[ByQuery, ...]:
+    """What ``by_trial`` has of one row, for each data set that it is the mean of; none where one lacks."""
+    parts = averaged(dataset) or (dataset,)
+    found = [scores.get((study, trial_id, part, split)) for part in parts]
+    return tuple(part for part in found if part) if all(found) else ()
 
 
 def _beside(place: Path) -> Path:

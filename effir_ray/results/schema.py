@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import types
 import typing
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import pyarrow as pa
@@ -75,8 +77,27 @@ def sample_in_words(trial: dict[str, Any], split: str) -> str:
     return f"{sample['queries']} queries, {sample['documents']} documents, seed {seed}"
 
 
+_MEAN = "mean of "
+
+
+def mean_of(datasets: Sequence[str]) -> str:
+    """What rows with the means over several data sets have in the place of a data set's name."""
+    return _MEAN + ", ".join(datasets)
+
+
+def averaged(dataset: str) -> tuple[str, ...]:
+    """The data sets that rows of this name are the means of; none where it is a data set itself."""
+    return tuple(dataset.removeprefix(_MEAN).split(", ")) if dataset.startswith(_MEAN) else ()
+
+
+def dataset_in_short(dataset: str) -> str:
+    """Without the folders it lies in."""
+    parts = averaged(dataset)
+    return mean_of([Path(part).name for part in parts]) if parts else Path(dataset).name
+
+
 class TrialRow(Config):
-    """One trial on one split of one data set.
+    """One trial on one split of one data set, or its means over several (``mean_of``).
 
     Everything needed to read the numbers stands in the row itself; ``trial`` is the configuration that
     repeats it. A failed trial has no scores but a ``reason``. Scores are fractions (0.54, not 54).
@@ -89,7 +110,7 @@ class TrialRow(Config):
     schedule: str = Field(description="compression schedule in the paper's notation, e.g. 16M8A-w30")
     plan: JsonText = Field(default="{}", description="per_layer_config: what is left of every layer, JSON")
     backbone: str = Field(description="name or path of the uncompressed model")
-    dataset: str = Field(description="name or path of the data set")
+    dataset: str = Field(description="name or path of the data set; `mean of A, B` for means over several")
     split: Literal["train", "dev", "test"] = Field(description="split whose queries were scored")
     seed: int = Field(default=0, description="of training, samples and random draws")
     contents: JsonText = Field(
@@ -158,7 +179,9 @@ class TrialRow(Config):
     git_commit: str = Field(default="", description="commit of the code that ran")
     versions: JsonText = Field(default="{}", description="package versions, JSON")
     hardware: str = Field(default="", description="the machine, in words")
-    wall_seconds: FiniteFloat | None = Field(default=None, description="seconds this trial took")
+    wall_seconds: FiniteFloat | None = Field(
+        default=None, description="seconds this trial took; of several data sets in the row of the mean"
+    )
     device_seconds: FiniteFloat | None = Field(default=None, description="wall seconds times workers")
     created_at: datetime = Field(default_factory=_now, description="when the row was written, UTC")
 

@@ -22,8 +22,8 @@ from effir_ray.results.aggregation import (
 from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
-from effir_ray.results.schema import DIRECTIONS, TrialRow, sample_in_words
-from effir_ray.results.significance import paired_difference
+from effir_ray.results.schema import DIRECTIONS, TrialRow, averaged, sample_in_words
+from effir_ray.results.significance import Interval, bootstrap_interval, differences
 from effir_ray.results.tables import Damaged, Folders
 
 TEST_COLUMN = "test_ndcg_at_10"
@@ -46,7 +46,8 @@ def pareto(
 
     Trials that differ in nothing but their seed are one row of means, with the columns ``seeds`` and
     ``ndcg_at_10_sd``; with ``mean_datasets`` so are trials of several data sets (``datasets``: each one's
-    nDCG@10, JSON), of which those that were not measured on all are left out.
+    nDCG@10, JSON), of which those that were not measured on all are left out. Of a study over several data
+    sets the rows are its means already, with the same column.
 
     The front is chosen on ``split`` (dev, where there are dev rows); the column ``test_ndcg_at_10`` gives the
     test score of a row that has one, ``not_better_than`` the trial id of the smallest smaller model on the
@@ -75,6 +76,8 @@ def pareto(
         if pick:
             best = pick_row(best, pick, tuple(directions))
         scored = with_test_scores(best, everything, across_datasets=mean_datasets)
+        if SEEDS not in best.schema.names and any(map(averaged, best["dataset"].unique().to_pylist())):
+            scored = _with_each_dataset(scored, everything)
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
         complete = _with_smaller_equals(scored, folders, damaged, known=not mean_datasets)
@@ -144,8 +147,9 @@ def _filled_up(full: pa.Table, scored: pa.Table) -> pa.Table:
 
 def chosen_rows(table: pa.Table, split: str | None = None, *, several_datasets: bool = False) -> pa.Table:
     """The successful rows a front is chosen from: one split (dev, where there is one), one data set unless
-    several are wanted, one sample of each."""
+    several are wanted, one sample of each. Of a study over several data sets these are its means."""
     chosen = _of_split(_successful(table), split)
+    chosen = _without_means(chosen) if several_datasets else _means_alone(chosen)
     datasets = sorted(chosen["dataset"].unique().to_pylist())
     if len(datasets) > 1 and not several_datasets:
         raise InputError(
@@ -157,6 +161,19 @@ def chosen_rows(table: pa.Table, split: str | None = None, *, several_datasets: 
         _check_one_sample(rows)
         _check_one_content(rows)
     return chosen
+
+
+def _means_alone(rows: pa.Table) -> pa.Table:
+    """Without the rows of single data sets that others here are the means of."""
+    names = rows["dataset"].unique().to_pylist()
+    parts = {part for name in names for part in averaged(name)}
+    kept = [name for name in names if name not in parts]
+    return rows if len(kept) == len(names) else rows.filter(pc.is_in(rows["dataset"], pa.array(kept)))
+
+
+def _without_means(rows: pa.Table) -> pa.Table:
+    names = [name for name in rows["dataset"].unique().to_pylist() if averaged(name)]
+    return rows.filter(pc.invert(pc.is_in(rows["dataset"], pa.array(names, pa.string())))) if names else rows
 
 
 def _check_one_sample(rows: pa.Table) -> None:
@@ -296,12 +313,27 @@ def with_test_scores(rows: pa.Table, table: pa.Table, *, across_datasets: bool =
     mean is the mean over the seeds (and data sets) that were tested."""
     if SEEDS in rows.schema.names or DATASETS in rows.schema.names:
         return _with_mean_test_scores(rows, table, across_datasets)
-    names = ["study", "trial_id", "ndcg_at_10"]
+    names = ["study", "trial_id", "dataset", "ndcg_at_10"]
     same = pc.is_in(table["trial_id"], rows["trial_id"].unique())
     tested = table.filter(pc.and_(same, pc.equal(table["split"], "test"))).select(names).to_pylist()
-    scores = {(record["study"], record["trial_id"]): record["ndcg_at_10"] for record in tested}
-    keys = zip(rows["study"].to_pylist(), rows["trial_id"].to_pylist(), strict=True)
+    scores = {tuple(record[name] for name in names[:-1]): record["ndcg_at_10"] for record in tested}
+    keys = zip(*(rows[name].to_pylist() for name in names[:-1]), strict=True)
     return rows.append_column(TEST_COLUMN, pa.array([scores.get(key) for key in keys], pa.float64()))
+
+
+def _with_each_dataset(rows: pa.Table, table: pa.Table) -> pa.Table:
+    """``rows`` that are means over data sets with the column ``datasets``: what ``table`` has of each."""
+    names = ["study", "trial_id", "split"]
+    same = table.filter(pc.is_in(table["trial_id"], rows["trial_id"].unique()))
+    single: dict[tuple[str, ...], dict[str, float]] = {}
+    for record in same.select([*names, "dataset", "ndcg_at_10"]).to_pylist():
+        if not averaged(record["dataset"]):
+            known = single.setdefault(tuple(record[name] for name in names), {})
+            known[record["dataset"]] = round(record["ndcg_at_10"] or 0.0, 6)
+    keys = zip(*(rows[name].to_pylist() for name in names), strict=True)
+    return rows.append_column(
+        DATASETS, pa.array([json.dumps(single.get(key, {})) for key in keys], pa.string())
+    )
 
 
 def _with_mean_test_scores(rows: pa.Table, table: pa.Table, across_datasets: bool) -> pa.Table:
@@ -319,6 +351,10 @@ def _with_mean_test_scores(rows: pa.Table, table: pa.Table, across_datasets: boo
     return rows.append_column(TEST_COLUMN, pa.array(means, pa.float64()))
 
 
+def _difference(theirs: Sequence[query_scores.ByQuery], mine: Sequence[query_scores.ByQuery]) -> Interval:
+    return bootstrap_interval(*(differences(*both) for both in zip(theirs, mine, strict=True)))
+
+
 def _with_smaller_equals(
     rows: pa.Table, folders: Folders, damaged: Damaged | None, *, known: bool = True
 ) -> pa.Table:
@@ -333,7 +369,8 @@ def _with_smaller_equals(
     by_size = [
         (record["parameters"], record["trial_id"], found)
         for record in records
-        if record["parameters"] and (found := scores.get(tuple(record[name] for name in names[:-1])))
+        if record["parameters"]
+        and (found := query_scores.of_row(scores, *(record[name] for name in names[:-1])))
     ]
     by_size.sort(key=lambda entry: entry[:2])
     equals = {
@@ -341,7 +378,7 @@ def _with_smaller_equals(
             (
                 smaller
                 for size, smaller, theirs in by_size
-                if size < parameters and paired_difference(theirs, mine).low <= 0
+                if size < parameters and _difference(theirs, mine).low <= 0
             ),
             None,
         )

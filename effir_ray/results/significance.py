@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,41 +24,53 @@ class Interval(Config):
     n: int
 
 
-def bootstrap_interval(values: npt.ArrayLike, *, seed: int = 0) -> Interval:
-    """Percentile bootstrap over queries (Efron and Tibshirani 1993, section 13.3) of the mean of ``values``
-    (n,): 10,000 resamples from ``seed``. Of differences of two models on the same queries it is the paired
-    bootstrap. Raises InputError without a value.
+def bootstrap_interval(*groups: npt.ArrayLike, seed: int = 0) -> Interval:
+    """Percentile bootstrap over queries (Efron and Tibshirani 1993, section 13.3) of the mean of values (n,):
+    10,000 resamples from ``seed``. Of differences of two models on the same queries it is the paired
+    bootstrap. Of several ``groups``, the queries of as many data sets, it is the mean of their means, and
+    each is resampled by itself. Raises InputError without a value.
     """
-    given = np.asarray(values, dtype=np.float64)
-    if not given.size:
-        raise InputError("an interval needs at least one query")
-    random, means = np.random.default_rng(seed), np.empty(_RESAMPLES)
-    for start in range(0, _RESAMPLES, _CHUNK):
-        drawn = random.integers(given.size, size=(min(_CHUNK, _RESAMPLES - start), given.size))
-        means[start : start + len(drawn)] = given[drawn].mean(axis=1)
+    given = _filled(groups)
+    random, means = np.random.default_rng(seed), np.zeros(_RESAMPLES)
+    for values in given:
+        for start in range(0, _RESAMPLES, _CHUNK):
+            drawn = random.integers(values.size, size=(min(_CHUNK, _RESAMPLES - start), values.size))
+            means[start : start + len(drawn)] += values[drawn].mean(axis=1) / len(given)
     low, high = np.quantile(means, [0.025, 0.975])
-    error = given.std(ddof=1) / np.sqrt(given.size) if given.size > 1 else 0.0
+    errors = [values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else 0.0 for values in given]
     return Interval(
-        mean=float(given.mean()), standard_error=float(error), low=float(low), high=float(high), n=given.size
+        mean=float(np.mean([values.mean() for values in given])),
+        standard_error=float(np.linalg.norm(errors) / len(given)),
+        low=float(low),
+        high=float(high),
+        n=sum(values.size for values in given),
     )
 
 
-def paired_difference(first: Mapping[str, float], second: Mapping[str, float], *, seed: int = 0) -> Interval:
-    """``second`` minus ``first`` over the queries of both. Raises InputError where they are not the same."""
+def _filled(groups: Sequence[npt.ArrayLike]) -> list[npt.NDArray[np.float64]]:
+    given = [np.asarray(values, dtype=np.float64) for values in groups]
+    if not given or not all(values.size for values in given):
+        raise InputError("there is nothing to tell without a query")
+    return given
+
+
+def differences(first: Mapping[str, float], second: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """``second`` minus ``first``, query by query. Raises InputError where their queries differ."""
     if first.keys() != second.keys():
         odd = len(first.keys() ^ second.keys())
         raise InputError(f"{odd} queries have a score of one model only; compare scores of the same queries")
-    return bootstrap_interval([second[query] - first[query] for query in first], seed=seed)
+    return np.array([second[query] - first[query] for query in first], dtype=np.float64)
 
 
-def permutation_p(differences: npt.ArrayLike, *, seed: int = 0) -> float:
+def permutation_p(*groups: npt.ArrayLike, seed: int = 0) -> float:
     """Two-sided p of the paired randomisation test (Fisher 1935; Smucker, Allan and Carterette 2007 on
-    retrieval): how often the mean of ``differences`` (n,), their signs drawn anew 10,000 times, is as far
-    from zero. Raises InputError without a value.
+    retrieval): how often the mean of differences (n,), their signs drawn anew 10,000 times, is as far from
+    zero. Of several ``groups``, the queries of as many data sets, it is the mean of their means. Raises
+    InputError without a value.
     """
-    given = np.asarray(differences, dtype=np.float64)
-    if not given.size:
-        raise InputError("a test needs at least one query")
+    parts = _filled(groups)
+    queries = sum(values.size for values in parts)
+    given = np.concatenate([values * (queries / (len(parts) * values.size)) for values in parts])
     # Sums of the same numbers in another order differ in the last bit.
     random, bar, extreme = np.random.default_rng(seed), abs(given.sum()) * (1 - 1e-9), 0
     for start in range(0, _RESAMPLES, _CHUNK):

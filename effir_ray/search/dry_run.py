@@ -124,7 +124,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     return StudyPreview(
         study=space.name,
         backbones=space.backbone_names,
-        dataset=space.dataset,
+        dataset=space.measured_on,
         sampler=space.sampler,
         trials=tuple(trials),
         rungs=rungs,
@@ -212,7 +212,8 @@ def _model_size(backbone: PreTrainedConfig, parameters: int) -> ModelSize:
 
 def _check_sources(space: SearchSpace) -> None:
     """Raise InputError for a name in the space that leads nowhere; what is only a path is not looked for."""
-    check_name(space.dataset)
+    for dataset in space.dataset_names:
+        check_name(dataset)
     if space.calibration_from is not None:
         check_name(space.calibration_from)
     for name in space.backbone_names:
@@ -266,6 +267,7 @@ def named_sources(config: StudySettings) -> Sources:
     return Sources(
         backbone=config.backbone,
         dataset=config.dataset,
+        datasets={name: name for name in config.datasets},
         calibration=config.calibration_from or config.dataset,
         trainings={
             name: training_identity(training, data=str, model=str)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 
 from effir_ray.config import Config, parse
@@ -134,20 +135,22 @@ def exclusive(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def finished_rows(out: Path) -> list[TrialRow]:
-    """The last row of every trial and split, failed ones left out: a resumed study tries them again."""
+def finished_rows(out: Path, space: SearchSpace) -> list[TrialRow]:
+    """The last row of every trial and split that decides, those of single ones of several data sets left out;
+    and failed ones, for a resumed study tries them again."""
     if not any((out / store.ROWS_FOLDER).glob("*.parquet")):
         return []
     table = store.latest(store.read([out]))
-    return [row for row in store.trial_rows(table) if row.status == "ok"]
+    deciding = pc.and_(pc.equal(table["dataset"], space.measured_on), pc.equal(table["status"], "ok"))
+    return store.trial_rows(table.filter(deciding))
 
 
-def attempts(out: Path) -> Counter[tuple[str, str]]:
+def attempts(out: Path, space: SearchSpace) -> Counter[tuple[str, str]]:
     """(trial id, split) -> how often it was tried, whatever came of it."""
     if not any((out / store.ROWS_FOLDER).glob("*.parquet")):
         return Counter()
-    rows = store.read([out]).select(["trial_id", "split"]).to_pylist()
-    return Counter((row["trial_id"], row["split"]) for row in rows)
+    rows = store.read([out]).select(["trial_id", "split", "dataset"]).to_pylist()
+    return Counter((row["trial_id"], row["split"]) for row in rows if row["dataset"] == space.measured_on)
 
 
 def _read(file: Path) -> StudyRecord:

@@ -119,5 +119,5 @@ def _embeddings(config: TrialConfig, size: ModelSize, split: Split) -> int:
 def _documents(config: StudySettings, split: Split) -> int:
     """How many are encoded for a split; 0 for a whole corpus that is not known by name."""
     sampled: int | None = getattr(config, split).documents
-    known = BEIR_SETS.get(official_name(config.dataset))
-    return sampled or (known.documents if known else 0)
+    known = [BEIR_SETS.get(official_name(name)) for name in config.dataset_names]
+    return sum(sampled or (corpus.documents if corpus else 0) for corpus in known)

@@ -48,7 +48,7 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         self.proposals, self.out, self.changed = proposals, out, changed
         self.running: dict[str, TrialRequest] = {}  # by Tune's trial id
         self.fatal: Exception | None = None
-        self.attempts = attempts(out)
+        self.attempts = attempts(out, proposals.space)
         self.losses: Counter[tuple[str, str]] = Counter()
         self.waiting: list[tuple[float, TrialRequest]] = []  # (not before this moment, what is tried again)
 
@@ -97,8 +97,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         if result is not None and ROW in result:
             return TrialRow.model_validate_json(result[ROW])
         # The process may have died between writing its row and reporting it.
-        written = (row for row in finished_rows(self.out) if (row.trial_id, row.split) == request.key)
-        return next(written, None)
+        written = finished_rows(self.out, self.proposals.space)
+        return next((row for row in written if (row.trial_id, row.split) == request.key), None)
 
     def _lost(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
         """None while the trial is tried again; then a failed row."""

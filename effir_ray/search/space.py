@@ -1,4 +1,4 @@
-"""A search space: one backbone, one data set, one way to train and measure, and the schedules to try.
+"""A search space: backbones, data sets, one way to train and measure, and the schedules to try.
 
 ``SearchSpace`` is the YAML a user writes; together with one ``Candidate`` it becomes a ``TrialConfig``, the
 one object that determines everything a trial does and that every result row carries.
@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -27,6 +27,7 @@ from effir_ray.results.schema import (
     RELATIVE,
     Direction,
     TrialRow,
+    mean_of,
 )
 from effir_ray.search.candidates import MOST_VALUES, Axis, Candidate, Parameters
 from effir_ray.search.halving import Halving
@@ -36,6 +37,10 @@ SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 StrategyName = Literal["independent", "halving"]
 
 _ID_LENGTH = 12  # hex digits of a trial id
+
+
+def _is_empty(value: tuple[str, ...]) -> bool:
+    return not value
 
 
 class Sample(Config):
@@ -63,6 +68,9 @@ class Timing(Config):
 class StudySettings(Config):
     """What all trials of a study have in common.
 
+    dataset: what models are scored on, are timed with, and learn from where a training names nothing else
+    datasets: several in its place. Scores are means over them, which the rows of each stand beside; the first
+    is what models learn from and are timed with
     seed: everything random in a trial (calibration, gates, training); sample_seed: which queries and
     documents ``dev`` and ``test`` draw, apart from it, so that trials of several seeds share them.
     """
@@ -70,6 +78,7 @@ class StudySettings(Config):
     backbone: str
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
     dataset: str
+    datasets: tuple[str, ...] = Field(default=(), exclude_if=_is_empty)
     dev: Sample = Sample()
     test: Sample = Sample()
     query_max_length: Length = 64
@@ -89,16 +98,29 @@ class StudySettings(Config):
     @classmethod
     def _training_inherits(cls, data: Any) -> Any:
         """Training uses the study's data set and seed unless it names its own, and never what the study
-        chooses by and reports: the dev and test queries of the study's data set are held out."""
-        return _with_trainings(data, data) if isinstance(data, dict) else data
+        chooses by and reports: the dev and test queries of the study's data sets are held out."""
+        if not isinstance(data, dict):
+            return data
+        data = _with_datasets(data)
+        return _with_trainings(data, data)
+
+    @field_validator("datasets")
+    @classmethod
+    def _different_data(cls, several: tuple[str, ...]) -> tuple[str, ...]:
+        for name in several:
+            if several.count(name) > 1:
+                raise ValueError(f"'{name}' is named twice")
+            if ", " in name:
+                raise ValueError(f"'{name}': a name in a list of data sets has no comma; rename the folder")
+        return several if len(several) > 1 else ()
 
     @model_validator(mode="after")
     def _training_is_the_studys(self) -> StudySettings:
         for name, training in self.trainings.items():
             if training.model is not None:
                 raise ValueError(f"{name} trains the study's own models: leave 'model' out")
-            if training.held_out != self.dataset:
-                raise ValueError(f"{name} holds out the study's data set: leave 'held_out' out")
+            if training.held_out_names != self.dataset_names:
+                raise ValueError(f"{name} holds out the study's data: leave 'held_out' out")
         if self.base_training is not None and self.base_training.distillation.teacher == STUDY_TEACHER:
             raise ValueError(
                 f"base_training makes the study's full model, which is '{STUDY_TEACHER}': name another"
@@ -110,6 +132,19 @@ class StudySettings(Config):
         """Field -> the training that stands there."""
         named = {"base_training": self.base_training, "recovery": self.recovery}
         return {name: training for name, training in named.items() if training is not None}
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        return self.datasets or (self.dataset,)
+
+    @property
+    def measured_on(self) -> str:
+        """What the rows that decide have as their data set."""
+        return mean_of(self.datasets) if self.datasets else self.dataset
+
+    def on(self, dataset: str) -> Self:
+        """The same, scored on one of its data sets alone."""
+        return self.model_copy(update={"dataset": dataset, "datasets": ()}) if self.datasets else self
 
     @property
     def calibration(self) -> Calibration:
@@ -124,10 +159,23 @@ class StudySettings(Config):
         )
 
 
+def _with_datasets(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``dataset`` is the first of several."""
+    several = given.get("datasets")
+    if not isinstance(several, list | tuple) or not several:
+        return dict(given)  # what is no list is refused where its type is checked
+    if given.get("dataset", several[0]) != several[0]:
+        raise ValueError("give 'dataset' or 'datasets', not both")
+    return {**given, "dataset": several[0]}
+
+
 def _with_trainings(given: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
     """``given`` settings, whose trainings take what they leave out from the ``study``."""
     shared = {name: study[name] for name in ("dataset", "seed") if name in study}
-    held_out = {"held_out": study.get("dataset")}
+    several = study.get("datasets")
+    held_out: dict[str, Any] = {"held_out": study.get("dataset")}
+    if isinstance(several, list | tuple) and len(several) > 1:
+        held_out = {"held_out": tuple(several)}
     training: dict[str, Any] = {}
     for name in ("base_training", "recovery"):
         settings = given.get(name)
@@ -240,6 +288,7 @@ class SearchSpace(StudySettings):
         several = data.get("backbones") if isinstance(data, dict) else None
         if not isinstance(several, list | tuple) or not several:
             return data
+        data = _with_datasets(data)
         entries = [
             _with_trainings(entry, data) if isinstance(entry, dict) else entry
             for entry in map(_backbone, several)

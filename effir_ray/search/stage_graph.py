@@ -8,7 +8,7 @@ that a trial does not need are left out, and the parent before them takes their 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ class Sources:
     machine open: enough to see which stages are shared.
 
     backbone, dataset: fingerprints of the uncompressed model and of the data that is searched
+    datasets: name -> fingerprint, where there are several, the first of which is ``dataset``
     calibration: of the texts that importance is measured on
     trainings: ``base_training`` and ``recovery`` -> the identity of each that there is
     device, dtype: what this machine computes on and in; machine: its full name
@@ -33,6 +34,7 @@ class Sources:
 
     backbone: str
     dataset: str
+    datasets: Mapping[str, str] = field(default_factory=dict)
     calibration: str = ""
     trainings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     device: str = ""
@@ -47,9 +49,13 @@ class Sources:
             for name, identity in self.trainings.items()
             for role, content in identity["contents"].items()
         }
-        own = {"backbone": self.backbone, "dataset": self.dataset}
+        own = {"backbone": self.backbone, "dataset": "+".join(self.datasets.values()) or self.dataset}
         apart = {"calibration": self.calibration} if self.calibration != self.dataset else {}
         return {**own, **apart, **trained}
+
+    def on(self, dataset: str) -> Sources:
+        """Of what is scored on one of several data sets alone."""
+        return replace(self, dataset=self.datasets[dataset], datasets={}) if self.datasets else self
 
 
 def study_contents(sources: Mapping[str, Sources]) -> dict[str, str]:
@@ -65,8 +71,8 @@ def study_contents(sources: Mapping[str, Sources]) -> dict[str, str]:
 class StageTask:
     """One stage of one trial, to build in the folder ``out`` or to read there; ``parents``: role -> folder.
 
-    ``inputs`` are those of its key. ``store`` keeps what the stage shares with other trials besides (mined
-    negatives, teacher embeddings).
+    ``config``: of a stage of each data set it names that one alone. ``inputs`` are those of its key.
+    ``store`` keeps what the stage shares with other trials besides (mined negatives, teacher embeddings).
     """
 
     config: TrialConfig
@@ -106,6 +112,7 @@ class Stage:
     exclusive: no two such stages run at once on one machine
     resumable: it goes on from what an interrupted run left in the folder
     shared: most trials find it built by another one
+    each_dataset: of several data sets each has one of its own
     bulk: the folder in it that is large, and can go once every row that it leads to exists
     """
 
@@ -125,15 +132,17 @@ class Stage:
     exclusive: bool = False
     resumable: bool = False
     shared: bool = False
+    each_dataset: bool = False
     bulk: str | None = None
     cost: Cost = Cost()
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedStage:
-    """A stage of a certain trial."""
+    """A stage of a certain trial, with the ``config`` that it is built from."""
 
     stage: Stage
+    config: TrialConfig
     own: Mapping[str, Any]
     parents: Mapping[str, KeyedStage] = field(default_factory=dict)
 
@@ -169,14 +178,28 @@ def key_stages(
 
     ``stages`` name their parents before themselves.
     """
-    keyed: dict[str, KeyedStage] = {}
+    common: dict[str, KeyedStage] = {}
+    apart: dict[str, dict[str, KeyedStage]] = {name: {} for name in config.dataset_names}
     for stage in stages:
-        if stage.needed(config):
-            own = dict(stage.inputs(config, sources, split)) | _computed_on(stage, sources)
-            parents = _parents(stage, config, keyed)
-            keyed[stage.name] = KeyedStage(stage=stage, own=own, parents=parents)
-    ends = [last for last in keyed.values() if last.stage.columns is not None]
+        if not stage.needed(config):
+            continue
+        if stage.each_dataset:
+            for name, keyed in apart.items():
+                keyed[stage.name] = _keyed(
+                    stage, config.on(name), sources.on(name), split, {**common, **keyed}
+                )
+        else:
+            common[stage.name] = _keyed(stage, config, sources, split, common)
+    everything = [*(last for keyed in apart.values() for last in keyed.values()), *common.values()]
+    ends = [last for last in everything if last.stage.columns is not None]
     return list({stage.key: stage for end in ends for stage in end.lineage()}.values())
+
+
+def _keyed(
+    stage: Stage, config: TrialConfig, sources: Sources, split: Split, earlier: Mapping[str, KeyedStage]
+) -> KeyedStage:
+    own = dict(stage.inputs(config, sources, split)) | _computed_on(stage, sources)
+    return KeyedStage(stage=stage, config=config, own=own, parents=_parents(stage, config, earlier))
 
 
 def _parents(stage: Stage, config: TrialConfig, keyed: Mapping[str, KeyedStage]) -> dict[str, KeyedStage]:

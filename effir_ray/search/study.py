@@ -104,7 +104,7 @@ def search(
     with exclusive(folder):
         remove_leftovers(folder)
         backbones = load_backbones(space)
-        proposals = Proposals(space, folder, finished_rows(folder), backbones)
+        proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
         stages = StageStore(folder / STAGES_FOLDER)
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
@@ -144,7 +144,7 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
             "stages are whose is not known any more; delete folders of stages/ by hand, or the whole study"
         )
     with exclusive(folder):
-        proposals = Proposals(space, folder, finished_rows(folder), load_backbones(space))
+        proposals = Proposals(space, folder, finished_rows(folder, space), load_backbones(space))
         collector = Collector(proposals, StageStore(folder / STAGES_FOLDER), sources)
         before = collector.kept_bytes()
         collector.collect()
@@ -266,7 +266,7 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
     folder, study = Path(out), space.name
     with reporting(folder, trial.id, space.title(trial.name, trial.backbone), split) as listener:
         try:
-            row = run_trial(
+            rows = run_trial(
                 trial,
                 StageStore(folder / STAGES_FOLDER),
                 split=split,
@@ -283,8 +283,9 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
             if isinstance(error, LostProcess) or is_lost_process(error):
                 tune.report({LOST: failure_reason(error)})
                 return
-            row = failed_row(trial, split, study, error, attempt=config["attempt"])
-    store.append(folder, [row])
+            rows = [failed_row(trial, split, study, error, attempt=config["attempt"])]
+    store.append(folder, rows)
+    row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
     tune.report({**numbers, ROW: row.model_dump_json()})
 
@@ -327,9 +328,10 @@ def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
     """What the study reads, for each backbone. Raises InputError for what is not there, dev and test splits
     included."""
     sources = {name: sources_of(space.of(name)) for name in space.backbone_names}
-    dataset = load_dataset(space.dataset)
-    dataset.qrels("dev")
-    dataset.qrels("test")
+    for name in space.dataset_names:
+        dataset = load_dataset(name)
+        dataset.qrels("dev")
+        dataset.qrels("test")
     return sources
 
 

@@ -19,7 +19,7 @@ from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine, on_device
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
-from effir_ray.evaluation.rows import make_row
+from effir_ray.evaluation.rows import make_row, mean_columns
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
@@ -46,9 +46,11 @@ def run_trial(
     listener: Listener = lambda stage: None,
     out: Path | None = None,
     here: hardware.Hardware | None = None,
-) -> TrialRow:
-    """Score ``config`` on ``split``. ``listener`` hears the name of every stage that is really run. Scores
-    of single queries go to the study's folder ``out``, before anyone writes the row: none lacks them.
+) -> list[TrialRow]:
+    """Score ``config`` on ``split``: its row; of several data sets the row of the means, then one for each.
+
+    ``listener`` hears the name of every stage that is really run. Scores
+    of single queries go to the study's folder ``out``, before anyone writes the rows: none lacks them.
     ``here``: what stages compute on, where that is known.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
@@ -58,26 +60,33 @@ def run_trial(
     started = time.monotonic()
     sources = sources_of(config, here)
     runner = StageRunner(config, split, stages, listener)
-    measured: dict[str, Any] = {}
-    by_query: list[QueryScores] = []
-    for stage in trial_stages(config, sources, split):
-        if stage.stage.columns is not None:  # an end; it pulls in the rest
-            runner.make(stage)
-            task = runner.task(stage, stage.path(stages))
-            measured |= stage.stage.columns(task)
-            if stage.stage.query_scores is not None:
-                by_query.append(stage.stage.query_scores(task))
+    measured: dict[str, dict[str, Any]] = {name: {} for name in config.dataset_names}
+    by_query: dict[str, QueryScores] = {}
+    for keyed in trial_stages(config, sources, split):
+        if keyed.stage.columns is not None:  # an end; it pulls in the rest
+            runner.make(keyed)
+            task = runner.task(keyed, keyed.path(stages))
+            columns = keyed.stage.columns(task)
+            for name in [keyed.config.dataset] if keyed.stage.each_dataset else config.dataset_names:
+                measured[name] |= columns
+            if keyed.stage.query_scores is not None:
+                by_query[keyed.config.dataset] = keyed.stage.query_scores(task)
+    known = _known_columns(config, split, study, attempt)
     row = make_row(
-        **_known_columns(config, split, study, attempt),
-        **measured,
+        **known,
+        **(mean_columns([(measured[name], by_query[name]) for name in measured])),
         contents=json.dumps(sources.contents),
         wall_seconds=time.monotonic() - started,
         device_seconds=runner.device_seconds,
     )
+    apart = [
+        make_row(**{**known, "dataset": name}, **columns, contents=json.dumps(sources.on(name).contents))
+        for name, columns in measured.items()
+    ]
     if out is not None:
-        for scores in by_query:
-            query_scores.append(out, row, scores)
-    return row
+        for one, scores in zip(apart, by_query.values(), strict=True):
+            query_scores.append(out, one, scores)
+    return [row, *apart] if config.datasets else [row]
 
 
 def _settle(config: TrialConfig) -> None:
@@ -116,7 +125,7 @@ class StageRunner:
         """What the stage's functions get, with ``out`` as its folder."""
         parents = {role: parent.path(self.store) for role, parent in keyed.parents.items()}
         return StageTask(
-            config=self.config,
+            config=keyed.config,
             split=self.split,
             parents=parents,
             out=out,
@@ -161,6 +170,7 @@ def sources_of(config: StudySettings, here: hardware.Hardware | None = None) -> 
     return Sources(
         backbone=backbone_fingerprint(config.backbone),
         dataset=source_fingerprint(config.dataset),
+        datasets={name: source_fingerprint(name) for name in config.datasets},
         calibration=source_fingerprint(config.calibration_from or config.dataset),
         trainings={name: training_identity(training) for name, training in config.trainings.items()},
         device=here.device,
@@ -177,7 +187,7 @@ def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) 
         "trial": config.model_dump_json(),
         "schedule": config.name,
         "backbone": config.backbone,
-        "dataset": config.dataset,
+        "dataset": config.measured_on,
         "split": split,
         "seed": config.seed,
         "sample": sample_in_words(config.model_dump(include={"dev", "test", "sample_seed"}), split),
@@ -203,7 +213,8 @@ def repeat(
     split: str | None = None,
     address: str | None = None,
 ) -> list[tuple[TrialRow, TrialRow]]:
-    """Do the trial of these rows once more, every stage anew in ``out``: (row then, row now) for each split.
+    """Do the trial of these rows once more, every stage anew in ``out``: (row then, row now) for each split
+    and data set.
 
     ``trial`` is a trial id, which may be shortened as long as one trial matches. Scores come out the same;
     speeds are measured anew. Raises InputError when there is no such row, it failed, or ``out`` is not empty.
@@ -214,20 +225,25 @@ def repeat(
         raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
     connect(address)
     stages, here = StageStore(folder / STAGES_FOLDER), machine()
-    pairs = []
+    repeated: dict[tuple[str, str, str], TrialRow] = {}
     for original in originals:
-        config = TrialConfig.of(original)
-        repeated = run_trial(
-            config,
+        if _measures(original) in repeated:
+            continue
+        rows = run_trial(
+            TrialConfig.of(original),
             stages,
             split="test" if original.split == "test" else "dev",
             study=original.study,
             out=folder,
             here=here,
         )
-        store.append(folder, [repeated])
-        pairs.append((original, repeated))
-    return pairs
+        store.append(folder, rows)
+        repeated |= {_measures(row): row for row in rows}
+    return [(original, repeated[_measures(original)]) for original in originals]
+
+
+def _measures(row: TrialRow) -> tuple[str, str, str]:
+    return row.study, row.dataset, row.split
 
 
 def _measured(table: Any, trial: str, split: str | None) -> list[TrialRow]:

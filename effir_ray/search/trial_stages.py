@@ -4,8 +4,9 @@
                                                                     \\-> timing
     bm25, which needs no model
 
-A stage reads the folders of its parents and writes its own. Model folders hold ``checkpoint`` and
-``plan.json``. Ray is imported where it is used: a dry run reads these declarations without it.
+Of several data sets each has its own embeddings, scores and bm25. A stage reads the folders of its parents
+and writes its own. Model folders hold ``checkpoint`` and ``plan.json``. Ray is imported where it is used: a
+dry run reads these declarations without it.
 """
 
 from __future__ import annotations
@@ -485,6 +486,7 @@ STAGES: tuple[Stage, ...] = (
             "max_length": config.document_max_length,
         },
         parents={"model": _MODEL},
+        each_dataset=True,
         on_device=lambda config: (
             config.encoding_workers == 1
         ),  # several are Ray Data's, which reserves theirs
@@ -505,6 +507,7 @@ STAGES: tuple[Stage, ...] = (
         query_scores=lambda task: _read_scores(task).per_query,
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
+        each_dataset=True,
         on_device=_always,
         computed_on="device",
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
@@ -516,6 +519,7 @@ STAGES: tuple[Stage, ...] = (
         columns=_bm25_columns,
         inputs=_sample_inputs,
         shared=True,
+        each_dataset=True,
         cost=Cost(start_seconds=5.0),
     ),
     Stage(

@@ -86,8 +86,8 @@ class TrainConfig(Config):
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.
-    held_out: a data set whose dev and test queries are asked by no training pair; a study names its own, and
-    ``dev``'s is one.
+    held_out: a data set, or several, whose dev and test queries are asked by no training pair; a study names
+    its own, and ``dev``'s is one.
     info_nce: weight of the contrastive term. 0 learns from ``distillation`` alone: queries then need no
     relevant documents, ``dataset`` may be texts without queries, and dropout, which only blurs what is to be
     matched, is off.
@@ -103,7 +103,7 @@ class TrainConfig(Config):
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
     dataset: str
     split: str = "train"
-    held_out: str | None = None
+    held_out: str | tuple[str, ...] | None = None
     negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`
     hard_negatives: int = Field(default=7, ge=0, le=10**4)
     epochs: float = Field(default=1.0, gt=0, le=1e5)
@@ -142,6 +142,10 @@ class TrainConfig(Config):
     )  # the best by dev score, or the newest; and the newest
     max_failures: int = Field(default=2, ge=0, le=10**4)
     storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
+
+    @property
+    def held_out_names(self) -> tuple[str, ...]:
+        return (self.held_out,) if isinstance(self.held_out, str) else self.held_out or ()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> TrainConfig:

@@ -64,8 +64,10 @@ def check_names(config: TrainConfig) -> None:
 def _data_read(config: TrainConfig) -> dict[str, str]:
     """Field -> name of a data set or of files of pairs."""
     read = {"dataset": config.dataset}
-    if config.held_out is not None:
+    if isinstance(config.held_out, str):
         read["held_out"] = config.held_out
+    else:
+        read |= {f"held_out.{number}": name for number, name in enumerate(config.held_out_names)}
     if config.dev is not None:
         read["dev.dataset"] = config.dev.dataset or config.dataset
     return read
@@ -81,8 +83,10 @@ def _models_read(config: TrainConfig) -> dict[str, str]:
     return read
 
 
-def _clear(settings: dict[str, Any], field: list[str]) -> None:
+def _clear(settings: Any, field: list[str]) -> None:
     """A name gives way to the content that stands beside the settings."""
-    for part in field[:-1]:
-        settings = settings[part]
-    settings[field[-1]] = "by content"
+    place, *rest = [int(field[0]) if isinstance(settings, list) else field[0], *field[1:]]
+    if rest:
+        _clear(settings[place], field[1:])
+    else:
+        settings[place] = "by content"

@@ -9,10 +9,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import ray
 import torch
@@ -55,6 +56,24 @@ assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 assert ray._private.worker._global_node.get_session_dir_path().startswith(str(token.parent))
 """
 
+
+_STUCK = """
+import os, threading, time
+from effir_ray.cluster.connection import connect
+connect(num_cpus=1)
+import ray
+@ray.remote
+class Worker:
+    def pid(self):
+        threading.Thread(target=threading.Event().wait).start()  # the interpreter waits for it when it ends
+        return os.getpid()
+    def end(self):
+        ray.actor.exit_actor()
+worker = Worker.remote()
+print(ray.get(worker.pid.remote()))
+worker.end.remote()
+time.sleep(2)
+"""
 
 _REFUSED = """
 import sys, time
@@ -122,6 +141,13 @@ def test_a_private_instance_is_reached_from_this_machine_and_user_alone(tmp_path
         assert not list(place.iterdir()), "folders of this and of killed instances are removed"
     finally:
         shutil.rmtree(place)
+
+
+def test_a_worker_that_hangs_does_not_outlive_its_instance() -> None:
+    done = subprocess.run([sys.executable, "-c", _STUCK], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    with suppress(psutil.NoSuchProcess):
+        assert psutil.Process(int(done.stdout)).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_folder_that_others_can_enter_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

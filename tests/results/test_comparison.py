@@ -12,6 +12,7 @@ from scipy import stats
 from effir_ray.errors import InputError
 from effir_ray.results import query_scores, significance, store
 from effir_ray.results.comparison import compare
+from effir_ray.results.schema import mean_of
 from effir_ray.results.selection import pareto
 from effir_ray.results.significance import holm, permutation_p
 from tests.helpers.search_examples import row, small_space
@@ -40,6 +41,26 @@ def study(tmp_path: Path) -> Path:
     keep(tmp_path, "b2", np.clip(HARD + chance, 0, 1), schedule="2B", parameters=60)
     keep(tmp_path, "c3", HARD * 0.9, schedule="4B", parameters=30)
     return tmp_path
+
+
+def test_of_means_over_data_sets_the_difference_is_the_mean_of_those_on_each(tmp_path: Path) -> None:
+    """However many queries each has: better on the few of one, a little worse on the many of the other."""
+    few, many = HARD[:20] * 0.5, HARD * 0.5
+    for trial, better, worse, size in (("a1", 0.0, 0.0, 100), ("b2", 0.1, 0.02, 60)):
+        schedule = {"schedule": "full" if trial == "a1" else "2B", "parameters": size}
+        parts = {"x": few + better, "y": many - worse}
+        for name, scores in parts.items():
+            keep(tmp_path, trial, scores, dataset=name, **schedule)
+        mean = float(np.mean([scores.mean() for scores in parts.values()]))
+        (made,) = store.trial_rows(store.read([tmp_path]))[-1:]
+        store.append(tmp_path, [made.model_copy(update={"dataset": mean_of("xy"), "ndcg_at_10": mean})])
+    found = by_trial(tmp_path)["b2"]
+    assert found["queries"] == 220 and found["dataset"] == "mean of x, y"
+    assert found["difference"] == pytest.approx((0.1 - 0.02) / 2)
+    assert found["difference_low"] == pytest.approx(0.04) and found["p"] < 0.001
+    assert found["score"] == pytest.approx(np.mean([(few + 0.1).mean(), (many - 0.02).mean()]))
+    front = pareto(tmp_path, split="test")
+    assert front["trial_id"].to_pylist() == ["b2"]
 
 
 def by_trial(folder: Path, *arguments: object, **options: object) -> Mapping[str, Mapping[str, object]]:

@@ -107,7 +107,7 @@ def test_a_page_draws_what_stays_of_every_block_and_how_far_it_is_from_the_full_
     data = data_of(report([tmp_path / "study"], tmp_path / "report.html").read_text(encoding="utf-8"))
     layers = {row["trial_id"]: row["layers"] for row in data["rows"]}
     assert layers == {"0": [[True, 1.0]] * 3, "1": [[True, 1.0], [False, 0.5], [True, 0.0]]}
-    against = data["against_full"]["s/1"]
+    against = data["against_full"]["s/1/d"]
     assert against["difference"] == pytest.approx(-0.5)
     assert against["low"] <= -0.5 <= against["high"] and against["p"] < 0.01
 

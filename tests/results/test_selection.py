@@ -9,7 +9,7 @@ from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.results.query import query
 from effir_ray.results.report import report
-from effir_ray.results.schema import TrialRow
+from effir_ray.results.schema import TrialRow, mean_of
 from effir_ray.results.selection import FAILED, TEST_COLUMN, pareto
 
 
@@ -97,6 +97,34 @@ def test_data_sets_are_not_mixed(study: Path) -> None:
     with pytest.raises(InputError, match=r"2 data sets"):
         pareto([study])
     assert names(study, where="dataset = 'scifact'") == ["other"]
+
+
+def test_a_study_over_several_data_sets_is_judged_by_its_means(tmp_path: Path) -> None:
+    """The best on one of them is not; what each scored stands beside the mean."""
+    scores = {"a": (0.9, 0.1), "b": (0.6, 0.7), "c": (0.2, 0.2)}
+    sizes = {"a": 50, "b": 60, "c": 70}
+    for split in ("dev", "test"):
+        for name, pair in scores.items():
+            parts = [
+                row(name, score, sizes[name], dataset=d, split=split)
+                for d, score in zip("xy", pair, strict=True)
+            ]
+            mean = row(name, sum(pair) / 2, sizes[name], dataset=mean_of("xy"), split=split)
+            store.append(tmp_path, [mean, *parts])
+    front = pareto(tmp_path)
+    assert front["schedule"].to_pylist() == ["b", "a"]
+    assert front["ndcg_at_10"].to_pylist() == pytest.approx([0.65, 0.5])
+    assert front[TEST_COLUMN].to_pylist() == pytest.approx([0.65, 0.5])
+    assert [json.loads(each) for each in front["datasets"].to_pylist()] == [
+        {"x": 0.6, "y": 0.7},
+        {"x": 0.9, "y": 0.1},
+    ]
+    assert names(tmp_path, where="dataset = 'x'") == ["a"]
+    assert pareto(tmp_path, where="dataset = 'x'")[TEST_COLUMN].to_pylist() == [0.9]
+    assert names(tmp_path, mean_datasets=True) == ["b", "a"]
+    store.append(tmp_path, [row("d", 0.9, 50, dataset="z")])
+    with pytest.raises(InputError, match=r"2 data sets \(mean of x, y, z\)"):
+        pareto(tmp_path)
 
 
 def test_without_a_successful_trial_there_is_no_front(study: Path) -> None:

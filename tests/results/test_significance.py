@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from effir_ray.errors import InputError
-from effir_ray.results.significance import bootstrap_interval, holm, paired_difference, permutation_p
+from effir_ray.results.significance import bootstrap_interval, differences, holm, permutation_p
 
 
 def test_an_interval_is_scipys() -> None:
@@ -33,15 +33,36 @@ def test_a_difference_is_paired() -> None:
     hard = np.random.default_rng(1).random(100)
     first = {f"q{i}": float(value) for i, value in enumerate(hard)}
     second = {query: value + 0.01 for query, value in reversed(first.items())}
-    found = paired_difference(first, second)
+    found = bootstrap_interval(differences(first, second))
     assert found.low == pytest.approx(0.01) and found.high == pytest.approx(0.01)
     assert bootstrap_interval(list(first.values())).high - hard.mean() > 0.03
 
 
+def test_data_sets_count_alike_however_many_queries_they_have() -> None:
+    """Of the mean of their means, against a bootstrap that draws each by itself."""
+    random = np.random.default_rng(5)
+    small, large = random.beta(0.5, 0.7, size=25), random.beta(2.0, 0.7, size=900)
+    found = bootstrap_interval(small, large)
+    assert (found.n, found.mean) == (925, pytest.approx((small.mean() + large.mean()) / 2))
+
+    def means(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (one.mean(axis=axis) + other.mean(axis=axis)) / 2
+
+    theirs = stats.bootstrap((small, large), means, method="percentile", n_resamples=10_000, rng=1)
+    expected = theirs.confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
+    assert found.standard_error == pytest.approx(theirs.standard_error, rel=0.05)
+
+    # The small set is better, the many queries of the large one a little worse: together surely better.
+    better, worse = random.normal(0.2, 0.05, size=25), random.normal(-0.02, 0.05, size=900)
+    assert permutation_p(better, worse) < 0.001 and np.concatenate([better, worse]).mean() < 0
+    assert permutation_p(random.normal(0, 1, size=25), random.normal(0, 1, size=900)) > 0.05
+
+
 def test_other_queries_and_none_are_refused() -> None:
     with pytest.raises(InputError, match="2 queries have a score of one model only"):
-        paired_difference({"a": 1.0}, {"b": 1.0})
-    with pytest.raises(InputError, match="at least one query"):
+        differences({"a": 1.0}, {"b": 1.0})
+    with pytest.raises(InputError, match="without a query"):
         bootstrap_interval([])
 
 

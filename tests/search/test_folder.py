@@ -70,22 +70,22 @@ def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_last_row_of_a_trial_counts_and_failed_ones_run_again(tmp_path: Path) -> None:
-    assert finished_rows(tmp_path) == []
+    assert finished_rows(tmp_path, small_space()) == []
     config = small_space().trial(Candidate())
     store.append(tmp_path, [row(config, 0.1)])
     store.append(tmp_path, [row(config, 0.2)])
-    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
+    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path, small_space())] == [0.2]
     other = small_space().trial(Candidate(drop_mlp=1))
     store.append(tmp_path, [row(other, None)])
-    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.2]
-    assert attempts(tmp_path) == {(config.id, "dev"): 2, (other.id, "dev"): 1}
+    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path, small_space())] == [0.2]
+    assert attempts(tmp_path, small_space()) == {(config.id, "dev"): 2, (other.id, "dev"): 1}
 
 
 def test_a_failure_with_a_later_clock_hides_no_success(tmp_path: Path) -> None:
     config = small_space().trial(Candidate())
     store.append(tmp_path, [row(config, 0.3)])
     store.append(tmp_path, [row(config, None)])
-    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path)] == [0.3]
+    assert [kept.ndcg_at_10 for kept in finished_rows(tmp_path, small_space())] == [0.3]
 
 
 @pytest.mark.parametrize(

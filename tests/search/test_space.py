@@ -60,12 +60,16 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("base_training: {model: random:llama}\n", "base_training trains the study's own models"),
         ("base_training: {split: dev}\n", "base_training: split is 'dev': dev and test queries are held out"),
         ("recovery: {split: test}\n", "recovery: split is 'test': dev and test queries are held out"),
-        ("recovery: {held_out: other}\n", "recovery holds out the study's data set: leave 'held_out' out"),
+        ("recovery: {held_out: other}\n", "recovery holds out the study's data: leave 'held_out' out"),
         (
             "base_training: {distillation: {teacher: base, embedding: 1}}\n",
             "base_training makes the study's full model, which is 'base': name another",
         ),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
+        ("datasets: [other, stdlib]\n", "give 'dataset' or 'datasets', not both"),
+        ("datasets: [stdlib, stdlib]\n", "datasets: 'stdlib' is named twice"),
+        ("datasets: [stdlib, 'a, b']\n", "'a, b': a name in a list of data sets has no comma"),
+        ("datasets: 3\n", "datasets: "),
         ("backbones: [random:bert, random:llama]\n", "give 'backbone' or 'backbones', not both"),
         ("backbones: [random:llama, random:llama]\n", "'random:llama' is named twice"),
         ("backbones: [random:llama, {backbone: random:bert, steps: 3}]\n", "unknown key"),
@@ -95,6 +99,29 @@ SEVERAL = {
     "recovery": TRAINING,
     "seed": 7,
 }
+
+
+def test_all_of_several_data_sets_are_held_out_and_the_first_is_learnt_from() -> None:
+    recovery = {"steps": 2}
+    space = small_space(
+        dataset="stdlib",
+        datasets=["stdlib", "other"],
+        recovery=recovery,
+        backbones=["random:llama", {"backbone": "random:bert", "recovery": {"steps": 3}}],
+    )
+    for name in space.backbone_names:
+        training = space.of(name).recovery
+        assert training is not None
+        assert (training.dataset, training.held_out) == ("stdlib", ("stdlib", "other"))
+    config = space.trial(Candidate(recover=True, backbone="random:llama"))
+    assert TrialConfig.read(config.model_dump_json(), "here") == config
+    assert config.measured_on == "mean of stdlib, other" and config.on("other").measured_on == "other"
+    assert config.id != small_space(recovery=recovery).trial(Candidate(recover=True)).id
+
+
+def test_a_list_of_one_data_set_is_that_data_set() -> None:
+    one, single = (small_space(**given) for given in ({"datasets": ["stdlib"]}, {"dataset": "stdlib"}))
+    assert one == single and "datasets" not in one.model_dump()
 
 
 def test_each_of_several_backbones_has_its_own_settings_and_the_studys() -> None:

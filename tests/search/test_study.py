@@ -22,6 +22,7 @@ from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.results import store
+from effir_ray.results.comparison import compare
 from effir_ray.results.query import query
 from effir_ray.results.report import report
 from effir_ray.results.selection import pareto
@@ -129,8 +130,10 @@ def test_a_study_from_backbone_to_tested_front_and_a_repeated_trial(tmp_path: Pa
 
 
 @pytest.mark.integration
-def test_a_study_of_two_real_backbones_ends_with_one_front_and_each_ones_own(tmp_path: Path) -> None:
+def test_two_real_backbones_on_two_data_sets_end_with_one_front_and_each_ones_own(tmp_path: Path) -> None:
+    other = str(write_corpus(tmp_path / "colours"))
     space = small_space(
+        datasets=["stdlib", other],
         backbones=["minilm-l6", {"backbone": "smollm2-135m", "first_blocks": 2}],
         schedules=[{"drop_mlp": 1}],
         parameters={"drop_attention": [1, 3]},
@@ -138,21 +141,34 @@ def test_a_study_of_two_real_backbones_ends_with_one_front_and_each_ones_own(tmp
     )
     out = tmp_path / "study"
     result = search(space, out)
-    rows = store.read([out]).to_pylist()
-    assert {row["status"] for row in rows} == {"ok"} and result.trials == 6
+    everything = store.read([out]).to_pylist()
+    rows = [row for row in everything if row["dataset"] == f"mean of stdlib, {other}"]
+    assert {row["status"] for row in everything} == {"ok"} and result.trials == 6
+    apart = {(row["trial_id"], row["split"], row["dataset"]): row["ndcg_at_10"] for row in everything}
+    for row in rows:
+        single = [apart[row["trial_id"], row["split"], name] for name in ("stdlib", other)]
+        assert row["ndcg_at_10"] == pytest.approx(sum(single) / 2)
+    assert len(apart) == len(everything) == 3 * len(rows)
     full = {row["backbone"]: row for row in rows if row["split"] == "dev" and row["schedule"] == "full"}
     read = [json.loads(full[name]["contents"]) for name in space.backbone_names]
     assert read[0]["dataset"] == read[1]["dataset"] and read[0]["backbone"] != read[1]["backbone"]
     assert {row["parameter_ratio"] for row in full.values()} == {1.0}
     tested = {row["trial_id"] for row in rows if row["split"] == "test"}
     assert tested == {*result.front, *(row["trial_id"] for row in full.values())}
-    joint = pareto(out)["trial_id"].to_pylist()
-    assert sorted(joint) == sorted(result.front)
+    joint = pareto(out)
+    assert sorted(joint["trial_id"].to_pylist()) == sorted(result.front)
+    assert set(json.loads(joint["datasets"][0].as_py())) == {"stdlib", other}
     for name in space.backbone_names:
         own = pareto(out, where=f"backbone = '{name}'")
         assert set(own["backbone"].to_pylist()) == {name} and len(own) >= 1
     built = Counter(stage.split()[0] for stage in builds(out))
-    assert built["bm25"] == 2  # of dev and test, not of each backbone
+    assert built["bm25"] == 4  # of dev and test of each data set, not of each backbone
+    differences = compare(out).to_pylist()
+    assert {row["dataset"] for row in differences} == {rows[0]["dataset"]}
+    chosen = next(row for row in rows if row["trial_id"] in result.front and row["split"] == "test")
+    again = repeat([out], chosen["trial_id"], tmp_path / "again", split="test")
+    assert [then.dataset for then, _ in again] == [now.dataset for _, now in again] and len(again) == 3
+    assert all(now.ndcg_at_10 == pytest.approx(then.ndcg_at_10, abs=1e-4) for then, now in again)
     page = report(out, tmp_path / "report.html").read_text()
     assert "smollm2-135m" in page and "minilm-l6" in page
     assert search(space, out, resume=True).front == result.front

@@ -5,15 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from effir_ray import hardware
 from effir_ray.errors import TrialFailure
+from effir_ray.evaluation.metrics import Scores
+from effir_ray.evaluation.rows import score_columns
+from effir_ray.results import query_scores
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
 from effir_ray.search import trial_stages
@@ -26,7 +31,7 @@ from effir_ray.search.stage_graph import Cost, Stage, StageTask
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import StageRunner, failed_row, run_trial
 from effir_ray.stages import StageStore
-from tests.helpers.search_examples import small_space
+from tests.helpers.search_examples import small_space, write_corpus
 
 
 def footprint(task: StageTask) -> None:
@@ -93,7 +98,7 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "weighing the model" in line
 
     heard: list[str] = []
-    row = run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
+    (row,) = run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
     assert sorted(heard) == sorted(built(tmp_path)) == ["backbone", "footprint", "pruned", "scores", "timing"]
     assert row.mfu == 4.0
     run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
@@ -104,16 +109,57 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert heard[5:] == ["footprint"]
 
 
+def test_of_several_data_sets_each_has_a_row_beside_their_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set of two queries counts as much as one of one; the model is made and timed once."""
+    other = str(write_corpus(tmp_path / "other"))
+
+    def scored(task: StageTask) -> dict[str, dict[str, float]]:
+        values = {"stdlib": [0.2], other: [0.4, 0.8]}[task.config.dataset]
+        return {f"q{number}": dict.fromkeys(METRICS.values(), value) for number, value in enumerate(values)}
+
+    def columns(task: StageTask) -> dict[str, Any]:
+        by_query, names = scored(task), METRICS.values()
+        mean = {name: float(np.mean([found[name] for found in by_query.values()])) for name in names}
+        return score_columns(Scores(mean, by_query)) | {"isotropy": None}
+
+    inputs = DECLARED["bm25"].inputs  # what of a data set its embeddings depend on
+    only(monkeypatch, *WITHOUT_RAY, replace(SCORES, inputs=inputs, columns=columns, query_scores=scored))
+    stages = StageStore(tmp_path / "stages")
+    config = small_space(datasets=["stdlib", other]).trial(Candidate(drop_mlp=(1,)))
+    mean, *apart = run_trial(config, stages, out=tmp_path)
+    assert (mean.dataset, *(row.dataset for row in apart)) == (f"mean of stdlib, {other}", "stdlib", other)
+    assert [row.ndcg_at_10 for row in (mean, *apart)] == pytest.approx([0.4, 0.2, 0.6])
+    assert [row.n_queries for row in (mean, *apart)] == [3, 1, 2]
+    contents = [json.loads(row.contents)["dataset"] for row in (mean, *apart)]
+    assert contents[0] == "+".join(contents[1:]) and len(set(contents)) == 3
+    assert {row.trial_id for row in apart} == {mean.trial_id} == {config.id}
+    assert {row.document_ms for row in apart} == {mean.document_ms}
+    assert mean.ndcg_at_10_se == pytest.approx((apart[1].ndcg_at_10_se or 0) / 2)
+    assert mean.device_seconds and apart[0].device_seconds is apart[1].device_seconds is None
+    assert Counter(built(tmp_path)) == {"backbone": 1, "pruned": 1, "scores": 2, "timing": 1}
+    kept = query_scores.by_trial(query_scores.read(tmp_path))
+    assert {dataset: scores for (_, _, dataset, _), scores in kept.items()} == {
+        "stdlib": {"q0": 0.2},
+        other: {"q0": 0.4, "q1": 0.8},
+    }
+    # Each is the data set's own: a study of it alone finds its scores.
+    heard: list[str] = []
+    run_trial(small_space(dataset=other).trial(Candidate(drop_mlp=(1,))), stages, listener=heard.append)
+    assert heard == ["timing"]  # on its own texts
+
+
 def test_a_model_that_was_deleted_is_built_again_only_when_it_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, *WITHOUT_RAY, SCORES, EXTRA)
     config, stages = small_space().trial(Candidate(drop_mlp=(1,))), StageStore(tmp_path / "stages")
-    first = run_trial(config, stages)
+    (first,) = run_trial(config, stages)
     (pruned,) = (tmp_path / "stages" / "pruned").glob("*")
     stages.free(pruned, trial_stages.CHECKPOINT)
     heard: list[str] = []
-    again = run_trial(config, stages, listener=heard.append)
+    (again,) = run_trial(config, stages, listener=heard.append)
     assert (heard, again.ndcg_at_10, again.mfu) == ([], first.ndcg_at_10, first.mfu)
     only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
     run_trial(config, stages, listener=heard.append)
@@ -128,16 +174,16 @@ def test_a_row_names_the_machine_that_measured_its_speed(
     only(monkeypatch, *WITHOUT_RAY, SCORES)
     config, stages = small_space().trial(Candidate()), StageStore(tmp_path / "stages")
     here = hardware.detect()
-    first = run_trial(config, stages)
+    (first,) = run_trial(config, stages)
     assert first.hardware == here.name
     (record,) = (tmp_path / "stages" / "timing").glob("*/timing.json")
     timing = json.loads(record.read_text())
     assert (timing["hardware"], timing["dtype"]) == (here.name, here.dtype)
     record.write_text(json.dumps(timing | {"hardware": "1 x Measuring Machine"}))
-    assert run_trial(config, stages, split="test").hardware == "1 x Measuring Machine"
+    assert run_trial(config, stages, split="test")[0].hardware == "1 x Measuring Machine"
 
     monkeypatch.setattr(hardware, "detect", lambda: replace(here, name="another machine"))
-    assert run_trial(config, stages).hardware == "another machine"
+    assert run_trial(config, stages)[0].hardware == "another machine"
     assert built(tmp_path).count("timing") == 2
 
 
@@ -147,7 +193,7 @@ def test_models_of_one_shape_have_one_speed(tmp_path: Path, monkeypatch: pytest.
     space, stages = small_space(), StageStore(tmp_path / "stages")
 
     def run(**schedule: Any) -> TrialRow:
-        return run_trial(space.trial(Candidate(**schedule)), stages)
+        return run_trial(space.trial(Candidate(**schedule)), stages)[0]
 
     full, first, second = run(), run(drop_block=(1,)), run(drop_block=(2,))
     assert speeds(tmp_path) == 2

@@ -47,6 +47,24 @@ def test_another_model_at_the_same_path_is_another_training(
     assert identity(inputs) == before
 
 
+def test_each_of_several_that_are_held_out_counts_by_its_content(
+    tmp_path: Path, write_folder: Callable[..., Path]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"query": "a", "positive": "b"}\n')
+    first, second = (str(write_folder(tmp_path / name)) for name in ("first", "second"))
+    config = TrainConfig(dataset=str(pairs), held_out=(first, second))
+    before = training_identity(config)
+    assert before["settings"]["held_out"] == ["by content", "by content"]
+    assert before["contents"].keys() == {"dataset", "held_out.0", "held_out.1"}
+    with (Path(second) / "queries.jsonl").open("a") as queries:
+        queries.write('{"_id": "q99", "text": "another question"}\n')
+    after = training_identity(config)
+    assert [role for role in after["contents"] if after["contents"][role] != before["contents"][role]] == [
+        "held_out.1"
+    ]
+
+
 @pytest.mark.parametrize("file", ["pairs.jsonl", "held_out/queries.jsonl", "dev/corpus.jsonl"])
 def test_other_data_at_the_same_path_is_another_training(
     file: str, inputs: dict[str, Any], tmp_path: Path

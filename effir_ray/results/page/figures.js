@@ -134,9 +134,10 @@ function curvesFigure({ points }) {
 const curveOf = (row) => (row.recovered && row.model ? DATA.curves[row.model] : undefined);
 
 function drawDatasets() {
-  const groups = distinct(DATA.rows.filter((r) => r.split === view.split).map((r) => r.group));
+  const single = DATA.rows.filter((r) => r.split === view.split && !r.averaged);
+  const groups = distinct(single.map((r) => r.group));
   const models = new Map();
-  for (const row of DATA.rows.filter((r) => r.split === view.split && matches(r))) {
+  for (const row of single.filter(matches)) {
     const key = JSON.stringify([row.study, row.backbone, name(row), row.settings]); // seeds are no setting: their mean
     const model = models.get(key) ?? { row, scores: new Map() };
     model.scores.set(row.group, [...(model.scores.get(row.group) ?? []), row[view.y]]);

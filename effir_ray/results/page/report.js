@@ -30,6 +30,7 @@ const escape = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeA
 const name = (row) => row.schedule + (row.recovered && !row.schedule.includes("+ft") ? " trained" : "");
 const distinct = (values) => [...new Set(values)];
 const trialOf = (row) => `${row.study}/${row.trial_id}/${row.group}`;
+const measuredOn = (row) => `${row.study}/${row.trial_id}/${row.dataset}`;
 
 // -- which rows -------------------------------------------------------------------------------------------
 
@@ -45,11 +46,11 @@ for (const row of DATA.rows) {
   row.group = samples.length > 1 ? `${row.dataset}, ${row.sample}` : row.dataset;
 }
 for (const row of DATA.rows) {
-  if (row.split === "test") TESTS.set(`${row.study}/${row.trial_id}`, row);
+  if (row.split === "test") TESTS.set(measuredOn(row), row);
   if (row.schedule === "full" && !row.recovered) FULL.set(`${row.study}/${row.backbone}/${row.split}/${row.group}`, row);
 }
 const fullOf = (row) => FULL.get(`${row.study}/${row.backbone}/${row.split}/${row.group}`);
-const testOf = (row) => (row.split === "test" ? null : TESTS.get(`${row.study}/${row.trial_id}`) ?? null);
+const testOf = (row) => (row.split === "test" ? null : TESTS.get(measuredOn(row)) ?? null);
 const rowsOf = (split) => DATA.rows.filter((r) => r.group === view.group && r.split === split);
 const measured = (row) => row[view.x] !== null && row[view.y] !== null;
 function matches(row) {
@@ -357,7 +358,7 @@ const settings = (row) => Object.entries(row.settings ?? {}).filter(([, value]) 
   .map(([term, value]) => [last(term), typeof value === "string" ? value : JSON.stringify(value)]);
 
 function against(row) {
-  const found = DATA.against_full[`${row.study}/${row.trial_id}`];
+  const found = DATA.against_full[measuredOn(row)];
   if (!found) return [];
   return [["against the full model", `${(100 * found.difference).toFixed(1)} points of nDCG@10 on ${found.split} (95 % interval ` +
     `${(100 * found.low).toFixed(1)} to ${(100 * found.high).toFixed(1)}, p ${found.p.toPrecision(2)} after Holm)`]];

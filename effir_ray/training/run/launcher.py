@@ -137,8 +137,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     changes: dict[str, Any] = {"dataset": _absolute(config.dataset, _DATA)}
     if config.dev is not None and config.dev.dataset is not None:
         changes["dev"] = config.dev.model_copy(update={"dataset": _absolute(config.dev.dataset, _DATA)})
-    if config.held_out is not None:
+    if isinstance(config.held_out, str):
         changes["held_out"] = _absolute(config.held_out, _DATA)
+    elif config.held_out is not None:
+        changes["held_out"] = tuple(_absolute(name, _DATA) for name in config.held_out)
     if config.distillation.teacher is not None:
         teacher = _absolute(config.distillation.teacher, PACKAGED)
         changes["distillation"] = config.distillation.model_copy(update={"teacher": teacher})

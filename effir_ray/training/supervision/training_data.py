@@ -59,7 +59,7 @@ def dev_dataset(config: TrainConfig) -> Dataset | None:
 def held_out_by(config: TrainConfig) -> frozenset[str]:
     """The dev and test questions (as ``normalised`` writes them) of what ``dev`` and ``held_out`` name."""
     dev = None if config.dev is None else config.dev.dataset or config.dataset
-    names = {name for name in (dev, config.held_out) if name is not None}
+    names = {*config.held_out_names, *([] if dev is None else [dev])}
     return frozenset().union(*(held_out_questions(load_dataset(name)) for name in names))
 
 
