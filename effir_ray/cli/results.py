@@ -192,11 +192,12 @@ def compare(
     if as_json:
         show_json(compared)
         return
-    first, several = compared[0], len({row["backbone"] for row in compared}) > 1
+    first = compared[0]
+    apart = [name for name in ("backbone", "seed") if len({row[name] for row in compared}) > 1]
     show_table(
         [
             "trial",
-            *(["backbone"] if several else []),
+            *apart,
             "schedule",
             "trained",
             metric,
@@ -209,7 +210,7 @@ def compare(
         [
             (
                 row["trial_id"],
-                *([row["backbone"]] if several else []),
+                *(str(row[name]) for name in apart),
                 row["schedule"],
                 "yes" if row["recovered"] else "",
                 f"{row['score']:.4f}",

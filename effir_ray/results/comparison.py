@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ _KNOWN = (
     "backbone",
     "schedule",
     "recovered",
+    "seed",
     "parameters",
     "parameter_ratio",
     "document_speedup",
@@ -56,8 +57,8 @@ def compare(
     damaged: Damaged | None = None,
 ) -> pa.Table:
     """How far models are from a baseline over the same queries; the baseline is the first row, without a
-    difference, the others follow, best first. Of several backbones each model is compared with its own full
-    one, backbone by backbone.
+    difference, the others follow, best first. Of several backbones or seeds each model is compared with its
+    own full one, one after the other.
 
     ``trials``: trial ids, which may be shortened, the baseline first; without them the full model and all
     others. ``split``: by default test, where at least two models have test scores, else dev. A difference has
@@ -95,7 +96,7 @@ def compare_rows(
             f"scores of single queries on split {rows[0].split} are missing ({missing}): there is nothing to "
             "compare; a search with this version of effir-ray keeps them"
         )
-    groups = [kept] if trials else _by_backbone(kept)
+    groups = [kept] if trials else _with_one_full(kept)
     baselines = [_baseline(group, trials) for group in groups]
     pairs = [
         (scores[_key(baseline)], row)
@@ -115,15 +116,20 @@ def compare_rows(
     records = []
     for baseline in baselines:
         records.append(_record(baseline, metric, scores[_key(baseline)], None, None, None))
-        records += [record for record in compared if trials or record["backbone"] == baseline.backbone]
+        records += [record for record in compared if trials or _is_beside(record, baseline)]
     return pa.Table.from_pylist(records, schema=SCHEMA)
 
 
-def _by_backbone(rows: Sequence[TrialRow]) -> list[list[TrialRow]]:
-    groups: dict[str, list[TrialRow]] = {}
+def _with_one_full(rows: Sequence[TrialRow]) -> list[list[TrialRow]]:
+    """By what a full model is of."""
+    groups: dict[tuple[str, int], list[TrialRow]] = {}
     for row in rows:
-        groups.setdefault(row.backbone, []).append(row)
+        groups.setdefault((row.backbone, row.seed), []).append(row)
     return list(groups.values())
+
+
+def _is_beside(record: Mapping[str, Any], baseline: TrialRow) -> bool:
+    return (record["backbone"], record["seed"]) == (baseline.backbone, baseline.seed)
 
 
 def _key(row: TrialRow) -> tuple[str, str, str, str]:

@@ -81,7 +81,8 @@ def export(
         shutil.copytree(model, new)
         if onnx:
             write_onnx(new)
-        full = _full(store.trial_rows(table.filter(pc.equal(table["backbone"], rows[0].backbone))))
+        same = store.trial_rows(table.filter(pc.equal(table["backbone"], rows[0].backbone)))
+        full = _full(sorted(same, key=lambda row: row.seed == rows[0].seed))  # the last counts
         (new / CARD).write_text(card(rows, full, new), encoding="utf-8")
         if target.exists():
             target.rmdir()

@@ -57,15 +57,18 @@ class Collector:
         return sum(size_on_disk(place) for place in places if place.exists())
 
     def _finished(self) -> Iterator[KeyedStage]:
-        for (_, split), row in list(self.proposals.rows.items()):
+        for (_, split), row in [*list(self.proposals.rows.items()), *list(self.proposals.repeated.items())]:
             yield from self._of(TrialConfig.of(row), "test" if split == "test" else "dev")
 
     def _wanted(self) -> Iterator[KeyedStage]:
         """Everything that leads to a row to come, and what the scores of the front's rows are of."""
         for config in self._to_come():
             yield from self._of(config, "dev")
-        for config in self.proposals.undefeated():
-            tested = (config.id, "test") in self.proposals.rows
+        best = self.proposals.undefeated()
+        again = (other for config in best for other in self.proposals.with_other_seeds(config))
+        for config in (*best, *again):
+            key = (config.id, "test")
+            tested = key in self.proposals.rows or key in self.proposals.repeated
             if self.proposals.space.keep == "none" and tested:
                 continue
             for split in _SPLITS:

@@ -94,6 +94,8 @@ class StudyDisplay:
         parts = [f"{min(dev, planned)}/{planned} trials"]
         if tests := self.proposals.done("test"):
             parts.append(f"{tests} tested")
+        if repeated := len(self.proposals.repeated):
+            parts.append(f"{repeated} scores of other seeds")
         parts.append(f"{duration(time.monotonic() - self.started)} elapsed")
         if self.proposals.stopped:
             parts.append(self.proposals.stopped)

@@ -58,7 +58,8 @@ def study_footprint(
     kept = [_kept(config, size, every=space.keep == "all") for config, size in trials]
     kept += [max(kept)] * space.trials
     share = 1.0 if space.keep == "all" else _FRONT_SHARE
-    stay = int(sum(kept) * share)
+    again = sum(kept) * _FRONT_SHARE * max(0, len(space.seeds) - 1)
+    stay = int(sum(kept) * share + again)
     building = max(_building(config, size) for config, size in trials)
     building = max([building, *(_training(training, full) for full, training in based)])
     waiting = [_state(config.recovery, size) for config, size in trials if config.recovery is not None]

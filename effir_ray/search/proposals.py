@@ -1,5 +1,6 @@
 """Which trial runs next: the listed schedules, then what Optuna proposes, then, with a strategy that stops
-trials early, the better ones further on; at last the front and the full model on the test split.
+trials early, the better ones further on; at last the front and the full model on the test split, and with the
+other seeds of a study that has several.
 
 Optuna is driven by ask and tell on a study in the output folder. Rows are written before Optuna is told, so
 after a kill at any moment ``Proposals`` brings the two together again: what has a row is told, what was asked
@@ -31,6 +32,7 @@ from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, op
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
+_SPLITS: tuple[Split, ...] = ("dev", "test")
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run
 _STUBBORN = 10  # useless proposals in a row, before an untried combination is taken instead
 _DRAWS = 500  # random combinations looked at where they cannot be listed, before the study gives up
@@ -57,7 +59,10 @@ class Proposals:
 
     def __init__(self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbones: Backbones) -> None:
         self.space, self.out, self.backbones = space, out.resolve(), backbones
-        self.rows: dict[tuple[str, str], TrialRow] = {(row.trial_id, row.split): row for row in rows}
+        self.rows: dict[tuple[str, str], TrialRow] = {}  # with the seed of the search; by trial id and split
+        self.repeated: dict[tuple[str, str], TrialRow] = {}  # with the others
+        for row in rows:
+            self._rows_like(row)[row.trial_id, row.split] = row
         self.running: dict[tuple[str, str], TrialRequest] = {}
         with readable(self.out / STORAGE):
             self.study = open_study(space, self.out)
@@ -97,7 +102,8 @@ class Proposals:
         if budget.hours is not None and time.monotonic() - self.started >= budget.hours * 3600:
             return f"the budget of {budget.hours:g} hours is spent"
         if budget.device_hours is not None:
-            used = sum(row.device_seconds or 0.0 for row in list(self.rows.values())) / 3600
+            everything = [*list(self.rows.values()), *list(self.repeated.values())]
+            used = sum(row.device_seconds or 0.0 for row in everything) / 3600
             if used >= budget.device_hours:
                 return f"the budget of {budget.device_hours:g} device-hours is spent ({used:.3g})"
         return ""
@@ -115,12 +121,9 @@ class Proposals:
         config = self._next_dev()
         if config is not None:
             return self._start(TrialRequest(config=config, split="dev"))
-        if any(split == "dev" for _, split in self.running):
+        if self._under_way:
             return None
-        for best in self.to_test():
-            if (best.id, "test") not in self.rows and (best.id, "test") not in self.running:
-                return self._start(TrialRequest(config=best, split="test"))
-        return None
+        return next((self._start(left) for left in self._left() if left.key not in self.running), None)
 
     def to_come(self) -> tuple[list[TrialConfig], int, int | None]:
         """Dev trials known but without a row, how many the sampler will add, and the test scores still to
@@ -131,7 +134,9 @@ class Proposals:
             known, unknown = self.unfinished(), self._lacking + sum(self._further(decided=False))
         if known or unknown:
             return known, unknown, None
-        return known, unknown, sum((config.id, "test") not in self.rows for config in self.to_test())
+        left = list(self._left())
+        again = [request.config for request in left if request.split == "dev"]
+        return again, 0, len(left) - len(again)
 
     def unfinished(self) -> list[TrialConfig]:
         """Dev trials known but without a row; those that run are the last."""
@@ -152,7 +157,8 @@ class Proposals:
 
     @property
     def _under_way(self) -> list[TrialConfig]:
-        return [request.config for request in list(self.running.values()) if request.split == "dev"]
+        running = [request.config for request in list(self.running.values()) if request.split == "dev"]
+        return [config for config in running if config.seed == self.space.seed]
 
     @property
     def _lacking(self) -> int:
@@ -162,8 +168,8 @@ class Proposals:
     @property
     def complete(self) -> bool:
         """Whether the study has all its rows, or all that its budget allows."""
-        tested = all((config.id, "test") in self.rows for config in self.to_test())
-        return (self._all_known or bool(self.stopped)) and not self.running and tested
+        known = self._all_known or bool(self.stopped)
+        return known and not self.running and not any(self._left())
 
     @property
     def _all_known(self) -> bool:
@@ -180,13 +186,14 @@ class Proposals:
         """Take in a row that is safely on disk."""
         key = (row.trial_id, row.split)
         self.running.pop(key, None)
-        self.rows[key] = row
-        if row.split == "dev":
+        rows = self._rows_like(row)
+        rows[key] = row
+        if row.split == "dev" and rows is self.rows:
             self._tell(row)
 
     def take_back(self) -> None:
         """What runs is lost with Ray: it is handed out again, first."""
-        lost = [request.config for request in self.running.values() if request.split == "dev"]
+        lost = self._under_way
         self.running.clear()
         self.listed.extendleft(config for config in reversed(lost) if config.id in self.parts)
         self.promoted.extendleft(config for config in reversed(lost) if config.id not in self.parts)
@@ -226,6 +233,22 @@ class Proposals:
             if row is not None and row.status == "ok":
                 found.setdefault(full.id, full)
         return list(found.values())
+
+    def with_other_seeds(self, config: TrialConfig) -> list[TrialConfig]:
+        return [config.with_seed(seed) for seed in self.space.seeds[1:]]
+
+    def _left(self) -> Iterator[TrialRequest]:
+        """What is still without a row when all dev trials have theirs: test scores, then the same models with
+        the other seeds, unless the budget is spent."""
+        chosen = self.to_test()
+        requests = [TrialRequest(config=config, split="test") for config in chosen]
+        for number in range(0 if self.stopped else len(self.space.seeds) - 1):
+            again = [self.with_other_seeds(config)[number] for config in chosen]
+            requests += [TrialRequest(config=config, split=split) for split in _SPLITS for config in again]
+        return (left for left in requests if left.key not in self.rows and left.key not in self.repeated)
+
+    def _rows_like(self, row: TrialRow) -> dict[tuple[str, str], TrialRow]:
+        return self.rows if row.seed == self.space.seed else self.repeated
 
     def _start(self, request: TrialRequest) -> TrialRequest:
         self.running[request.key] = request

@@ -101,7 +101,7 @@ class StudySettings(Config):
         chooses by and reports: the dev and test queries of the study's data sets are held out."""
         if not isinstance(data, dict):
             return data
-        data = _with_datasets(data)
+        data = _with_first(data, "dataset", "datasets")
         return _with_trainings(data, data)
 
     @field_validator("datasets")
@@ -159,14 +159,14 @@ class StudySettings(Config):
         )
 
 
-def _with_datasets(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``dataset`` is the first of several."""
-    several = given.get("datasets")
+def _with_first(given: Mapping[str, Any], one: str, many: str) -> dict[str, Any]:
+    """``one`` is the first of ``many``."""
+    several = given.get(many)
     if not isinstance(several, list | tuple) or not several:
         return dict(given)  # what is no list is refused where its type is checked
-    if given.get("dataset", several[0]) != several[0]:
-        raise ValueError("give 'dataset' or 'datasets', not both")
-    return {**given, "dataset": several[0]}
+    if given.get(one, several[0]) != several[0]:
+        raise ValueError(f"give '{one}' or '{many}', not both")
+    return {**given, one: several[0]}
 
 
 def _with_trainings(given: Mapping[str, Any], study: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,6 +236,14 @@ class TrialConfig(StudySettings):
             return self
         return self.model_copy(update={"recovery": self.recovery.model_copy(update={"stop_after": steps})})
 
+    def with_seed(self, seed: int) -> TrialConfig:
+        """The same trial with another seed; a training with a seed of its own keeps it."""
+        changes: dict[str, Any] = {"seed": seed}
+        for name, training in self.trainings.items():
+            if training.seed == self.seed:
+                changes[name] = training.model_copy(update={"seed": seed})
+        return self.model_copy(update=changes)
+
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
         return self.model_copy(update={"schedule": Schedule(), "recovery": None})
@@ -262,6 +270,8 @@ class SearchSpace(StudySettings):
     schedule (sizes, FLOPs) is checked before it runs, what is measured is told to the sampler
     backbones: several in the place of ``backbone``, each by its name or with settings of its own. Schedules
     run on each, or on the ``backbone`` they name; the sampler chooses one for each of its trials
+    seeds: several in the place of ``seed``. The search has the first; its front, and the full models, are
+    then measured with each of the others too
     strategy: what a trained trial may cost. ``independent``: all steps of ``recovery``, each. ``halving``:
     all begin with few, and only the better ones go on, from their checkpoints (``halving`` says how many)
     keep: of which trials the models and embeddings are kept once their rows exist
@@ -269,6 +279,7 @@ class SearchSpace(StudySettings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     backbones: tuple[Annotated[Backbone, BeforeValidator(_backbone)], ...] = ()
+    seeds: tuple[Seed, ...] = Field(default=(), max_length=100)
     schedules: tuple[Candidate, ...] = Field(default=(), max_length=MOST_VALUES)
     parameters: Parameters = Parameters()
     sampler: SamplerName = "tpe"
@@ -284,11 +295,14 @@ class SearchSpace(StudySettings):
     @model_validator(mode="before")
     @classmethod
     def _of_several(cls, data: Any) -> Any:
-        """``backbone`` is the first of several; no speed-up is an objective then, unless asked for."""
-        several = data.get("backbones") if isinstance(data, dict) else None
+        """``backbone`` and ``seed`` are the first of several; of backbones no speed-up is an objective then,
+        unless asked for."""
+        if not isinstance(data, dict):
+            return data
+        data = _with_first(_with_first(data, "dataset", "datasets"), "seed", "seeds")
+        several = data.get("backbones")
         if not isinstance(several, list | tuple) or not several:
             return data
-        data = _with_datasets(data)
         entries = [
             _with_trainings(entry, data) if isinstance(entry, dict) else entry
             for entry in map(_backbone, several)
@@ -308,6 +322,14 @@ class SearchSpace(StudySettings):
             if names.count(name) > 1:
                 raise ValueError(f"'{name}' is named twice; give one of them as a folder of another name")
         return several
+
+    @field_validator("seeds")
+    @classmethod
+    def _different_seeds(cls, several: tuple[int, ...]) -> tuple[int, ...]:
+        for seed in several:
+            if several.count(seed) > 1:
+                raise ValueError(f"{seed} is named twice")
+        return several if len(several) > 1 else ()
 
     @field_validator("objectives")
     @classmethod

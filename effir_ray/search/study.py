@@ -115,7 +115,7 @@ def search(
         for kind in (store.ROWS, QUERY_SCORES):
             compact(folder, kind)
         with readable(folder / STORAGE):
-            write_all_trials(space, folder, list(proposals.rows.values()))
+            write_all_trials(space, folder, _all_rows(proposals))
         return _result(proposals, folder, collector)
 
 
@@ -335,8 +335,12 @@ def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
     return sources
 
 
+def _all_rows(proposals: Proposals) -> list[TrialRow]:
+    return [*proposals.rows.values(), *proposals.repeated.values()]
+
+
 def _result(proposals: Proposals, out: Path, collector: Collector) -> StudyResult:
-    dev = [row for row in proposals.rows.values() if row.split == "dev"]
+    dev = [row for row in _all_rows(proposals) if row.split == "dev"]
     return StudyResult(
         out=out,
         study=proposals.space.name,

@@ -354,11 +354,18 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
 
 
 def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
-    """``sources`` may be those of the whole study, which stops no training on the way."""
-    identity = sources.trainings["recovery"]
-    stopped = config.recovery.stop_after if config.recovery is not None else None
-    settings = identity["settings"] | ({} if stopped is None else {"stop_after": stopped})
-    return {**identity, "settings": settings}
+    """``sources`` may be those of the whole study, which stops no training on the way and has one seed."""
+    return _with_seed(sources.trainings["recovery"], config.recovery)
+
+
+def _base_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    return _with_seed(sources.trainings["base_training"], config.base_training)
+
+
+def _with_seed(identity: Mapping[str, Any], training: TrainConfig | None) -> dict[str, Any]:
+    assert training is not None
+    stopped = {} if training.stop_after is None else {"stop_after": training.stop_after}
+    return {**identity, "settings": {**identity["settings"], "seed": training.seed, **stopped}}
 
 
 def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
@@ -411,7 +418,7 @@ STAGES: tuple[Stage, ...] = (
         name="base",
         title="fine-tuning the full model",
         build=_train(lambda config: config.base_training),
-        inputs=lambda config, sources, split: sources.trainings["base_training"],
+        inputs=_base_inputs,
         parents={"model": ("backbone",)},
         needed=lambda config: config.base_training is not None,
         computed_on="device",

@@ -42,7 +42,8 @@ def row(
         trial=config.model_dump_json(),
         schedule=config.name,
         backbone=config.backbone,
-        dataset=config.dataset,
+        dataset=config.measured_on,
+        seed=config.seed,
         split=split,
         **outcome,
     )

@@ -43,6 +43,25 @@ def study(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_of_several_seeds_each_model_is_compared_with_the_full_one_of_its_seed(tmp_path: Path) -> None:
+    for seed, shift in enumerate((0.0, 0.2)):
+        keep(tmp_path, f"a{seed}", HARD * 0.5 + shift, schedule="full", parameters=100, seed=seed)
+        keep(tmp_path, f"b{seed}", HARD * 0.5 + shift - 0.1, schedule="2B", parameters=60, seed=seed)
+    found = compare(tmp_path).to_pylist()
+    assert [(record["trial_id"], record["seed"]) for record in found] == [
+        ("a0", 0),
+        ("b0", 0),
+        ("a1", 1),
+        ("b1", 1),
+    ]
+    assert [record["difference"] for record in found] == [
+        None,
+        pytest.approx(-0.1),
+        None,
+        pytest.approx(-0.1),
+    ]
+
+
 def test_of_means_over_data_sets_the_difference_is_the_mean_of_those_on_each(tmp_path: Path) -> None:
     """However many queries each has: better on the few of one, a little worse on the many of the other."""
     few, many = HARD[:20] * 0.5, HARD * 0.5

@@ -85,6 +85,23 @@ def test_models_and_embeddings_of_beaten_trials_go_and_those_of_the_front_stay(t
     assert study.store.freed_bytes() == 200
 
 
+def test_models_of_the_front_stay_with_every_seed(tmp_path: Path) -> None:
+    """Keys of the driver are those of the trials: a training with another seed is another one."""
+    schedules = [{"drop_mlp": 1, "recover": True}, {"drop_mlp": 2, "recover": True}]
+    study = Study(tmp_path, schedules=schedules, seeds=[0, 1])
+    study.run({"1M+ft": 0.4, "2M+ft": 0.3, "full": 0.5})
+    first, second = (study.proposals.space.trial(candidate) for candidate in study.proposals.space.schedules)
+    again = first.with_seed(1)
+    assert study.whole(first) == study.whole(again) == EVERYTHING - {"pruned"} | {"recovered"}
+    assert not study.whole(second) & {"recovered", "embeddings"}
+    keys = [
+        {stage.name: stage.key for stage in trial_stages(config, sources, "dev")}["recovered"]
+        for config in (first, again)
+        for sources in (study.sources, named_sources(config))
+    ]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
 @pytest.mark.parametrize(("keep", "freed"), [("all", 0), ("none", 100 * (2 + 2 * 2 + 1))])
 def test_all_or_none_may_be_kept(tmp_path: Path, keep: str, freed: int) -> None:
     study = Study(tmp_path, schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}], keep=keep)

@@ -330,6 +330,54 @@ def test_several_backbones_are_sampled_and_all_full_models_tested(tmp_path: Path
     assert again.complete and again.sampled == study.sampled
 
 
+def test_the_front_is_measured_with_every_seed_and_chosen_with_the_first(tmp_path: Path) -> None:
+    space = small_space(seeds=[5, 6, 7], schedules=[{"drop_mlp": 1}, {"drop_mlp": 2}], strategy="independent")
+    study = proposals(space, tmp_path)
+
+    def scored(request: TrialRequest) -> Any:
+        """Two MLPs less are beaten with the search's seed, and would be best by far with another."""
+        lucky = request.config.seed != 5 and request.config.name != "full"
+        known = {"full": (0.9, 100), "1M": (0.8, 90), "2M": (0.7, 95)}[request.config.name]
+        return row(request.config, 0.99 if lucky else known[0], split=request.split, parameters=known[1])
+
+    done = []
+    while (request := study.next()) is not None:
+        done.append((request.config.name, request.config.seed, request.split))
+        study.finished(scored(request))
+        if len(done) == 5:
+            assert study.to_come()[0] and study.to_come()[1:] == (0, 4) and not study.complete
+    front = ["full", "1M"]
+    assert done == [
+        *((name, 5, "dev") for name in ("full", "1M", "2M")),
+        *((name, 5, "test") for name in front),
+        *((name, seed, split) for seed in (6, 7) for split in ("dev", "test") for name in front),
+    ]
+    assert study.complete and study.to_come() == ([], 0, 0)
+    assert [config.name for config in study.front()] == front and {c.seed for c in study.front()} == {5}
+
+    rows = [*study.rows.values(), *study.repeated.values()]
+    again = proposals(space, tmp_path, rows)
+    assert again.complete and again.planned == study.planned == 3 and not again.sampled
+    lost = proposals(space, tmp_path, rows[:-1])
+    assert not lost.complete
+    request = lost.next()
+    assert request is not None and request.key == (rows[-1].trial_id, "test")
+    lost.take_back()
+    assert lost.next() == request and lost.next() is None
+    more = space.model_copy(update={"seeds": (5, 6, 7, 8)})
+    assert [w.config.seed for w in finish(proposals(more, tmp_path, rows))] == [8] * 4
+
+
+def test_a_spent_budget_leaves_the_other_seeds_out(tmp_path: Path) -> None:
+    space = small_space(seeds=[0, 1], schedules=[{"drop_mlp": 1}], budget={"device_hours": 1})
+    study = proposals(space, tmp_path)
+    done = []
+    while (request := study.next()) is not None:
+        done.append((request.config.seed, request.split))
+        study.finished(score(request).model_copy(update={"device_seconds": 1900.0}))
+    assert done == [(0, "dev"), (0, "dev"), (0, "test"), (0, "test")] and study.complete
+
+
 def test_a_grid_of_several_backbones_has_what_fits_each(tmp_path: Path) -> None:
     backbones = ["random:llama", {"backbone": "random:bert", "first_blocks": 2}]
     space = small_space(backbones=backbones, sampler="grid", parameters={"drop_mlp": [1, 3]})

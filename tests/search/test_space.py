@@ -70,6 +70,9 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("datasets: [stdlib, stdlib]\n", "datasets: 'stdlib' is named twice"),
         ("datasets: [stdlib, 'a, b']\n", "'a, b': a name in a list of data sets has no comma"),
         ("datasets: 3\n", "datasets: "),
+        ("seeds: [1, 2]\nseed: 2\n", "give 'seed' or 'seeds', not both"),
+        ("seeds: [1, 1]\n", "seeds: 1 is named twice"),
+        ("seeds: [1, -1]\n", "seeds"),
         ("backbones: [random:bert, random:llama]\n", "give 'backbone' or 'backbones', not both"),
         ("backbones: [random:llama, random:llama]\n", "'random:llama' is named twice"),
         ("backbones: [random:llama, {backbone: random:bert, steps: 3}]\n", "unknown key"),
@@ -117,6 +120,18 @@ def test_all_of_several_data_sets_are_held_out_and_the_first_is_learnt_from() ->
     assert TrialConfig.read(config.model_dump_json(), "here") == config
     assert config.measured_on == "mean of stdlib, other" and config.on("other").measured_on == "other"
     assert config.id != small_space(recovery=recovery).trial(Candidate(recover=True)).id
+
+
+def test_another_seed_is_that_of_trainings_too_unless_they_have_their_own() -> None:
+    space = small_space(seeds=[3, 4], base_training={"steps": 2, "seed": 9}, recovery={"steps": 2})
+    config = space.trial(Candidate(recover=True))
+    assert config.recovery is not None and config.base_training is not None
+    assert (config.seed, config.recovery.seed, config.base_training.seed) == (3, 3, 9)
+    other = config.with_seed(4)
+    assert other.recovery is not None and other.base_training is not None
+    assert (other.seed, other.recovery.seed, other.base_training.seed) == (4, 4, 9)
+    alone = small_space(seed=4, base_training={"steps": 2, "seed": 9}, recovery={"steps": 2})
+    assert other == alone.trial(Candidate(recover=True))
 
 
 def test_a_list_of_one_data_set_is_that_data_set() -> None:

@@ -135,6 +135,7 @@ def test_two_real_backbones_on_two_data_sets_end_with_one_front_and_each_ones_ow
     space = small_space(
         datasets=["stdlib", other],
         backbones=["minilm-l6", {"backbone": "smollm2-135m", "first_blocks": 2}],
+        seeds=[0, 1],
         schedules=[{"drop_mlp": 1}],
         parameters={"drop_attention": [1, 3]},
         trials=2,
@@ -143,20 +144,25 @@ def test_two_real_backbones_on_two_data_sets_end_with_one_front_and_each_ones_ow
     result = search(space, out)
     everything = store.read([out]).to_pylist()
     rows = [row for row in everything if row["dataset"] == f"mean of stdlib, {other}"]
-    assert {row["status"] for row in everything} == {"ok"} and result.trials == 6
+    assert {row["status"] for row in everything} == {"ok"}
+    assert Counter(row["seed"] for row in rows if row["split"] == "dev")[0] == 6
     apart = {(row["trial_id"], row["split"], row["dataset"]): row["ndcg_at_10"] for row in everything}
     for row in rows:
         single = [apart[row["trial_id"], row["split"], name] for name in ("stdlib", other)]
         assert row["ndcg_at_10"] == pytest.approx(sum(single) / 2)
     assert len(apart) == len(everything) == 3 * len(rows)
+    again = [row for row in rows if row["seed"] == 1]
+    rows = [row for row in rows if row["seed"] == 0]
     full = {row["backbone"]: row for row in rows if row["split"] == "dev" and row["schedule"] == "full"}
     read = [json.loads(full[name]["contents"]) for name in space.backbone_names]
     assert read[0]["dataset"] == read[1]["dataset"] and read[0]["backbone"] != read[1]["backbone"]
     assert {row["parameter_ratio"] for row in full.values()} == {1.0}
     tested = {row["trial_id"] for row in rows if row["split"] == "test"}
     assert tested == {*result.front, *(row["trial_id"] for row in full.values())}
-    joint = pareto(out)
+    assert Counter(row["split"] for row in again) == {"dev": len(tested), "test": len(tested)}
+    joint = pareto(out, where="seed = 0")
     assert sorted(joint["trial_id"].to_pylist()) == sorted(result.front)
+    assert set(pareto(out)["seeds"].to_pylist()) <= {1, 2}
     assert set(json.loads(joint["datasets"][0].as_py())) == {"stdlib", other}
     for name in space.backbone_names:
         own = pareto(out, where=f"backbone = '{name}'")
