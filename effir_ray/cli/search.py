@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,8 +136,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
                 f"{trial.parameter_ratio:.1%}",
                 quantity(trial.flops_per_document),
                 f"{trial.flops_ratio:.1%}",
-                ", ".join(trial.new_stages),
-                ", ".join(trial.shared_stages),
+                _counted(trial.new_stages),
+                _counted(trial.shared_stages),
             )
             for trial in preview.trials
         ],
@@ -152,8 +154,16 @@ def _show_preview(space: Path, as_json: bool) -> None:
     if preview.excluded:
         say(f"Left out: {preview.excluded} combinations that do not fit their backbone or the constraints")
     _say_work(preview.work)
+    if len(loaded.seeds) > 1:
+        others = ", ".join(map(str, loaded.seeds[1:]))
+        say(f"The front and the full model are measured with seed {others} too, which comes on top")
     peak, end = quantity(preview.peak_bytes), quantity(preview.end_bytes)
     say(f"On disk: about {peak}B at the peak, {end}B in the end (keep: {loaded.keep})")
+
+
+def _counted(names: Sequence[str]) -> str:
+    """``"embeddings x2"``: of several data sets each has its own."""
+    return ", ".join(name if count == 1 else f"{name} x{count}" for name, count in Counter(names).items())
 
 
 class Keep(StrEnum):
