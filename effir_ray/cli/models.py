@@ -189,6 +189,9 @@ def compress(
             show_default=False,
         ),
     ] = None,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="Tokens that stay, those that the texts need most; 0 keeps all.")
+    ] = 0,
     sparsity: Annotated[
         str | None,
         typer.Option(help="Set weights to zero: 2:4, or a fraction such as 0.5.", metavar="N:M|FRACTION"),
@@ -222,6 +225,9 @@ def compress(
     ranked over all layers at once; sparsity, for comparison, zeroes single weights of what remains. Train the
     result with `effir-ray train` (`keep_zeros: true` keeps it sparse).
 
+    `--vocabulary` takes rows out of the embedding matrix, in small models a fifth to two thirds of all
+    parameters: texts whose tokens stay are embedded as before, other words are spelt in shorter pieces.
+
     Where only whole blocks went and all MLPs are as wide, an ordinary checkpoint is written, which every tool
     loads; any other shape brings its modelling code (`trust_remote_code=True`). `--uniform` asks for the
     ordinary shape with nearly as many parameters: as many whole blocks go, the least important ones, as the
@@ -233,6 +239,7 @@ def compress(
     effir-ray compress --backbone minilm-l6 --drop-attention 1,3 --width-reduction 0.3 --out smaller
     effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
+    effir-ray compress --backbone minilm-l6 --vocabulary 12000 --texts-from corpus.jsonl --out fewer-tokens
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     """
     from effir_ray import Calibration, GateTraining, Schedule
@@ -251,6 +258,7 @@ def compress(
         "importance": importance,
         "width_method": width_method,
         "width_multiple": width_multiple,
+        "vocabulary": vocabulary,
     }
     schedule = parse(settings, Schedule, source="options of compress")
     with show_progress():

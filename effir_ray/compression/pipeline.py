@@ -25,6 +25,7 @@ from effir_ray.compression.planning import (
     narrow_plan,
     needs_scores,
     uniform_width,
+    with_vocabulary,
     within,
 )
 from effir_ray.compression.schedule import CALIBRATION, UNITS, Calibration, Schedule, Unit
@@ -32,18 +33,19 @@ from effir_ray.compression.sparsity.methods import parse_pattern
 from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.uniform import narrow_to, uniform_shape
+from effir_ray.compression.vocabulary import MOST_TEXTS, choose_tokens, cut_vocabulary, token_counts
 from effir_ray.compression.width.reduction import rank_neurons
 from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
 from effir_ray.models.checkpoint import save_checkpoint
-from effir_ray.models.folder import present_plan
+from effir_ray.models.folder import RetrieverSpec, present_plan
 from effir_ray.models.loading import load_config
 from effir_ray.models.ordinary import Layout, partial_blocks
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,9 @@ def compress(
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
 
     Counts of sublayers are turned into layers by the schedule's importance criterion, neurons are ranked by
-    its width method, both on what ``calibration`` names. ``sparsity`` (``2:4`` or a fraction) then sets
-    weights to zero by ``sparsity_method``, calibrated on the same documents.
+    its width method, tokens by how often they are used, all on what ``calibration`` names. ``sparsity``
+    (``2:4`` or a fraction) then sets weights to zero by ``sparsity_method``, calibrated on the same
+    documents.
 
     A model from which only whole blocks went, and whose MLPs have one width, is saved as an ordinary
     checkpoint of its architecture; any other brings its own modelling code. ``uniform`` rounds the plan to
@@ -124,6 +127,9 @@ def compress(
             plan = narrow_to(config, plan, shape.width, ranks)
     del measured  # its memory, before the model is loaded again as it is stored
     kept = cut(backbone, plan, first_blocks=first_blocks)
+    if schedule.vocabulary:
+        counts = count_tokens(kept.tokenizer, kept.spec, calibration)
+        cut_vocabulary(kept, choose_tokens(kept.tokenizer, counts, schedule.vocabulary))
     zeros = 0.0
     if pattern is not None:
         kept.model.to(hardware.detect().device)
@@ -191,6 +197,14 @@ def cut(backbone: str | Path, plan: Plan, *, first_blocks: int | None = None) ->
     return apply_plan(load_retriever(backbone, dtype="auto", first_blocks=first_blocks), plan)
 
 
+def count_tokens(
+    tokenizer: PreTrainedTokenizerFast, spec: RetrieverSpec, calibration: Calibration
+) -> NDArray[np.int64]:
+    """How often each token is in the calibration's texts, of which as many as there are count."""
+    examples = _examples(calibration.model_copy(update={"texts": MOST_TEXTS}))
+    return token_counts(tokenizer, spec, examples, max_length=calibration.max_length)
+
+
 def _examples(calibration: Calibration) -> list[Pair]:
     source = calibration.texts_from or calibration.dataset
     return drawing.draw_examples(source, calibration.texts, calibration.seed)
@@ -241,6 +255,7 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, shape: _Shape) -> Plan:
 def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
     """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
     plan = depth_plan(schedule, present_plan(config), equal_scores(schedule, config.num_hidden_layers))
+    with_vocabulary(plan, schedule, config.vocab_size)
     if schedule.width_reduction:
         sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
         narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})
@@ -255,6 +270,7 @@ def _result(
     checkpoint: Path | None,
 ) -> Compression:
     full = Plan.full(len(plan.layers))
+    plan = with_vocabulary(plan, schedule, config.vocab_size)
     return Compression(
         backbone=backbone,
         schedule=schedule.name,

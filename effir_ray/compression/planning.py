@@ -37,6 +37,15 @@ def within(plan: Plan, present: Plan) -> Plan:
     return Plan(layers=tuple(layers))
 
 
+def with_vocabulary(plan: Plan, schedule: Schedule, present: int) -> Plan:
+    """``plan`` with as many tokens as ``schedule`` asks for; InputError for more than ``present``."""
+    if not schedule.vocabulary:
+        return plan
+    if schedule.vocabulary > present:
+        raise InputError(f"vocabulary is {schedule.vocabulary}; the backbone has {present} tokens")
+    return plan.model_copy(update={"vocabulary": schedule.vocabulary})
+
+
 def counted_units(schedule: Schedule) -> frozenset[Unit]:
     """The units whose drop is a count, which importance has to turn into layers."""
     drops: dict[Unit, int | tuple[int, ...]] = {

@@ -31,6 +31,10 @@ def parse_drop(value: Any) -> Any:
 Drop = Annotated[int | tuple[int, ...], BeforeValidator(parse_drop)]
 
 
+def _is_zero(value: int) -> bool:
+    return value == 0
+
+
 class Schedule(Config):
     """One point of the search: depth (sublayers dropped) first, then width (neurons removed).
 
@@ -38,7 +42,8 @@ class Schedule(Config):
     application: the last blocks, whole blocks, then attention and MLP sublayers of what remains.
     ``width_reduction`` is the fraction of the remaining intermediate neurons removed, ranked globally
     (paper section 3.2). ``width_multiple`` divides every width that is left; None takes 64 for models of GPU
-    size and 8 for small ones (``planning.grain``).
+    size and 8 for small ones (``planning.grain``). ``vocabulary`` is how many tokens stay, those that the
+    calibration's text needs most (not in the paper); 0 keeps all.
     """
 
     drop_attention: Drop = 0
@@ -49,6 +54,7 @@ class Schedule(Config):
     width_reduction: float = Field(default=0.0, ge=0.0, lt=1.0)
     width_method: WidthMethod = "self-slimming"
     width_multiple: int | None = Field(default=None, ge=1, le=2**16)
+    vocabulary: int = Field(default=0, ge=0, le=2**24, exclude_if=_is_zero)
 
     @model_validator(mode="after")
     def _sound(self) -> Schedule:
@@ -63,7 +69,7 @@ class Schedule(Config):
 
     @property
     def name(self) -> str:
-        """The paper's notation: ``16M8A-w30``, ``last4B``, ``M[3,5]``, ``full``."""
+        """The paper's notation: ``16M8A-w30``, ``last4B``, ``M[3,5]``, ``full``; ``v8000``: 8,000 tokens."""
         parts = [
             _drop_name(self.drop_last_blocks, "B", "last"),
             _drop_name(self.drop_block, "B"),
@@ -72,7 +78,8 @@ class Schedule(Config):
         ]
         depth = "".join(parts)
         width = f"w{100 * self.width_reduction:g}" if self.width_reduction else ""
-        return "-".join(part for part in (depth, width) if part) or "full"
+        tokens = f"v{self.vocabulary}" if self.vocabulary else ""
+        return "-".join(part for part in (depth, width, tokens) if part) or "full"
 
 
 def _drop_name(drop: int | tuple[int, ...], unit: str, prefix: str = "") -> str:

@@ -46,15 +46,20 @@ class LayerAnatomy:
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """``rest``: parameters outside the blocks (embeddings and final norm)."""
+    """``rest``: parameters outside the blocks (embeddings and final norm), of which every one of the
+    ``vocabulary`` tokens has ``parameters_a_token``."""
 
     rest: int
+    vocabulary: int
+    parameters_a_token: int
     layers: tuple[LayerAnatomy, ...]
 
 
 def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
     """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out."""
-    return anatomy_of(config).rest + count_block_parameters(config, plan)
+    anatomy = anatomy_of(config)
+    gone = 0 if plan.vocabulary is None else anatomy.vocabulary - plan.vocabulary
+    return anatomy.rest - gone * anatomy.parameters_a_token + count_block_parameters(config, plan)
 
 
 def count_block_parameters(config: PreTrainedConfig, plan: Plan) -> int:
@@ -120,7 +125,13 @@ def _anatomy(settings: str) -> Anatomy:
         _layer_anatomy(layer, family, config, index) for index, layer in enumerate(family.layers(model))
     )
     in_blocks = sum(parameter.numel() for parameter in family.layers(model).parameters())
-    return Anatomy(rest=sum(parameter.numel() for parameter in model.parameters()) - in_blocks, layers=layers)
+    vocabulary, parameters_a_token = model.get_input_embeddings().weight.shape
+    return Anatomy(
+        rest=sum(parameter.numel() for parameter in model.parameters()) - in_blocks,
+        vocabulary=vocabulary,
+        parameters_a_token=parameters_a_token,
+        layers=layers,
+    )
 
 
 def _layer_anatomy(

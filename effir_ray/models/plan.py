@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from effir_ray.config import Config
 
 
@@ -15,10 +17,18 @@ class LayerPlan(Config):
     neurons: tuple[int, ...] | None = None
 
 
+def _is_none(value: int | None) -> bool:
+    return value is None
+
+
 class Plan(Config):
-    """One entry a layer of the uncompressed backbone; a dropped block keeps its (empty) place."""
+    """One entry a layer of the uncompressed backbone; a dropped block keeps its (empty) place.
+
+    ``vocabulary``: how many tokens stay of the backbone's; None keeps all.
+    """
 
     layers: tuple[LayerPlan, ...]
+    vocabulary: int | None = Field(default=None, ge=1, exclude_if=_is_none)
 
     @classmethod
     def full(cls, n_layers: int) -> Plan:

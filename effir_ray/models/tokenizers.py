@@ -5,8 +5,10 @@ That way truncation keeps the EOS token, and a saved folder tokenizes the same w
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from effir_ray.errors import InputError
 
@@ -18,7 +20,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 
 def load_tokenizer(folder: Path, *, append_eos: bool, trust_remote_code: bool) -> PreTrainedTokenizerFast:
     """Raises InputError when the folder has no tokenizer that the tokenizers library can run."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -41,10 +43,17 @@ def load_tokenizer(folder: Path, *, append_eos: bool, trust_remote_code: bool) -
         raise InputError(
             f"{folder}: the tokenizer has neither a padding nor an EOS token; expected at least one"
         )
-    # Two inputs only: token types of a single text are all zero, which models assume when they are not given.
-    names = ["input_ids", "attention_mask"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokens)
+    tokenizer = _wrapped(backend, tokens)
     return with_eos(tokenizer) if append_eos else tokenizer
+
+
+def _wrapped(backend: Any, tokens: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """With the special ``tokens`` by name. Two inputs only: token types of a single text are all zero, which
+    models assume when they are not given."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=names, **tokens)
 
 
 def with_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -64,3 +73,113 @@ def with_eos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     special = [*zip(first, around, strict=True), (eos, tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
     return tokenizer
+
+
+def keep_tokens(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreTrainedTokenizerFast:
+    """The tokenizer with the tokens ``kept`` alone, whose new ids are their places in it.
+
+    A text that becomes kept tokens becomes the same ones as before. WordPiece takes the longest piece, which
+    is still there; Unigram the likeliest way, which no piece that is gone can make less likely; BPE merges by
+    rank, and every merge on the way to a kept token is kept with it (``first_parts``), so that no other one
+    comes before it. Raises InputError for another kind of tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    place = {old: new for new, old in enumerate(kept)}
+    state = _state(tokenizer)
+    state["added_tokens"] = [
+        {**token, "id": place[token["id"]]} for token in state["added_tokens"] if token["id"] in place
+    ]
+    state["post_processor"] = _renumbered(state["post_processor"], place)
+    model = state["model"]
+    if isinstance(model["vocab"], list):  # Unigram: ids are places
+        model["vocab"] = [model["vocab"][old] for old in kept if old < len(model["vocab"])]
+        if model.get("unk_id") is not None:
+            model["unk_id"] = place[model["unk_id"]]
+    else:
+        vocabulary = {piece: place[old] for piece, old in model["vocab"].items() if old in place}
+        model["vocab"] = vocabulary
+        if "merges" in model:
+            merges = [(merge, _merged(merge, model)) for merge in model["merges"]]
+            model["merges"] = [merge for merge, parts in merges if all(part in vocabulary for part in parts)]
+    tokens = {
+        name: getattr(tokenizer, name) for name in _SPECIAL if getattr(tokenizer, name, None) is not None
+    }
+    return _wrapped(Tokenizer.from_str(json.dumps(state)), tokens)
+
+
+def _state(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    kind = state["model"].get("type")
+    if kind not in ("BPE", "WordPiece", "WordLevel", "Unigram"):
+        raise InputError(
+            f"the vocabulary of a {kind} tokenizer cannot be cut; expected BPE, WordPiece, Unigram"
+        )
+    return state
+
+
+def _merged(merge: str | list[str], model: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The two pieces of a merge of BPE, and the one they become."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second, first + second.removeprefix(model.get("continuing_subword_prefix") or "")
+
+
+def _renumbered(processor: Any, place: Mapping[int, int]) -> Any:
+    """A post-processor with the new ids of the special tokens it adds."""
+    if not isinstance(processor, dict):
+        return processor
+    kind = processor.get("type")
+    if kind == "Sequence":
+        return {**processor, "processors": [_renumbered(each, place) for each in processor["processors"]]}
+    if kind == "TemplateProcessing":
+        special = {
+            name: {**token, "ids": [place[old] for old in token["ids"]]}
+            for name, token in processor["special_tokens"].items()
+        }
+        return {**processor, "special_tokens": special}
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return {**processor, **{end: [processor[end][0], place[processor[end][1]]] for end in ("sep", "cls")}}
+    return processor
+
+
+def first_parts(tokenizer: PreTrainedTokenizerFast) -> dict[int, tuple[int, int]]:
+    """Of BPE: token -> the two tokens that the first merge which makes it takes."""
+    model = _state(tokenizer)["model"]
+    found: dict[int, tuple[int, int]] = {}
+    for merge in model.get("merges", ()):
+        first, second, whole = (model["vocab"].get(piece) for piece in _merged(merge, model))
+        if None not in (first, second, whole):
+            found.setdefault(whole, (first, second))
+    return found
+
+
+def needed_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """What has to stay, so that every text can be spelt: special tokens that have a part to play, and bytes,
+    or where the tokenizer does not fall back on those, single characters."""
+    state = _state(tokenizer)
+    model = state["model"]
+    special = [getattr(tokenizer, f"{name}_id", None) for name in _SPECIAL]
+    needed = {int(token) for token in special if token is not None} | set(tokenizer("")["input_ids"])
+    vocabulary = model["vocab"]
+    pieces = (
+        {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        if isinstance(vocabulary, list)
+        else vocabulary
+    )
+    if model.get("unk_token") in pieces:
+        needed.add(pieces[model["unk_token"]])
+    if model.get("unk_id") is not None:
+        needed.add(model["unk_id"])
+    prefix = model.get("continuing_subword_prefix") or ""
+    if model.get("byte_fallback"):
+        needed |= {pieces[name] for byte in range(256) if (name := f"<0x{byte:02X}>") in pieces}
+    else:
+        needed |= {number for piece, number in pieces.items() if len(piece.removeprefix(prefix)) == 1}
+    return needed
+
+
+def tokens_in_order(tokenizer: PreTrainedTokenizerFast, tokens: Collection[int]) -> list[int]:
+    """By id, those that were added to the vocabulary of the model last, as the tokenizers library has it."""
+    vocabulary = _state(tokenizer)["model"]["vocab"]
+    own = set(range(len(vocabulary))) if isinstance(vocabulary, list) else set(vocabulary.values())
+    return sorted(tokens, key=lambda token: (token not in own, token))

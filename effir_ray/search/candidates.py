@@ -114,6 +114,7 @@ class Parameters(Config):
     importance: ParameterAxis = None
     width_reduction: ParameterAxis = None
     width_method: ParameterAxis = None
+    vocabulary: ParameterAxis = None
     recover: ParameterAxis = None
 
     @model_validator(mode="after")

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effir_ray.compression.planning import ImportanceScores, make_plan, narrow_plan, within
+from effir_ray.compression.planning import (
+    ImportanceScores,
+    make_plan,
+    narrow_plan,
+    with_vocabulary,
+    within,
+)
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
 from effir_ray.data.download import check_name
@@ -243,7 +249,9 @@ def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:
         plan = within(make_plan(config.schedule, len(present.layers), scores), present)
         parts = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
         neurons = {index: np.zeros(accounting.width(*layer)) for index, layer in enumerate(parts)}
-        return narrow_plan(plan, config.schedule, neurons)
+        return with_vocabulary(
+            narrow_plan(plan, config.schedule, neurons), config.schedule, backbone.vocab_size
+        )
     except InputError as error:
         hint = (
             "; a schedule is of every backbone unless it names one (backbone:)" if len(backbones) > 1 else ""

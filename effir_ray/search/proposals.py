@@ -447,8 +447,8 @@ class Proposals:
 
     def _params(self, config: TrialConfig) -> dict[str, Any] | None:
         """The parameters that would have proposed this trial; None when the parameters cannot express it."""
-        wanted = {**config.schedule.model_dump(mode="json"), "recover": config.recovery is not None}
-        wanted["backbone"] = config.backbone
+        wanted = {"vocabulary": 0, **config.schedule.model_dump(mode="json"), "backbone": config.backbone}
+        wanted["recover"] = config.recovery is not None
         params: dict[str, Any] = {}
         for name, axis in self.space.axes.items():
             value = wanted[name]

@@ -1,7 +1,7 @@
 """The stages of a trial, each declared once; a new stage is a declaration in this file and nothing else.
 
-    backbone -> base -> importance -> neurons -> pruned -> recovered -> embeddings -> scores
-                                                                    \\-> timing
+    backbone -> base -> importance -> neurons, tokens -> pruned -> recovered -> embeddings -> scores
+                                                                            \\-> timing
     bm25, which needs no model
 
 Of several data sets each has its own embeddings, scores and bm25. A stage reads the folders of its parents
@@ -23,14 +23,16 @@ import torch
 
 from effir_ray import hardware
 from effir_ray.compression.pipeline import (
+    count_tokens,
     cut,
     depth_plan,
     importance_scores,
     load_to_measure,
     neuron_scores,
 )
-from effir_ray.compression.planning import ImportanceScores, narrow_plan, needs_scores
+from effir_ray.compression.planning import ImportanceScores, narrow_plan, needs_scores, with_vocabulary
 from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.vocabulary import MOST_TEXTS, choose_tokens, cut_vocabulary
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
 from effir_ray.encoding.encoder import Encoder
@@ -41,11 +43,14 @@ from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, PRECISION, isotropy, 
 from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
+from effir_ray.models import family as families
 from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.folder import read_spec
 from effir_ray.models.loading import load_config
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
+from effir_ray.models.tokenizers import load_tokenizer
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
@@ -54,6 +59,7 @@ CHECKPOINT = "checkpoint"
 PLAN = "plan.json"
 IMPORTANCE = "importance.json"
 NEURONS = "neurons.npz"
+TOKENS = "tokens.npy"
 SHARDS = "shards"
 SCORES = "scores.json"
 ISOTROPY = "isotropy.json"
@@ -137,6 +143,14 @@ def _neurons(task: StageTask) -> None:
     np.savez(task.out / NEURONS, **arrays)
 
 
+def _tokens(task: StageTask) -> None:
+    """How often each token is in the texts that are calibrated on."""
+    name = task.parents["model"] / CHECKPOINT
+    spec = read_spec(name, families.get(load_config(str(name)).model_type))
+    tokenizer = load_tokenizer(name, append_eos=spec.append_eos, trust_remote_code=False)
+    np.save(task.out / TOKENS, count_tokens(tokenizer, spec, task.config.calibration))
+
+
 def _pruned(task: StageTask) -> None:
     plan = _depth_plan(task)
     if "neurons" in task.parents:
@@ -144,7 +158,13 @@ def _pruned(task: StageTask) -> None:
             ranked = {int(layer): file[layer] for layer in file.files}
         with _only_this_trial():
             plan = narrow_plan(plan, task.config.schedule, ranked)
-    save_checkpoint(cut(task.parents["model"] / CHECKPOINT, plan), task.out / CHECKPOINT)
+    model = cut(task.parents["model"] / CHECKPOINT, plan)
+    if "tokens" in task.parents:
+        counts, schedule = np.load(task.parents["tokens"] / TOKENS), task.config.schedule
+        with _only_this_trial():
+            plan = with_vocabulary(plan, schedule, model.model.config.vocab_size)
+            cut_vocabulary(model, choose_tokens(model.tokenizer, counts, schedule.vocabulary))
+    save_checkpoint(model, task.out / CHECKPOINT)
     _write_plan(task.out, plan)
 
 
@@ -278,13 +298,15 @@ def _shape(config: TrialConfig, model: Path) -> list[Any]:
     """What the speed of a model depends on besides its backbone: what each block that is left computes, not
     which one it was."""
     backbone = load_config(config.backbone, first_blocks=config.first_blocks)
-    blocks = zip(accounting.anatomy_of(backbone).layers, read_plan(model).layers, strict=True)
-    return [
+    plan = read_plan(model)
+    blocks = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
+    layers: list[Any] = [
         [layer.attention_parameters, layer.window] * kept.attention
         + [layer.parameters_a_neuron, accounting.width(layer, kept)] * kept.mlp
         for layer, kept in blocks
         if kept.attention or kept.mlp
     ]
+    return layers if plan.vocabulary is None else [*layers, {"vocabulary": plan.vocabulary}]
 
 
 def _timing_columns(task: StageTask) -> dict[str, Any]:
@@ -350,7 +372,8 @@ def _neuron_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
 def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     schedule = config.schedule
     depth = schedule.model_dump(mode="json", include=_DEPTH)
-    return {"depth": depth, "width": schedule.width_reduction, "multiple": schedule.width_multiple}
+    tokens = {"vocabulary": schedule.vocabulary} if schedule.vocabulary else {}
+    return {"depth": depth, "width": schedule.width_reduction, "multiple": schedule.width_multiple, **tokens}
 
 
 def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
@@ -461,12 +484,31 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
     Stage(
+        name="tokens",
+        title="counting tokens",
+        build=_tokens,
+        inputs=lambda config, sources, split: {
+            "data": sources.calibration,
+            "texts": MOST_TEXTS,
+            "max_length": config.document_max_length,
+            "seed": config.seed,
+        },
+        parents={"model": _FULL},
+        needed=lambda config: config.schedule.vocabulary > 0,
+        shared=True,
+    ),
+    Stage(
         name="pruned",
         title="pruning",
         build=_pruned,
         version=2,
         inputs=_pruned_inputs,
-        parents={"model": _FULL, "importance": ("importance",), "neurons": ("neurons",)},
+        parents={
+            "model": _FULL,
+            "importance": ("importance",),
+            "neurons": ("neurons",),
+            "tokens": ("tokens",),
+        },
         needed=lambda config: config.schedule != Schedule(),
         bulk=CHECKPOINT,
     ),
