@@ -87,6 +87,7 @@ def show_front(front: pa.Table) -> None:
     several = len({row["backbone"] for row in rows}) > 1
     datasets = [json.loads(row["datasets"]) for row in rows] if "datasets" in front.schema.names else []
     single = sorted({name for found in datasets for name in found})
+    named = " and ".join(Path(name).name for name in single)
     show_table(
         [
             "trial",
@@ -121,10 +122,7 @@ def show_front(front: pa.Table) -> None:
         ],
         title=", ".join(
             sorted(
-                {
-                    f"{row['backbone']} on {' and '.join(single) or row['dataset']}, {row['split']} queries"
-                    for row in rows
-                }
+                {f"{row['backbone']} on {named or row['dataset']}, {row['split']} queries" for row in rows}
             )
         ),
     )
@@ -186,6 +184,7 @@ def compare(
     effir-ray compare runs/demo --split dev --metric recall_at_100 --json
     """
     from effir_ray import compare as run
+    from effir_ray.results.schema import dataset_in_short
 
     found = run(results, trial or (), split=split, metric=metric, damaged=_damaged(skip_damaged))
     compared = found.to_pylist()
@@ -224,7 +223,7 @@ def compare(
             )
             for row in compared
         ],
-        title=f"{first['queries']} {first['split']} queries of {first['dataset']}",
+        title=f"{first['queries']} {first['split']} queries of {dataset_in_short(first['dataset'])}",
     )
 
 

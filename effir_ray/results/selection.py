@@ -76,7 +76,7 @@ def pareto(
         if pick:
             best = pick_row(best, pick, tuple(directions))
         scored = with_test_scores(best, everything, across_datasets=mean_datasets)
-        if SEEDS not in best.schema.names and any(map(averaged, best["dataset"].unique().to_pylist())):
+        if any(map(averaged, best["dataset"].unique().to_pylist())):
             scored = _with_each_dataset(scored, everything)
         if tables.FILE in best.schema.names:
             scored = _filled_up(tables.rows_at(best, store.ROWS), scored)
@@ -322,18 +322,25 @@ def with_test_scores(rows: pa.Table, table: pa.Table, *, across_datasets: bool =
 
 
 def _with_each_dataset(rows: pa.Table, table: pa.Table) -> pa.Table:
-    """``rows`` that are means over data sets with the column ``datasets``: what ``table`` has of each."""
-    names = ["study", "trial_id", "split"]
-    same = table.filter(pc.is_in(table["trial_id"], rows["trial_id"].unique()))
-    single: dict[tuple[str, ...], dict[str, float]] = {}
+    """``rows`` that are means over data sets with the column ``datasets``: what ``table`` has of each, of
+    several seeds the mean."""
+    several = SEEDS in rows.schema.names
+    names = ["backbone", "schedule", "recovered", "split", "trial"] if several else ["trial_id", "split"]
+
+    def key(record: Mapping[str, Any]) -> tuple[str, ...]:
+        if several:
+            return configuration({**record, "dataset": ""})
+        return tuple(record[name] for name in names)
+
+    names = ["study", *names]
+    parts = pa.array([part for name in rows["dataset"].unique().to_pylist() for part in averaged(name)])
+    same = table.filter(pc.and_(pc.is_in(table["dataset"], parts), pc.equal(table["status"], "ok")))
+    scores: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for record in same.select([*names, "dataset", "ndcg_at_10"]).to_pylist():
-        if not averaged(record["dataset"]):
-            known = single.setdefault(tuple(record[name] for name in names), {})
-            known[record["dataset"]] = round(record["ndcg_at_10"] or 0.0, 6)
-    keys = zip(*(rows[name].to_pylist() for name in names), strict=True)
-    return rows.append_column(
-        DATASETS, pa.array([json.dumps(single.get(key, {})) for key in keys], pa.string())
-    )
+        scores.setdefault(key(record), {}).setdefault(record["dataset"], []).append(record["ndcg_at_10"])
+    found = [scores.get(key(record), {}) for record in rows.select(names).to_pylist()]
+    means = [{name: round(float(np.mean(values)), 6) for name, values in each.items()} for each in found]
+    return rows.append_column(DATASETS, pa.array(map(json.dumps, means), pa.string()))
 
 
 def _with_mean_test_scores(rows: pa.Table, table: pa.Table, across_datasets: bool) -> pa.Table:

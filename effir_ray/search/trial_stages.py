@@ -493,7 +493,7 @@ STAGES: tuple[Stage, ...] = (
             "max_length": config.document_max_length,
             "seed": config.seed,
         },
-        parents={"model": _FULL},
+        parents={"model": ("backbone",)},  # training leaves the tokenizer as it is
         needed=lambda config: config.schedule.vocabulary > 0,
         shared=True,
     ),

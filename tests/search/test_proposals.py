@@ -368,6 +368,17 @@ def test_the_front_is_measured_with_every_seed_and_chosen_with_the_first(tmp_pat
     assert [w.config.seed for w in finish(proposals(more, tmp_path, rows))] == [8] * 4
 
 
+def test_the_vocabulary_is_an_axis_in_which_0_is_all_of_it(tmp_path: Path) -> None:
+    space = small_space(parameters={"vocabulary": [0, 300, 400], "drop_mlp": [0, 1]}, trials=5)
+    study = proposals(space, tmp_path)
+    dev = [request.config.name for request in finish(study) if request.split == "dev"]
+    assert sorted(dev) == ["1M", "1M-v300", "1M-v400", "full", "v300", "v400"]
+    (tmp_path / "other").mkdir()
+    again = proposals(space, tmp_path / "other", study.rows.values())
+    params = [trial.params["vocabulary"] for trial in again.study.get_trials()]
+    assert sorted(params) == [0, 0, 300, 300, 400, 400] and again.complete
+
+
 def test_a_spent_budget_leaves_the_other_seeds_out(tmp_path: Path) -> None:
     space = small_space(seeds=[0, 1], schedules=[{"drop_mlp": 1}], budget={"device_hours": 1})
     study = proposals(space, tmp_path)

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from effir_ray import hardware
-from effir_ray.errors import TrialFailure
+from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.metrics import Scores
-from effir_ray.evaluation.rows import score_columns
+from effir_ray.evaluation.rows import score_columns, size_columns
+from effir_ray.models.loading import load_config
+from effir_ray.models.retriever import load_retriever
 from effir_ray.results import query_scores
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
@@ -107,6 +109,35 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
     run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
     assert heard[5:] == ["footprint"]
+
+
+def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def columns(task: StageTask) -> dict[str, Any]:
+        plan = trial_stages.read_plan(task.parents["model"])
+        return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
+
+    first, *others = WITHOUT_RAY
+    only(monkeypatch, first, DECLARED["tokens"], *others, replace(SCORES, columns=columns))
+    space, store = small_space(), StageStore(tmp_path / "stages")
+    schedules = [{}, {"vocabulary": 300}, {"vocabulary": 280, "drop_block": (1,)}]
+    full, fewer, least = (run_trial(space.trial(Candidate(**each)), store)[0] for each in schedules)
+    assert (fewer.schedule, least.schedule) == ("v300", "B[1]-v280")
+    assert full.parameters and fewer.parameters == full.parameters - 212 * 64
+    assert least.parameters and least.parameters < fewer.parameters - 20 * 64
+    assert fewer.block_parameters == full.block_parameters and fewer.flops_ratio == 1.0
+    assert Counter(built(tmp_path))["tokens"] == 1
+    model = load_retriever(next((tmp_path / "stages" / "pruned").glob("*")) / "checkpoint")
+    assert len(model.tokenizer) == model.model.config.vocab_size in (280, 300)
+    assert dry_run(small_space(schedules=schedules[1:])).trials[1].parameters == fewer.parameters
+    with pytest.raises(TrialFailure, match="vocabulary is 20; expected 259"):
+        run_trial(space.trial(Candidate(vocabulary=20)), store)
+    with pytest.raises(
+        InputError, match="v600 of random:llama: vocabulary is 600; the backbone has 512 tokens"
+    ):
+        dry_run(small_space(schedules=[{"vocabulary": 600}]))
 
 
 def test_of_several_data_sets_each_has_a_row_beside_their_mean(
@@ -225,7 +256,7 @@ def test_what_bits_depend_on_is_in_the_key_and_nothing_else(tmp_path: Path) -> N
     assert differing(machine="b") == {"timing"}
     assert differing(dtype="bfloat16") == set(keys()) - {"backbone", "bm25"}
     untrained = [stage for stage in trial_stages.STAGES if not stage.computed_on]
-    assert {stage.name for stage in untrained} == {"backbone", "pruned", "bm25"}
+    assert {stage.name for stage in untrained} == {"backbone", "tokens", "pruned", "bm25"}
 
 
 def test_a_failed_trial_keeps_nothing_alive() -> None:

@@ -30,6 +30,7 @@ const escape = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeA
 const name = (row) => row.schedule + (row.recovered && !row.schedule.includes("+ft") ? " trained" : "");
 const distinct = (values) => [...new Set(values)];
 const trialOf = (row) => `${row.study}/${row.trial_id}/${row.group}`;
+const likeFull = (row, seed) => `${row.study}/${row.backbone}/${row.split}/${row.group}/${seed}`;
 const measuredOn = (row) => `${row.study}/${row.trial_id}/${row.dataset}`;
 
 // -- which rows -------------------------------------------------------------------------------------------
@@ -47,9 +48,9 @@ for (const row of DATA.rows) {
 }
 for (const row of DATA.rows) {
   if (row.split === "test") TESTS.set(measuredOn(row), row);
-  if (row.schedule === "full" && !row.recovered) FULL.set(`${row.study}/${row.backbone}/${row.split}/${row.group}`, row);
+  if (row.schedule === "full" && !row.recovered) for (const seed of [row.seed, "any"]) FULL.set(likeFull(row, seed), row);
 }
-const fullOf = (row) => FULL.get(`${row.study}/${row.backbone}/${row.split}/${row.group}`);
+const fullOf = (row) => FULL.get(likeFull(row, row.seed)) ?? FULL.get(likeFull(row, "any"));
 const testOf = (row) => (row.split === "test" ? null : TESTS.get(measuredOn(row)) ?? null);
 const rowsOf = (split) => DATA.rows.filter((r) => r.group === view.group && r.split === split);
 const measured = (row) => row[view.x] !== null && row[view.y] !== null;
