@@ -26,6 +26,7 @@ from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.pipeline import cut, load_to_measure
 from effir_ray.compression.planning import make_plan, within
 from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.vocabulary import check_size, choose_tokens, cut_vocabulary, token_counts
 from effir_ray.config import Config, parse
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.data.pair_stream import source_fingerprint
@@ -122,6 +123,7 @@ def shrink(
     keep: float = 0.5,
     dataset: str | None = None,
     texts: str | None = None,
+    vocabulary: int = 0,
     minutes: float = 60.0,
     seed: int = 0,
     address: str | None = None,
@@ -133,7 +135,8 @@ def shrink(
     about ``minutes`` on this machine, texts encoded by the full model included.
 
     texts: a corpus, or files of texts or pairs (JSONL, Parquet, a folder of them); the documents of
-    ``dataset`` when left out. A tenth of them (at most 500) is held out. dataset: whose test queries both
+    ``dataset`` when left out. A tenth of them (at most 500) is held out. vocabulary: how many tokens stay,
+    those that the texts need most; 0 keeps all. dataset: whose test queries both
     models and BM25 are scored on; neither its queries nor its judgements are learned from.
 
     The same call goes on after a stop, or returns at once when ``out`` is there.
@@ -146,13 +149,14 @@ def shrink(
     source = texts or dataset
     if source is None:
         raise InputError("shrink learns from text: give a data set (its documents), or texts (files)")
-    asked = {
+    asked: dict[str, Any] = {
         "model": backbone_fingerprint(str(model)),
         "keep": keep,
         "texts": source_fingerprint(source),
         "dataset": None if dataset is None else load_dataset(dataset).fingerprint,
         "minutes": minutes,
         "seed": seed,
+        **({"vocabulary": vocabulary} if vocabulary else {}),
     }
     if (found := _finished(out, asked)) is not None:
         return found
@@ -161,6 +165,7 @@ def shrink(
         source=source,
         dataset=dataset,
         keep=keep,
+        vocabulary=vocabulary,
         minutes=minutes,
         seed=seed,
         work=out.with_name(f"{out.name}.work"),
@@ -210,6 +215,7 @@ class _Run:
     source: str
     dataset: str | None
     keep: float
+    vocabulary: int
     minutes: float
     seed: int
     work: Path
@@ -242,6 +248,8 @@ class _Run:
                 f"{self.model} has {blocks} whole blocks; keep {self.keep:g} of them leaves "
                 f"{round(self.keep * blocks)}: choose another share"
             )
+        if self.vocabulary:
+            check_size(load_retriever(self.model).tokenizer, self.vocabulary)
         if self.dataset is not None:
             load_dataset(self.dataset).qrels("test")
 
@@ -275,7 +283,11 @@ class _Run:
             units={"block"},
         )
         plan = make_plan(Schedule(drop_block=gone, importance="pooled"), len(present.layers), scores)
-        save_checkpoint(cut(self.model, within(plan, present)), folder / "checkpoint")
+        small = cut(self.model, within(plan, present))
+        if self.vocabulary:
+            counts = token_counts(small.tokenizer, small.spec, learnt, max_length=_LONGEST)
+            cut_vocabulary(small, choose_tokens(small.tokenizer, counts, self.vocabulary))
+        save_checkpoint(small, folder / "checkpoint")
 
     def _pace(self, learnt: Sequence[Pair], small: Path, folder: Path) -> None:
         """How many steps fit into the time that is left, and on how many texts."""

@@ -68,7 +68,11 @@ def test_half_of_minilm_learns_from_documents_alone(tmp_path: Path, monkeypatch:
 @pytest.mark.integration
 def test_scores_stand_beside_the_full_models_and_bm25(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "toy", documents=60)
-    found = shrink("random:llama", tmp_path / "out", dataset=str(data), minutes=0.2).comparison
+    settings = {"dataset": str(data), "vocabulary": 300, "minutes": 0.2}
+    found = shrink("random:llama", tmp_path / "out", **settings).comparison
+    small = load_retriever(tmp_path / "out")
+    assert small.model.config.vocab_size == len(small.tokenizer) == 300
+    assert found.parameters == sum(parameter.numel() for parameter in small.model.parameters())
     assert found.measure == "nDCG@10 on toy test" and set(found.scores) == {"full", "small", "bm25"}
     lost = found.scores["full"]["ndcg@10"] - found.scores["small"]["ndcg@10"]
     assert found.lost.mean == pytest.approx(lost) and found.lost.n == 10
@@ -81,6 +85,8 @@ def test_scores_stand_beside_the_full_models_and_bm25(tmp_path: Path) -> None:
         ({"keep": 0.0}, "keep is 0; expected the share of blocks"),
         ({"keep": 1.0}, "keep is 1; expected the share of blocks"),
         ({"keep": 0.1}, "has 4 whole blocks; keep 0.1 of them leaves 0"),
+        ({"vocabulary": 20}, "vocabulary is 20; expected 259 .* to 444"),
+        ({"vocabulary": 500}, "vocabulary is 500; expected 259"),
         ({"minutes": 0}, "minutes is 0; expected a positive number"),
         ({"texts": None}, "give a data set .its documents., or texts"),
         ({"texts": "nowhere.jsonl"}, "nowhere.jsonl"),

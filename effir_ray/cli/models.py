@@ -47,6 +47,9 @@ def shrink(
             show_default=False,
         ),
     ] = None,
+    vocabulary: Annotated[
+        int, typer.Option(min=0, help="Tokens that stay, those that the texts need most; 0 keeps all.")
+    ] = 0,
     minutes: Annotated[float, typer.Option(help="About how long it may take here.")] = 60.0,
     seed: int = 0,
     address: Address = None,
@@ -64,6 +67,7 @@ def shrink(
     effir-ray shrink minilm-l6 --texts corpus.jsonl --minutes 20 --out minilm-3
     effir-ray shrink ./my-embedder --keep 0.67 --dataset scifact --out smaller
     effir-ray shrink ./my-embedder --texts passages/ --dataset scifact --out smaller
+    effir-ray shrink minilm-l6 --texts corpus.jsonl --vocabulary 12000 --out smallest
     """
     from effir_ray import shrink as run
     from effir_ray.progress import show_progress
@@ -75,6 +79,7 @@ def shrink(
             keep=keep,
             dataset=dataset,
             texts=texts,
+            vocabulary=vocabulary,
             minutes=minutes,
             seed=seed,
             address=address,

@@ -33,7 +33,13 @@ from effir_ray.compression.sparsity.methods import parse_pattern
 from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.compression.uniform import narrow_to, uniform_shape
-from effir_ray.compression.vocabulary import MOST_TEXTS, choose_tokens, cut_vocabulary, token_counts
+from effir_ray.compression.vocabulary import (
+    MOST_TEXTS,
+    check_size,
+    choose_tokens,
+    cut_vocabulary,
+    token_counts,
+)
 from effir_ray.compression.width.reduction import rank_neurons
 from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
@@ -112,6 +118,8 @@ def compress(
         result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
     measured = load_to_measure(backbone, first_blocks=first_blocks)
+    if schedule.vocabulary:
+        check_size(measured.tokenizer, schedule.vocabulary)
     blocks: frozenset[Unit] = frozenset({"block"} if uniform else ())
     units = counted_units(schedule) | blocks
     scores = importance_scores(measured, schedule, calibration, units) if needed else None

@@ -53,12 +53,8 @@ def choose_tokens(tokenizer: PreTrainedTokenizerFast, counts: NDArray[np.int64],
     with the lowest id, which vocabularies give to what is frequent in general. With a token stay those that
     it is merged from. Raises InputError for a size below what always stays, or above what there is.
     """
+    check_size(tokenizer, size)
     kept, parts = needed_tokens(tokenizer), first_parts(tokenizer)
-    if not len(kept) <= size <= len(tokenizer):
-        raise InputError(
-            f"vocabulary is {size}; expected {len(kept)} (special tokens, characters and bytes, which stay) "
-            f"to {len(tokenizer)}"
-        )
     ranked = [token for token in np.lexsort((np.arange(len(counts)), -counts)).tolist() if token not in kept]
     while (
         len(kept) < size
@@ -72,6 +68,16 @@ def choose_tokens(tokenizer: PreTrainedTokenizerFast, counts: NDArray[np.int64],
                 waiting.append(token)
         ranked = waiting
     return tokens_in_order(tokenizer, kept)
+
+
+def check_size(tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    """Raise InputError unless ``size`` tokens can stay."""
+    least = len(needed_tokens(tokenizer))
+    if not least <= size <= len(tokenizer):
+        raise InputError(
+            f"vocabulary is {size}; expected {least} (special tokens, characters and bytes, which stay) to "
+            f"{len(tokenizer)}"
+        )
 
 
 def _with_parts(token: int, parts: dict[int, tuple[int, int]], kept: set[int]) -> set[int]:

@@ -184,6 +184,10 @@ EXPORTS: dict[str, Callable[[Path], Export]] = {
     "minilm-sparse": lambda place: compressed(
         "minilm-l6", place, Schedule(drop_mlp=(1,)), sparsity="2:4", sparsity_method="magnitude"
     ),
+    "minilm-tokens": lambda place: compressed("minilm-l6", place, Schedule(drop_mlp=(2,), vocabulary=2500)),
+    "smollm2-tokens": lambda place: compressed(
+        "smollm2-135m", place, Schedule(drop_last_blocks=26, vocabulary=1000)
+    ),
     "smollm2": lambda place: compressed("smollm2-135m", place, Schedule(drop_mlp=(1,)), first_blocks=4),
     "smollm2-blocks": lambda place: compressed(
         "smollm2-135m", place, Schedule(drop_block=(1, 3), drop_last_blocks=22)
