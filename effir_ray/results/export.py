@@ -138,6 +138,7 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         parameters="" if row.parameters is None else f"{row.parameters:,}",
         ratio="" if row.parameter_ratio is None else f"{row.parameter_ratio:.1%}",
         changes=_changes(json.loads(row.plan)),
+        tokens=_tokens(json.loads(row.trial)),
         scores=[_score(each, full.get((each.dataset, each.split))) for each in rows],
         speed=_speed(row),
         hardware=row.hardware,
@@ -172,6 +173,12 @@ def _kept(run: Path, row: TrialRow) -> Path:
 def _full(rows: list[TrialRow]) -> dict[tuple[str, str], TrialRow]:
     full = [row for row in rows if row.schedule == "full" and row.status == "ok"]
     return {(row.dataset, row.split): row for row in full}
+
+
+def _tokens(trial: dict[str, Any]) -> str:
+    """How many are left of the vocabulary, where some went."""
+    left = (trial.get("schedule") or {}).get("vocabulary", 0)
+    return f"{left:,}" if left else ""
 
 
 def _changes(plan: dict[str, dict[str, Any]]) -> list[dict[str, str]]:

@@ -88,6 +88,21 @@ def test_the_model_is_the_study_s_and_its_card_says_what_the_rows_say(study: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "study"]
 
 
+def test_a_card_says_how_many_tokens_are_left(study: Path, tmp_path: Path) -> None:
+    place = "stages/pruned/0456/checkpoint"
+    compress("random:llama", Schedule(vocabulary=300), study / place)
+    (row, *_) = store.trial_rows(store.read([study]))
+    trial = {"trial": json.dumps({"schedule": {"vocabulary": 300}}), "trial_id": "cc44"}
+    fewer = row.model_copy(update={**trial, "schedule": "v300", "model": place, "parameters": 90})
+    means = fewer.model_copy(update={"dataset": "mean of /data/scifact, /data/nfcorpus"})
+    store.append(study, [fewer, means])
+    export(study, tmp_path / "fewer", trial="cc44", onnx=True)
+    card = (tmp_path / "fewer" / "README.md").read_text()
+    assert "300 tokens of the vocabulary" in card and "this is the full model" not in card
+    assert "| mean of scifact, nfcorpus | dev |" in card
+    check_onnx(load_retriever(tmp_path / "fewer"), tmp_path / "fewer" / ONNX)
+
+
 def test_an_ordinary_checkpoint_asks_for_no_code_of_ours(study: Path, tmp_path: Path) -> None:
     shutil.rmtree(study / MODEL)
     compress("random:llama", Schedule(drop_last_blocks=1), study / MODEL)
