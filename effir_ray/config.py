@@ -31,6 +31,13 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Prompts(Config):
+    """What is put before every query and every document, as it is: ``"Instruct: ...\\nQuery: "``."""
+
+    query: str = Field(default="", max_length=10_000)
+    document: str = Field(default="", max_length=10_000)
+
+
 C = TypeVar("C", bound=Config)
 
 

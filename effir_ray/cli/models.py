@@ -218,6 +218,10 @@ def compress(
     ] = None,
     gate_steps: Annotated[int, typer.Option(min=1, help="Training steps of self-slimming.")] = 500,
     first_blocks: FirstBlocks = None,
+    query_prompt: Annotated[
+        str | None, typer.Option(help="Put before every query; the model's own when left out.")
+    ] = None,
+    document_prompt: Annotated[str | None, typer.Option(help="Put before every document, likewise.")] = None,
     seed: int = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and its size; write nothing.")
@@ -246,6 +250,7 @@ def compress(
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --vocabulary 12000 --texts-from corpus.jsonl --out fewer-tokens
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
+    effir-ray compress --backbone my-llm --drop-mlp 8 --query-prompt "Query: " --out prompted
     """
     from effir_ray import Calibration, GateTraining, Schedule
     from effir_ray import compress as run
@@ -272,6 +277,7 @@ def compress(
             schedule,
             None if dry_run else out,
             first_blocks=first_blocks,
+            prompts=_prompts(query_prompt, document_prompt),
             calibration=Calibration(
                 dataset=dataset,
                 texts=texts,
@@ -293,6 +299,15 @@ def compress(
     ordinary = "Ordinary checkpoint (no remote code)"
     kind = ordinary if result.layout.ordinary else "Checkpoint with modelling code (trust_remote_code=True)"
     say(f"{kind}, because {result.layout.reason}: {result.checkpoint}")
+
+
+def _prompts(query: str | None, document: str | None) -> Any:
+    from effir_ray.config import Prompts, parse
+
+    if query is None and document is None:
+        return None
+    given = {"query": query or "", "document": document or ""}
+    return parse(given, Prompts, source="prompts of compress")
 
 
 def _show_plan(result: Any) -> None:

@@ -41,6 +41,7 @@ from effir_ray.compression.vocabulary import (
     token_counts,
 )
 from effir_ray.compression.width.reduction import rank_neurons
+from effir_ray.config import Prompts
 from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
 from effir_ray.models.checkpoint import save_checkpoint
@@ -83,6 +84,7 @@ def compress(
     out: Path | None,
     *,
     first_blocks: int | None = None,
+    prompts: Prompts | None = None,
     calibration: Calibration = CALIBRATION,
     sparsity: str | None = None,
     sparsity_method: SparsityMethod = "wanda",
@@ -99,6 +101,8 @@ def compress(
     checkpoint of its architecture; any other brings its own modelling code. ``uniform`` rounds the plan to
     the nearest such shape: whole blocks, then one width, each as near as possible to the number of parameters
     of the plan, chosen by the same scores (see ``uniform``).
+
+    ``prompts`` take the place of the backbone's own, and stay with the checkpoint.
 
     With ``out`` None nothing is trained or written and the size is that of the schedule (a dry run; weights
     are loaded only where the size depends on which layers go).
@@ -118,6 +122,7 @@ def compress(
         result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
     measured = load_to_measure(backbone, first_blocks=first_blocks)
+    measured.spec = measured.spec.with_prompts(prompts)
     if schedule.vocabulary:
         check_size(measured.tokenizer, schedule.vocabulary)
     blocks: frozenset[Unit] = frozenset({"block"} if uniform else ())
@@ -135,6 +140,7 @@ def compress(
             plan = narrow_to(config, plan, shape.width, ranks)
     del measured  # its memory, before the model is loaded again as it is stored
     kept = cut(backbone, plan, first_blocks=first_blocks)
+    kept.spec = kept.spec.with_prompts(prompts)
     if schedule.vocabulary:
         counts = count_tokens(kept.tokenizer, kept.spec, calibration)
         cut_vocabulary(kept, choose_tokens(kept.tokenizer, counts, schedule.vocabulary))

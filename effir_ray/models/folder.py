@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from effir_ray.config import Config, parse
+from effir_ray.config import Config, Prompts, parse
 from effir_ray.errors import InputError
 from effir_ray.models.architecture import overrides
 from effir_ray.models.family import Family
@@ -49,6 +49,12 @@ class RetrieverSpec(Config):
     query_prompt: str = ""
     document_prompt: str = ""
     max_length: int = Field(default=512, ge=2, le=2**31)
+
+    def with_prompts(self, prompts: Prompts | None) -> RetrieverSpec:
+        """With these in the place of its own; None leaves those."""
+        if prompts is None:
+            return self
+        return self.model_copy(update={"query_prompt": prompts.query, "document_prompt": prompts.document})
 
 
 def is_adapter(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
-from effir_ray.config import Config, Length, Seed, parse
+from effir_ray.config import Config, Length, Prompts, Seed, parse
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_json
 from effir_ray.results.conditions import Condition, condition
@@ -37,6 +37,10 @@ SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 StrategyName = Literal["independent", "halving"]
 
 _ID_LENGTH = 12  # hex digits of a trial id
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
 
 
 def _is_empty(value: tuple[str, ...]) -> bool:
@@ -68,6 +72,7 @@ class Timing(Config):
 class StudySettings(Config):
     """What all trials of a study have in common.
 
+    prompts: before queries and documents, in the place of the backbone's own
     dataset: what models are scored on, are timed with, and learn from where a training names nothing else
     datasets: several in its place. Scores are means over them, which the rows of each stand beside; the first
     is what models learn from and are timed with
@@ -77,6 +82,7 @@ class StudySettings(Config):
 
     backbone: str
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
+    prompts: Prompts | None = Field(default=None, exclude_if=_is_none)
     dataset: str
     datasets: tuple[str, ...] = Field(default=(), exclude_if=_is_empty)
     dev: Sample = Sample()
@@ -119,6 +125,8 @@ class StudySettings(Config):
         for name, training in self.trainings.items():
             if training.model is not None:
                 raise ValueError(f"{name} trains the study's own models: leave 'model' out")
+            if training.prompts is not None:
+                raise ValueError(f"{name} trains with the study's prompts: leave 'prompts' out")
             if training.held_out_names != self.dataset_names:
                 raise ValueError(f"{name} holds out the study's data: leave 'held_out' out")
         if self.base_training is not None and self.base_training.distillation.teacher == STUDY_TEACHER:
@@ -191,6 +199,7 @@ class Backbone(Config):
 
     backbone: str
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
+    prompts: Prompts | None = None
     query_max_length: Length | None = None
     document_max_length: Length | None = None
     base_training: TrainConfig | None = None

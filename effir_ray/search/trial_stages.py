@@ -78,11 +78,13 @@ def _backbone(task: StageTask) -> None:
     """The uncompressed model as a checkpoint folder; a folder that is used whole is linked, not read."""
     name, first_blocks = task.config.backbone, task.config.first_blocks
     source = resolve(name)
-    if source.kind == "folder" and source.path is not None and first_blocks is None:
+    prompts = task.config.prompts
+    if source.kind == "folder" and source.path is not None and first_blocks is None and prompts is None:
         (task.out / CHECKPOINT).symlink_to(source.path.resolve(), target_is_directory=True)
         _write_plan(task.out, folder.read_plan(source.path, load_config(name)))
         return
     retriever = load_retriever(name, dtype="auto", first_blocks=first_blocks)
+    retriever.spec = retriever.spec.with_prompts(prompts)
     save_checkpoint(retriever, task.out / CHECKPOINT)
     _write_plan(task.out, retriever.plan)
 
@@ -434,6 +436,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda config, sources, split: {
             "backbone": sources.backbone,
             "first_blocks": config.first_blocks,
+            **({} if config.prompts is None else {"prompts": config.prompts.model_dump()}),
         },
         shared=True,
     ),

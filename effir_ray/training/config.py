@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from effir_ray.config import Config, Length, Seed
+from effir_ray.config import Config, Length, Prompts, Seed
 from effir_ray.training.step.ladder import Ladder, check_nested
 
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
@@ -83,6 +83,7 @@ class TrainConfig(Config):
 
     dataset: ``stdlib``, a BEIR folder or name, files of pairs, or, with ``info_nce: 0``, a corpus: files of
     texts without queries.
+    prompts: before queries and documents, in the place of the model's own; the trained model keeps them.
     negatives: ``given`` (those in the data), ``bm25``, or the name or path of a model that mines them.
     token_budget: tokens whose activations may be in memory at once; what does not fit is computed twice
     (GradCache). None keeps everything.
@@ -102,6 +103,7 @@ class TrainConfig(Config):
 
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
     dataset: str
+    prompts: Prompts | None = Field(default=None, exclude_if=_is_none)
     split: str = "train"
     held_out: str | tuple[str, ...] | None = None
     negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`

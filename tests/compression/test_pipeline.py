@@ -6,6 +6,7 @@ import dataclasses
 import json
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,37 @@ from effir_ray.compression import calibration, pipeline
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, GateTraining, Schedule
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.config import Prompts
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
 from effir_ray.hardware import Hardware
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.known_configs import KNOWN_CONFIGS
 from effir_ray.models.ordinary import Layout
-from effir_ray.models.retriever import load_retriever
+from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.search.space import SearchSpace
+
+
+def test_prompts_are_measured_with_and_stay_with_the_checkpoint(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    scores = pipeline.importance_scores
+
+    def noted(retriever: Retriever, *arguments: Any, **options: Any) -> Any:
+        measured.append(retriever.spec.query_prompt)
+        return scores(retriever, *arguments, **options)
+
+    monkeypatch.setattr(pipeline, "importance_scores", noted)
+    prompts, calibration = Prompts(query="find: "), Calibration(dataset=dataset, texts=4)
+    schedule = Schedule(drop_mlp=1, importance="pooled")
+    compress("random:llama", schedule, tmp_path / "out", prompts=prompts, calibration=calibration)
+    found = load_retriever(tmp_path / "out")
+    assert measured == [found.spec.query_prompt] == ["find: "] and found.spec.document_prompt == ""
+    described = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert described["prompts"] == {"query": "find: ", "document": ""}
+    compress(str(tmp_path / "out"), Schedule(drop_mlp=(2,)), tmp_path / "again")
+    assert load_retriever(tmp_path / "again").spec == found.spec
 
 
 @pytest.fixture

@@ -66,6 +66,11 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
             "base_training makes the study's full model, which is 'base': name another",
         ),
         ("base_training: {stepz: 3}\n", "did you mean 'steps'"),
+        (
+            "recovery: {prompts: {query: a}}\n",
+            "recovery trains with the study's prompts: leave",
+        ),
+        ("prompts: {questions: a}\n", "unknown key"),
         ("datasets: [other, stdlib]\n", "give 'dataset' or 'datasets', not both"),
         ("datasets: [stdlib, stdlib]\n", "datasets: 'stdlib' is named twice"),
         ("datasets: [stdlib, 'a, b']\n", "'a, b': a name in a list of data sets has no comma"),

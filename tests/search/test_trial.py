@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from effir_ray import hardware
+from effir_ray.config import Prompts
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.metrics import Scores
 from effir_ray.evaluation.rows import score_columns, size_columns
+from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.loading import load_config
 from effir_ray.models.retriever import load_retriever
 from effir_ray.results import query_scores
@@ -109,6 +111,31 @@ def test_a_stage_is_one_declaration(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
     run_trial(config, StageStore(tmp_path / "stages"), listener=heard.append)
     assert heard[5:] == ["footprint"]
+
+
+def test_prompts_are_those_of_the_study_and_of_each_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put before every text from the backbone on, also of a folder that is used as it is without."""
+    only(monkeypatch, *WITHOUT_RAY, SCORES)
+    save_checkpoint(load_retriever("random:llama"), tmp_path / "llama")
+    folder, stages = str(tmp_path / "llama"), StageStore(tmp_path / "stages")
+    plain = small_space(backbone=folder).trial(Candidate())
+    prompted = small_space(backbone=folder, prompts={"query": "find: "}).trial(Candidate())
+    assert plain.id != prompted.id and "prompts" not in plain.model_dump()
+    for config in (plain, prompted):
+        run_trial(config, stages)
+    prompts = [
+        load_retriever(place).spec.query_prompt
+        for place in (tmp_path / "stages" / "backbone").glob("*/checkpoint")
+    ]
+    assert sorted(prompts) == ["", "find: "]
+    several = small_space(
+        backbones=["random:bert", {"backbone": folder, "prompts": {"document": "text: "}}],
+        prompts={"query": "find: "},
+    )
+    found = [several.trial(Candidate(backbone=name)).prompts for name in several.backbone_names]
+    assert found == [Prompts(query="find: "), Prompts(document="text: ")]
 
 
 def test_tokens_are_counted_once_and_rows_know_how_many_are_left(

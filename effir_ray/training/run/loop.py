@@ -59,6 +59,7 @@ class Worker:
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
         self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
+        self.retriever.spec = self.retriever.spec.with_prompts(config.prompts)
         self.skeleton = hollow(self.retriever)
         self.utilization = Utilization(
             self.retriever,

@@ -124,6 +124,7 @@ def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: 
         hard_negatives=2,
         token_budget=128,
         dev={"every": 6, "queries": 10, "documents": 40},
+        prompts={"query": "search query: "},
         checkpoint_every=None,
         keep_checkpoints=2,
     )
@@ -132,7 +133,7 @@ def test_two_workers_zero3_lora_mined_negatives_and_the_best_dev_score(dataset: 
     scores = {row["step"]: row["dev_ndcg_at_10"] for row in whole.history if "dev_ndcg_at_10" in row}
     assert list(scores) == [6, 12, 18, 24]
     assert scores[whole.step] == max(scores.values())
-    load_retriever(str(whole.checkpoint))
+    assert load_retriever(str(whole.checkpoint)).spec.query_prompt == "search query: "
     with when(partial(has_step, tmp_path / "killed", 8), kill_a_worker):
         killed = train("random:llama", config, tmp_path / "killed")
     assert losses(killed) == pytest.approx(losses(whole), rel=1e-4)
