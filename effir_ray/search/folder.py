@@ -32,7 +32,16 @@ STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
 
 
-_NOT_IDENTITY = ("budget", "concurrency", "halving", "keep", "seeds", "strategy", "trials")
+_NOT_IDENTITY = (
+    "budget",
+    "concurrency",
+    "encoding_workers",
+    "halving",
+    "keep",
+    "seeds",
+    "strategy",
+    "trials",
+)
 """Fields of a search space that no row depends on: they may be others when a study is resumed."""
 
 

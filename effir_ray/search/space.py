@@ -228,8 +228,10 @@ class TrialConfig(StudySettings):
 
     @property
     def id(self) -> str:
-        """The same for equal configurations on every machine."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """The same on every machine for configurations that come to the same: how many workers encode makes
+        no difference to a bit."""
+        settings = self.model_dump(mode="json") | {"encoding_workers": 1}
+        canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:_ID_LENGTH]
 
     @property

@@ -38,7 +38,10 @@ def test_what_no_row_depends_on_may_change(tmp_path: Path) -> None:
     axes = {"drop_mlp": [0, 1]}
     study = tmp_path / "study"
     claim(study, small_space(parameters=axes, trials=1), CONTENTS, resume=False)
-    more = small_space(parameters=axes, trials=2, concurrency=2, keep="all", budget={"hours": 1.0})
+    changes = {"concurrency": 2, "encoding_workers": 3, "keep": "all", "seeds": [0, 1]}
+    more = small_space(parameters=axes, trials=2, budget={"hours": 1.0}, **changes)
+    candidate = Candidate(drop_mlp=1)
+    assert more.trial(candidate).id == small_space().trial(candidate).id
     assert claim(study, more, CONTENTS, resume=True).space == more
     assert claim(study, more, CONTENTS, resume=True).space == more
     with pytest.raises(InputError, match=r"which differs in constraints\)"):
