@@ -145,6 +145,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+    if preview.priors:
+        say(f"The sampler begins with {preview.priors} that were good elsewhere (priors)")
     if len(preview.rungs) > 1:
         begin, *on = preview.rungs
         shares = [loaded.halving.factor**place for place in range(len(on), 0, -1)]

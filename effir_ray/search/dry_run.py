@@ -25,6 +25,7 @@ from effir_ray.models.plan import Plan
 from effir_ray.results.conditions import Condition
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.footprint import ModelSize, study_footprint
+from effir_ray.search.priors import suggestions
 from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources
 from effir_ray.search.trial_stages import trial_stages
@@ -66,9 +67,10 @@ class TrialPreview(Config):
 class StudyPreview(Config):
     """``trials``: those listed, as they begin; ``rungs``: of the trained ones, how many train on from each
     rung of a halving, or of all of them one number. ``stages``: how often each kind of stage runs for the
-    listed trials; ``sampled``: trials proposed as it goes; ``excluded``: combinations of a grid that cannot
-    meet the constraints, or of several backbones cannot be built of theirs; ``work``: how much there is to
-    compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the end."""
+    listed trials; ``sampled``: trials proposed as it goes, of which ``priors`` are known to be good
+    elsewhere; ``excluded``: combinations of a grid that cannot meet the constraints, or of several backbones
+    cannot be built of theirs; ``work``: how much there is to compute; ``peak_bytes`` and ``end_bytes``: about
+    what the study takes on disk, at most and in the end."""
 
     study: str
     backbones: tuple[str, ...]
@@ -77,6 +79,7 @@ class StudyPreview(Config):
     trials: tuple[TrialPreview, ...]
     rungs: tuple[int, ...]
     sampled: int
+    priors: int
     excluded: int
     stages: dict[str, int]
     work: Work
@@ -135,6 +138,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         trials=tuple(trials),
         rungs=rungs,
         sampled=space.trials,
+        priors=len(suggestions(space, backbones)),
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
         work=study_work(

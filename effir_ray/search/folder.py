@@ -38,6 +38,7 @@ _NOT_IDENTITY = (
     "encoding_workers",
     "halving",
     "keep",
+    "priors",
     "seeds",
     "strategy",
     "trials",

@@ -29,6 +29,7 @@ from effir_ray.search.candidates import Axis, Candidate
 from effir_ray.search.dry_run import Backbones, allowed_candidates, expected_plan, may_meet
 from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
+from effir_ray.search.priors import suggestions
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
@@ -78,6 +79,9 @@ class Proposals:
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         with readable(self.out / STORAGE):
+            if not self.study.get_trials(deepcopy=False):
+                for params in suggestions(space, backbones):
+                    self.study.enqueue_trial(params)
             self._reconcile()
         self.spent = self._lacking > 0 and self._countable and self._untried() is None
 

@@ -273,9 +273,11 @@ class Budget(Config):
 
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run (by halving, they always begin), first and in order, after the full
-    model; the ``sampler`` then
-    proposes ``trials`` more from ``parameters`` (grid: all combinations) until the ``budget`` is spent.
+    model; the ``sampler`` then proposes ``trials`` more from ``parameters`` (grid: all combinations) until the
+    ``budget`` is spent.
 
+    priors: folders of earlier results, also of other backbones, and ``published``, the paper's table:
+    schedules of their fronts, by relative depth, are the first of ``trials``
     objectives: columns of a dev row that the sampler improves and the front is made of
     constraints: conditions such as ``parameters <= 5e7`` that a model on the front meets. What follows from a
     schedule (sizes, FLOPs) is checked before it runs, what is measured is told to the sampler
@@ -297,6 +299,7 @@ class SearchSpace(StudySettings):
     strategy: StrategyName = "independent"
     halving: Halving = Halving()
     trials: int = Field(default=0, ge=0, le=10**6)
+    priors: tuple[str, ...] = Field(default=(), max_length=100)
     budget: Budget = Budget()
     objectives: tuple[str, ...] = Field(default=DEFAULT_OBJECTIVES, min_length=1, max_length=len(DIRECTIONS))
     constraints: tuple[str, ...] = Field(default=(), max_length=len(DIRECTIONS))
@@ -391,14 +394,17 @@ class SearchSpace(StudySettings):
     def _consistent(self) -> SearchSpace:
         axes = self.axes
         if self.sampler == "grid":
-            if self.trials:
-                raise ValueError("sampler grid runs every combination: leave 'trials' out")
+            if self.trials or self.priors:
+                given = "trials" if self.trials else "priors"
+                raise ValueError(f"sampler grid runs every combination: leave '{given}' out")
             endless = [name for name, axis in axes.items() if not axis.values()]
             if endless:
                 raise ValueError(f"sampler grid needs choices or a step for {', '.join(endless)}")
             combinations = math.prod(len(axis.values()) for axis in axes.values())
             if combinations > MOST_VALUES:
                 raise ValueError(f"sampler grid has {combinations} combinations; at most {MOST_VALUES} run")
+        elif self.priors and not self.trials:
+            raise ValueError("'priors' are the first of the sampler's trials: set 'trials' and 'parameters'")
         elif self.trials and not self.parameters.axes:
             raise ValueError(f"{self.trials} trials are asked for, but 'parameters' gives nothing to vary")
         elif self.parameters.axes and not self.trials:

@@ -75,6 +75,8 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ("datasets: [stdlib, stdlib]\n", "datasets: 'stdlib' is named twice"),
         ("datasets: [stdlib, 'a, b']\n", "'a, b': a name in a list of data sets has no comma"),
         ("datasets: 3\n", "datasets: "),
+        ("priors: [published]\n", "'priors' are the first of the sampler's trials"),
+        ("sampler: grid\nparameters: {drop_mlp: [1]}\npriors: [published]\n", "leave 'priors' out"),
         ("seeds: [1, 2]\nseed: 2\n", "give 'seed' or 'seeds', not both"),
         ("seeds: [1, 1]\n", "seeds: 1 is named twice"),
         ("seeds: [1, -1]\n", "seeds"),
