@@ -273,8 +273,8 @@ class Budget(Config):
 
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run (by halving, they always begin), first and in order, after the full
-    model; the ``sampler`` then proposes ``trials`` more from ``parameters`` (grid: all combinations) until the
-    ``budget`` is spent.
+    model; the ``sampler`` then proposes ``trials`` more from ``parameters`` (grid: all combinations) until
+    the ``budget`` is spent.
 
     priors: folders of earlier results, also of other backbones, and ``published``, the paper's table:
     schedules of their fronts, by relative depth, are the first of ``trials``
