@@ -19,7 +19,7 @@ from torch import nn
 from effir_ray.data.pairs import Pair
 from effir_ray.errors import InputError
 from effir_ray.models.folder import RetrieverSpec
-from effir_ray.models.tokenizers import first_parts, keep_tokens, needed_tokens, tokens_in_order
+from effir_ray.models.tokenizers import keep_tokens, merged_through, needed_tokens, tokens_in_order
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,14 +54,14 @@ def choose_tokens(tokenizer: PreTrainedTokenizerFast, counts: NDArray[np.int64],
     it is merged from. Raises InputError for a size below what always stays, or above what there is.
     """
     check_size(tokenizer, size)
-    kept, parts = needed_tokens(tokenizer), first_parts(tokenizer)
+    kept, through = needed_tokens(tokenizer), merged_through(tokenizer)
     ranked = [token for token in np.lexsort((np.arange(len(counts)), -counts)).tolist() if token not in kept]
     while (
         len(kept) < size
     ):  # what needs too many others waits for the next round, when some of them are there
         waiting = []
         for token in ranked:
-            added = _with_parts(token, parts, kept)
+            added = ({token} | through(token)) - kept
             if len(kept) + len(added) <= size:
                 kept |= added
             else:
@@ -78,18 +78,6 @@ def check_size(tokenizer: PreTrainedTokenizerFast, size: int) -> None:
             f"vocabulary is {size}; expected {least} (special tokens, characters and bytes, which stay) to "
             f"{len(tokenizer)}"
         )
-
-
-def _with_parts(token: int, parts: dict[int, tuple[int, int]], kept: set[int]) -> set[int]:
-    """``token`` and what it is merged from, all that is not ``kept`` yet."""
-    found: set[int] = set()
-    todo = [token]
-    while todo:
-        part = todo.pop()
-        if part not in kept and part not in found:
-            found.add(part)
-            todo += parts.get(part, ())
-    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ That way truncation keeps the EOS token, and a saved folder tokenizes the same w
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,7 @@ def keep_tokens(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreT
 
     A text that becomes kept tokens becomes the same ones as before. WordPiece takes the longest piece, which
     is still there; Unigram the likeliest way, which no piece that is gone can make less likely; BPE merges by
-    rank, and every merge on the way to a kept token is kept with it (``first_parts``), so that no other one
-    comes before it. Raises InputError for another kind of tokenizer.
+    rank, and what is merged on the way to a kept token has to be kept with it (``merged_through``). Raises InputError for another kind of tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -142,15 +142,45 @@ def _renumbered(processor: Any, place: Mapping[int, int]) -> Any:
     return processor
 
 
-def first_parts(tokenizer: PreTrainedTokenizerFast) -> dict[int, tuple[int, int]]:
-    """Of BPE: token -> the two tokens that the first merge which makes it takes."""
+def merged_through(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], set[int]]:
+    """Of BPE: a function from a token to all that its characters are on their way to it; empty for other
+    kinds. Merges within what becomes one token are the same whatever stands around it."""
     model = _state(tokenizer)["model"]
-    found: dict[int, tuple[int, int]] = {}
-    for merge in model.get("merges", ()):
-        first, second, whole = (model["vocab"].get(piece) for piece in _merged(merge, model))
-        if None not in (first, second, whole):
-            found.setdefault(whole, (first, second))
-    return found
+    vocabulary = model["vocab"]
+    if "merges" not in model:
+        return lambda token: set()
+    merges = [_merged(merge, model) for merge in model["merges"]]
+    ranks = {(first, second): rank for rank, (first, second, _) in enumerate(merges)}
+    names = {number: piece for piece, number in vocabulary.items()}
+
+    def through(token: int) -> set[int]:
+        symbols, found = _symbols(names.get(token, ""), model), set()
+        while len(symbols) > 1:
+            rank, place = min(
+                (ranks.get((first, second), len(merges)), place)
+                for place, (first, second) in enumerate(pairwise(symbols))
+            )
+            if rank == len(merges):  # no merges lead to it
+                return set()
+            whole = merges[rank][2]
+            symbols[place : place + 2] = [whole]
+            found.add(whole)
+        return {
+            vocabulary[piece]
+            for piece in found | set(_symbols(names.get(token, ""), model))
+            if piece in vocabulary
+        }
+
+    return through
+
+
+def _symbols(piece: str, model: Mapping[str, Any]) -> list[str]:
+    """What BPE begins with, as the vocabulary has it."""
+    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    characters = list(piece.removesuffix(suffix))
+    if characters and suffix and piece.endswith(suffix):
+        characters[-1] += suffix
+    return [character if place == 0 else prefix + character for place, character in enumerate(characters)]
 
 
 def needed_tokens(tokenizer: PreTrainedTokenizerFast) -> set[int]:

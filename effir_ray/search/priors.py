@@ -1,8 +1,7 @@
 """Where a search begins: with what was good before, of the same backbone or, by relative depth, of others.
 
-A front of earlier results, or of the paper's table, is put into the terms of this search: of a model with
-twice as many blocks half as many sublayers go. The sampler tries these first; what they score here, it
-learns here.
+A front of earlier results, or of the paper's table, is put into the terms of this search: eight sublayers of
+32 blocks are four of 16. The sampler tries these first; what they score here, it learns here.
 """
 
 from __future__ import annotations

@@ -309,8 +309,8 @@ class SearchSpace(StudySettings):
     @model_validator(mode="before")
     @classmethod
     def _of_several(cls, data: Any) -> Any:
-        """``backbone`` and ``seed`` are the first of several; of backbones no speed-up is an objective then,
-        unless asked for."""
+        """``backbone``, ``dataset`` and ``seed`` are the first of several; of backbones no speed-up is an
+        objective then, unless asked for."""
         if not isinstance(data, dict):
             return data
         data = _with_first(_with_first(data, "dataset", "datasets"), "seed", "seeds")

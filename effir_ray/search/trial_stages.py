@@ -146,11 +146,14 @@ def _neurons(task: StageTask) -> None:
 
 
 def _tokens(task: StageTask) -> None:
-    """How often each token is in the texts that are calibrated on."""
+    """How often each token is in the texts that are calibrated on, or in those of every data set."""
     name = task.parents["model"] / CHECKPOINT
     spec = read_spec(name, families.get(load_config(str(name)).model_type))
     tokenizer = load_tokenizer(name, append_eos=spec.append_eos, trust_remote_code=False)
-    np.save(task.out / TOKENS, count_tokens(tokenizer, spec, task.config.calibration))
+    calibration = task.config.calibration
+    names = (calibration.dataset,) if calibration.texts_from else task.config.dataset_names
+    each = [calibration.model_copy(update={"dataset": name}) for name in names]
+    np.save(task.out / TOKENS, sum(count_tokens(tokenizer, spec, one) for one in each))
 
 
 def _pruned(task: StageTask) -> None:
@@ -491,7 +494,9 @@ STAGES: tuple[Stage, ...] = (
         title="counting tokens",
         build=_tokens,
         inputs=lambda config, sources, split: {
-            "data": sources.calibration,
+            "data": sources.calibration
+            if config.calibration_from or not config.datasets
+            else list(sources.datasets.values()),
             "texts": MOST_TEXTS,
             "max_length": config.document_max_length,
             "seed": config.seed,

@@ -128,6 +128,19 @@ def test_other_kinds_of_tokenizers_keep_their_ways(make: object) -> None:
         assert {names[token] for token in kept} == {"<unk>", "<pad>", *BYTES} | pieces
 
 
+def test_a_token_stays_with_what_it_is_really_merged_from() -> None:
+    """There may be several merges to one token: which one texts take is decided by those before it."""
+    pieces = ["<pad>", *"abc", "bc", "ab", "abc"]
+    merges = [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]  # "abc" is a + bc, though ab + c comes first
+    full = fast(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges), pad_token="<pad>")
+    full.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    counts = np.zeros(len(full), np.int64)
+    counts[full.convert_tokens_to_ids("abc")] = 1
+    small = keep_tokens(full, choose_tokens(full, counts, 6))
+    assert full.tokenize("abc") == small.tokenize("abc") == ["abc"]
+    assert set(small.get_vocab()) == {"<pad>", *"abc", "bc", "abc"}
+
+
 def test_a_vocabulary_of_an_impossible_size_says_what_is_possible(tmp_path: Path) -> None:
     full = load_retriever("random:llama")
     counts = np.ones(len(full.tokenizer), np.int64)
