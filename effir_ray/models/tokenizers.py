@@ -81,7 +81,8 @@ def keep_tokens(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreT
 
     A text that becomes kept tokens becomes the same ones as before. WordPiece takes the longest piece, which
     is still there; Unigram the likeliest way, which no piece that is gone can make less likely; BPE merges by
-    rank, and what is merged on the way to a kept token has to be kept with it (``merged_through``). Raises InputError for another kind of tokenizer.
+    rank, and what is merged on the way to a kept token has to be kept with it (``merged_through``). Raises
+    InputError for another kind of tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -165,11 +166,8 @@ def merged_through(tokenizer: PreTrainedTokenizerFast) -> Callable[[int], set[in
             whole = merges[rank][2]
             symbols[place : place + 2] = [whole]
             found.add(whole)
-        return {
-            vocabulary[piece]
-            for piece in found | set(_symbols(names.get(token, ""), model))
-            if piece in vocabulary
-        }
+        found |= set(_symbols(names[token], model)) if token in names else set()
+        return {vocabulary[piece] for piece in found if piece in vocabulary}
 
     return through
 
