@@ -49,8 +49,8 @@ def run_trial(
 ) -> list[TrialRow]:
     """Score ``config`` on ``split``: its row; of several data sets the row of the means, then one for each.
 
-    ``listener`` hears the name of every stage that is really run. Scores
-    of single queries go to the study's folder ``out``, before anyone writes the rows: none lacks them.
+    ``listener`` hears the name of every stage that is really run. Scores of single queries go to the study's
+    folder ``out``, before anyone writes the rows: none lacks them.
     ``here``: what stages compute on, where that is known.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
@@ -74,7 +74,7 @@ def run_trial(
     known = _known_columns(config, split, study, attempt)
     row = make_row(
         **known,
-        **(mean_columns([(measured[name], by_query[name]) for name in measured])),
+        **mean_columns([(measured[name], by_query[name]) for name in measured]),
         contents=json.dumps(sources.contents),
         wall_seconds=time.monotonic() - started,
         device_seconds=runner.device_seconds,
