@@ -165,15 +165,21 @@ def chosen_rows(table: pa.Table, split: str | None = None, *, several_datasets: 
 
 def _means_alone(rows: pa.Table) -> pa.Table:
     """Without the rows of single data sets that others here are the means of."""
-    names = rows["dataset"].unique().to_pylist()
-    parts = {part for name in names for part in averaged(name)}
-    kept = [name for name in names if name not in parts]
-    return rows if len(kept) == len(names) else rows.filter(pc.is_in(rows["dataset"], pa.array(kept)))
+    of_means = _of_means(rows)
+    if not pc.any(of_means).as_py():
+        return rows
+    has_mean = pc.is_in(rows["trial_id"], rows.filter(of_means)["trial_id"].unique())
+    return rows.filter(pc.or_(of_means, pc.invert(has_mean)))
 
 
 def _without_means(rows: pa.Table) -> pa.Table:
+    of_means = _of_means(rows)
+    return rows.filter(pc.invert(of_means)) if pc.any(of_means).as_py() else rows
+
+
+def _of_means(rows: pa.Table) -> pa.ChunkedArray:
     names = [name for name in rows["dataset"].unique().to_pylist() if averaged(name)]
-    return rows.filter(pc.invert(pc.is_in(rows["dataset"], pa.array(names, pa.string())))) if names else rows
+    return pc.is_in(rows["dataset"], pa.array(names, pa.string()))
 
 
 def _check_one_sample(rows: pa.Table) -> None:
