@@ -149,6 +149,27 @@ def test_the_recovery_table_of_docs_is_that_of_the_rows() -> None:
         assert [cell.strip() for cell in written[title]] == expected, title
 
 
+def test_the_table_of_fewer_tokens_is_that_of_the_rows() -> None:
+    lines = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    section = lines[lines.index("## Fewer tokens") :]
+    written = {cells[1].strip(): cells[2:7] for line in section[:30] if len(cells := line.split("|")) == 8}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows("vocabulary"):
+        counted = json.loads(row["trial"]).get("counted")
+        where = "all" if counted is None else "SQuAD" if counted == ["squad"] else "the three corpora"
+        tokens = json.loads(row["trial"])["schedule"].get("vocabulary", 0)
+        title = "all 30,522" if not tokens else f"{tokens:,}, counted in {where}"
+        found.setdefault(title, {})[row["dataset"]] = row
+    full = found["all 30,522"]
+    assert set(found) <= set(written)
+    for title, scores in found.items():
+        cells = [f"{scores['scifact']['parameters'] / 1e6:.1f} M"]
+        cells += [percent(scores[name]["ndcg_at_10"]) for name in ("scifact", "nfcorpus", "cranfield")]
+        sums = [sum(row["ndcg_at_10"] for row in each.values()) for each in (scores, full)]
+        cells.append(f"{100 * sums[0] / sums[1]:.1f} %")
+        assert [cell.strip().strip("*") for cell in written[title]] == cells, title
+
+
 def test_every_folder_of_tables_is_described() -> None:
     described = (RESULTS / "README.md").read_text(encoding="utf-8")
     folders = [place.name for place in RESULTS.iterdir() if place.is_dir()]

@@ -35,8 +35,8 @@ _AT_ONCE = 1000
 def token_counts(
     tokenizer: PreTrainedTokenizerFast, spec: RetrieverSpec, examples: Sequence[Pair], *, max_length: int
 ) -> NDArray[np.int64]:
-    """(tokens,) how often each token is in the texts and in the queries about them, prompts included."""
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    """(largest id + 1,) how often each token is in the texts and the queries about them, prompts included."""
+    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     texts = [spec.document_prompt + example.positives[0] for example in examples]
     texts += [spec.query_prompt + example.query for example in examples]
     for start in range(0, len(texts), _AT_ONCE):
@@ -55,12 +55,13 @@ def choose_tokens(tokenizer: PreTrainedTokenizerFast, counts: NDArray[np.int64],
     """
     check_size(tokenizer, size)
     kept, through = needed_tokens(tokenizer), merged_through(tokenizer)
-    ranked = [token for token in np.lexsort((np.arange(len(counts)), -counts)).tolist() if token not in kept]
-    while (
-        len(kept) < size
-    ):  # what needs too many others waits for the next round, when some of them are there
-        waiting = []
+    there = set(tokenizer.get_vocab().values()) - kept
+    ranked = [token for token in np.lexsort((np.arange(len(counts)), -counts)).tolist() if token in there]
+    while len(kept) < size:
+        waiting = []  # what needs too many others, some of which may be there in the next round
         for token in ranked:
+            if len(kept) == size:
+                break
             added = ({token} | through(token)) - kept
             if len(kept) + len(added) <= size:
                 kept |= added

@@ -13,12 +13,14 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from effir_ray.compression.pipeline import compress, count_tokens
 from effir_ray.compression.schedule import Calibration, Schedule
-from effir_ray.compression.vocabulary import choose_tokens, cut_vocabulary
+from effir_ray.compression.vocabulary import choose_tokens, cut_vocabulary, token_counts
 from effir_ray.data.datasets import load_dataset
+from effir_ray.data.pairs import Pair
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
 from effir_ray.models.accounting import count_parameters
 from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
@@ -139,6 +141,18 @@ def test_a_token_stays_with_what_it_is_really_merged_from() -> None:
     small = keep_tokens(full, choose_tokens(full, counts, 6))
     assert full.tokenize("abc") == small.tokenize("abc") == ["abc"]
     assert set(small.get_vocab()) == {"<pad>", *"abc", "bc", "abc"}
+
+
+def test_ids_may_have_holes() -> None:
+    pieces = {"<pad>": 0, "a": 1, "b": 2, "c": 7, "ab": 9}
+    full = fast(models.BPE(pieces, [("a", "b")]), pad_token="<pad>")
+    spec = RetrieverSpec(pooling="mean", append_eos=False)
+    counts = token_counts(full, spec, [Pair("1", "ab", ("c ab",))], max_length=8)
+    assert len(counts) == 10 and counts[9] == 2
+    small = keep_tokens(full, choose_tokens(full, counts, 5))
+    assert small.convert_ids_to_tokens(range(5)) == ["<pad>", "a", "b", "c", "ab"]
+    with pytest.raises(InputError, match=r"expected 4 .* to 5"):
+        choose_tokens(full, counts, 6)
 
 
 def test_a_vocabulary_of_an_impossible_size_says_what_is_possible(tmp_path: Path) -> None:
