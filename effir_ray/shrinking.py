@@ -42,7 +42,7 @@ from effir_ray.files import write_whole
 from effir_ray.models.accounting import count_parameters, flops
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.folder import present_plan
-from effir_ray.models.loading import load_config
+from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.models.ordinary import choose_layout, kept_blocks
 from effir_ray.models.plan import Plan
@@ -249,7 +249,7 @@ class _Run:
                 f"{round(self.keep * blocks)}: choose another share"
             )
         if self.vocabulary:
-            check_size(load_retriever(self.model).tokenizer, self.vocabulary)
+            check_size(load_text_side(self.model)[0], self.vocabulary)
         if self.dataset is not None:
             load_dataset(self.dataset).qrels("test")
 

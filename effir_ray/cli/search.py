@@ -32,7 +32,7 @@ def search(
 
     Schedules are chosen on dev queries; the front and the full model are then scored on test queries. Work
     that trials have in common is done once. A study that was stopped, however hard, goes on with --resume;
-    its trials, budget, concurrency and keep may be others then. Exit code 1 when trials failed.
+    its trials, seeds, budget, concurrency and keep may be others then. Exit code 1 when trials failed.
 
     \b
     [bold]Examples[/bold]

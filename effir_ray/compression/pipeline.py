@@ -46,7 +46,7 @@ from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.folder import RetrieverSpec, present_plan
-from effir_ray.models.loading import load_config
+from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.ordinary import Layout, partial_blocks
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -121,10 +121,10 @@ def compress(
         shape = _shape(config, schedule, present, equal, uniform=uniform)
         result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
         return replace(result, plan=None) if needed else result
+    if schedule.vocabulary:
+        check_size(load_text_side(backbone)[0], schedule.vocabulary)
     measured = load_to_measure(backbone, first_blocks=first_blocks)
     measured.spec = measured.spec.with_prompts(prompts)
-    if schedule.vocabulary:
-        check_size(measured.tokenizer, schedule.vocabulary)
     blocks: frozenset[Unit] = frozenset({"block"} if uniform else ())
     units = counted_units(schedule) | blocks
     scores = importance_scores(measured, schedule, calibration, units) if needed else None

@@ -165,6 +165,16 @@ def _left_over(
     return tuple(cut)
 
 
+def load_text_side(name_or_path: str | Path) -> tuple[PreTrainedTokenizerFast, RetrieverSpec]:
+    """Tokenizer, pooling and prompts of a model, without its weights where they are files apart."""
+    source = resolve(str(name_or_path))
+    if source.kind == "random" or is_adapter(folder := prepare(source)):
+        loaded = load(str(name_or_path), dtype="auto", trust_remote_code=False, first_blocks=None)
+        return loaded.tokenizer, loaded.spec
+    spec = read_spec(folder, families.get(read_config(folder).model_type))
+    return load_tokenizer(folder, append_eos=spec.append_eos, trust_remote_code=False), spec
+
+
 def load_config(name_or_path: str | Path, *, first_blocks: int | None = None) -> PreTrainedConfig:
     """Configuration without weights; without network for packaged, random, local and shipped names.
 

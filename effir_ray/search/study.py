@@ -7,17 +7,20 @@ import logging
 import os
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine
 from effir_ray.cluster.jobs import submit
 from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
@@ -45,6 +48,9 @@ from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
 from effir_ray.stages import StageStore, size_on_disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
@@ -332,7 +338,16 @@ def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
         dataset = load_dataset(name)
         dataset.qrels("dev")
         dataset.qrels("test")
+    for candidate in space.listed():
+        if candidate.vocabulary:
+            for name in space.backbone_names if candidate.backbone is None else (candidate.backbone,):
+                check_size(_tokenizer(name), candidate.vocabulary)
     return sources
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(backbone: str) -> PreTrainedTokenizerFast:
+    return load_text_side(backbone)[0]
 
 
 def _all_rows(proposals: Proposals) -> list[TrialRow]:

@@ -43,14 +43,11 @@ from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, PRECISION, isotropy, 
 from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
-from effir_ray.models import family as families
 from effir_ray.models.checkpoint import save_checkpoint
-from effir_ray.models.folder import read_spec
-from effir_ray.models.loading import load_config
+from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
-from effir_ray.models.tokenizers import load_tokenizer
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
@@ -147,9 +144,7 @@ def _neurons(task: StageTask) -> None:
 
 def _tokens(task: StageTask) -> None:
     """How often each token is in the texts that are calibrated on, or in those of every data set."""
-    name = task.parents["model"] / CHECKPOINT
-    spec = read_spec(name, families.get(load_config(str(name)).model_type))
-    tokenizer = load_tokenizer(name, append_eos=spec.append_eos, trust_remote_code=False)
+    tokenizer, spec = load_text_side(task.parents["model"] / CHECKPOINT)
     calibration = task.config.calibration
     names = (calibration.dataset,) if calibration.texts_from else task.config.dataset_names
     each = [calibration.model_copy(update={"dataset": name}) for name in names]

@@ -64,6 +64,13 @@ def test_a_resumed_study_reads_what_it_read_before(tmp_path: Path) -> None:
         search(space, tmp_path / "study", resume=True)
 
 
+def test_a_vocabulary_that_is_too_small_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    space = small_space(schedules=[{"drop_mlp": 1}, {"vocabulary": 20}])
+    with pytest.raises(InputError, match="vocabulary is 20; expected 259"):
+        search(space, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match="another search is running")
     with exclusive(tmp_path), refused, exclusive(tmp_path):
