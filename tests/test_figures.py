@@ -113,9 +113,22 @@ def off_the_shelf() -> Iterator[str]:
     yield f"2 of 6: SciFact {score['2A']} (attention), {score['2M']} (MLP) of {score['full']}"
 
 
+def vocabulary() -> Iterator[str]:
+    found = [row for row in rows("vocabulary") if json.loads(row["trial"]).get("counted") != ["squad"]]
+    fewer, full = (
+        [one(found, schedule=name, dataset=data) for data in CORPORA] for name in ("v8000", "full")
+    )
+    sizes = " M of ".join(f"{each[0]['parameters'] / 1e6:.1f}" for each in (fewer, full))
+    scores = " of ".join(", ".join(percent(row["ndcg_at_10"]) for row in each) for each in (fewer, full))
+    yield f"{sizes} M; {scores}"
+
+
+CORPORA = ("scifact", "nfcorpus", "cranfield")
+
+
 @pytest.mark.parametrize(
     "figures",
-    [demo, evaluation, encoding, speedup, training, learning, off_the_shelf],
+    [demo, evaluation, encoding, speedup, training, learning, off_the_shelf, vocabulary],
     ids=lambda f: f.__name__,
 )
 def test_the_readme_says_what_the_tables_say(figures: Any) -> None:
