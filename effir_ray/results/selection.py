@@ -22,7 +22,14 @@ from effir_ray.results.aggregation import (
 from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.pareto import costs_of, front, objectives_for
 from effir_ray.results.query import where as filter_rows
-from effir_ray.results.schema import DIRECTIONS, TrialRow, averaged, sample_in_words
+from effir_ray.results.schema import (
+    DEFAULT_OBJECTIVES,
+    DIRECTIONS,
+    OBJECTIVES_ACROSS_BACKBONES,
+    TrialRow,
+    averaged,
+    sample_in_words,
+)
 from effir_ray.results.significance import Interval, bootstrap_interval, differences
 from effir_ray.results.tables import Damaged, Folders
 
@@ -60,13 +67,14 @@ def pareto(
     """
 
     def attempt() -> pa.Table:
-        everything = _rows_to_choose_from(folders, where, damaged, one_by_one=not mean_datasets)
+        named = (*objectives, *_columns_of(pick))
+        everything = _rows_to_choose_from(folders, where, damaged, None if mean_datasets else named)
         table = filter_rows(everything, where) if where else everything
         chosen = chosen_rows(table, split, several_datasets=mean_datasets)
         if _of_several_seeds(chosen):
             if "schedule" not in table.schema.names:
                 heard = _unheard if damaged else None
-                table = everything = _rows_to_choose_from(folders, where, heard, one_by_one=False)
+                table = everything = _rows_to_choose_from(folders, where, heard, None)
                 chosen = chosen_rows(table, split)
             chosen = mean_over_seeds(chosen)
         if mean_datasets:
@@ -98,11 +106,12 @@ def _failed_beside(chosen: pa.Table, table: pa.Table) -> int:
 _INTERVAL = ("document_speedup_low", "document_speedup_high")
 _NARROW = (
     *store.LATEST_COLUMNS,
-    *("seed", "sample", "contents", "backbone", "hardware"),
-    *DIRECTIONS,
+    *("seed", "sample", "contents", "backbone", "hardware", "parameters"),
+    *DEFAULT_OBJECTIVES,
+    *OBJECTIVES_ACROSS_BACKBONES,
     *_INTERVAL,
 )
-"""What choosing a front needs; the rest is read of the front alone."""
+"""What choosing a front needs besides the objectives; the rest is read of the front alone."""
 
 
 _CONFIGURED = ("trial", "schedule", "recovered")
@@ -111,18 +120,20 @@ _AVERAGED = ("ndcg_at_10_low", "ndcg_at_10_high", "bm25_ndcg_at_10")
 
 
 def _rows_to_choose_from(
-    folders: Folders, where: str | None, damaged: Damaged | None, *, one_by_one: bool
+    folders: Folders, where: str | None, damaged: Damaged | None, named: Sequence[str] | None
 ) -> pa.Table:
-    """The last row of each trial. Without ``where``, which may name any column, few columns are read."""
+    """The last row of each trial. Without ``where``, which may name any column, few columns are read: those
+    ``named``, or, where rows are to be averaged (None), all that have a mean."""
     if where:
         return store.latest(store.read(folders, damaged=damaged))
-    if not one_by_one:
-        columns = (*_NARROW, *_CONFIGURED, *_AVERAGED)
+    if named is None:
+        columns = (*_NARROW, *DIRECTIONS, *_CONFIGURED, *_AVERAGED)
         return store.latest(store.read(folders, columns=columns, damaged=damaged, places=True))
-    table = store.read(folders, columns=_NARROW, damaged=damaged, places=True)
+    columns = (*_NARROW, *(name for name in named if name in DIRECTIONS))
+    table = store.read(folders, columns=columns, damaged=damaged, places=True)
     if pc.any(pc.equal(table["sample"].fill_null(""), "")).as_py():  # rows before schema 4
         table = store.read(
-            folders, columns=(*_NARROW, "trial"), damaged=None if damaged is None else _unheard, places=True
+            folders, columns=(*columns, "trial"), damaged=None if damaged is None else _unheard, places=True
         )
     return store.latest(table)
 
@@ -157,7 +168,7 @@ def chosen_rows(table: pa.Table, split: str | None = None, *, several_datasets: 
             f"choose one, for example --where \"dataset = '{datasets[0]}'\", or --mean-datasets"
         )
     for dataset in datasets:
-        rows = chosen.filter(pc.equal(chosen["dataset"], dataset))
+        rows = _only(chosen, "dataset", dataset)
         _check_one_sample(rows)
         _check_one_content(rows)
     return chosen
@@ -259,6 +270,13 @@ def pick_row(rows: pa.Table, pick: str, objectives: Sequence[str]) -> pa.Table:
     decisive = next((name for name in objectives if name not in named), objectives[0])
     costs = costs_of(rows, objectives_for(rows, (decisive,)))
     return rows.slice(int(costs[:, 0].argmin()), 1)
+
+
+def _columns_of(pick: str | None) -> list[str]:
+    """What the conditions of ``pick_row`` name."""
+    if not pick or pick.strip() == "knee":
+        return []
+    return [_pick_condition(text).column for text in pick.split(",")]
 
 
 def _pick_condition(text: str) -> Condition:

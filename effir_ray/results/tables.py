@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -248,15 +249,21 @@ def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
 def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterator[tuple[list[int], pa.Table]]:
     """``wanted`` rows, in ascending order, with their numbers, a row group at a time."""
     with _opened(file, kind) as parquet:
-        start = 0
+        names, start = _decoded(file, lambda: parquet.schema_arrow.names), 0
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
             if here:
-                read = _decoded(file, partial(parquet.read_row_group, group))
-                table = read.take([row - start for row in here])
+                places = pa.array([row - start for row in here], pa.int64())
+                # One column after the other: a few rows of a million should not hold them all in memory.
+                columns = [_decoded(file, partial(_taken, parquet, group, name, places)) for name in names]
+                table = pa.Table.from_arrays(columns, names)
                 yield here, _typed(file, table, len(here), kind, kind.schema)
             start += size
+
+
+def _taken(parquet: pq.ParquetFile, group: int, name: str, places: pa.Array) -> pa.ChunkedArray:
+    return parquet.read_row_group(group, columns=[name]).column(0).take(places)
 
 
 def _opened(file: Path, kind: TableKind) -> pq.ParquetFile:
@@ -310,7 +317,7 @@ def _column(file: Path, table: pa.Table, rows: int, kind: TableKind, field: pa.F
 
 def _with_places(table: pa.Table, file: Path) -> pa.Table:
     name = pa.DictionaryArray.from_arrays(pa.nulls(len(table), pa.int32()).fill_null(0), [str(file)])
-    return table.append_column(FILE, name).append_column(ROW, pa.array(range(len(table)), pa.int64()))
+    return table.append_column(FILE, name).append_column(ROW, pa.array(np.arange(len(table))))
 
 
 def _first_line(error: BaseException) -> str:
