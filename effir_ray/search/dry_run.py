@@ -46,6 +46,11 @@ def load_backbones(space: SearchSpace) -> dict[str, PreTrainedConfig]:
     }
 
 
+def depths(backbones: Backbones) -> dict[str, int]:
+    """Blocks of each."""
+    return {name: config.num_hidden_layers for name, config in backbones.items()}
+
+
 class TrialPreview(Config):
     """``new_stages`` run for this trial; ``shared_stages`` were already run for one above it.
 
@@ -138,7 +143,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         trials=tuple(trials),
         rungs=rungs,
         sampled=space.trials,
-        priors=len(suggestions(space, backbones)),
+        priors=len(suggestions(space, depths(backbones))),
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
         work=study_work(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from effir_ray.results.published import published
 from effir_ray.search.candidates import Axis
 
 if TYPE_CHECKING:
-    from effir_ray.search.dry_run import Backbones
     from effir_ray.search.space import SearchSpace
 
 PUBLISHED = "published"
@@ -57,15 +56,15 @@ class _Known:
     parameters: float
 
 
-def suggestions(space: SearchSpace, backbones: Backbones) -> list[dict[str, Any]]:
+def suggestions(space: SearchSpace, blocks: Mapping[str, int]) -> list[dict[str, Any]]:
     """Parameters of the trials to begin with, the largest models first; none without ``space.priors``.
 
-    Raises InputError for a folder without results.
+    ``blocks``: how many each backbone has. Raises InputError for a folder without results.
     """
     found: list[dict[str, Any]] = []
     for known in _fronts(space.priors):
         for name in space.backbone_names:
-            params = _in_terms_of(space, name, backbones[name].num_hidden_layers, known)
+            params = _in_terms_of(space, name, blocks[name], known)
             if params and params not in found:
                 found.append(params)
     most = math.ceil(_SHARE * space.trials)

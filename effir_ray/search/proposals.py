@@ -26,7 +26,7 @@ from effir_ray.errors import InputError
 from effir_ray.results.pareto import Mask, costs_of, non_dominated, on_front
 from effir_ray.results.schema import ARROW_SCHEMA, Direction, TrialRow
 from effir_ray.search.candidates import Axis, Candidate
-from effir_ray.search.dry_run import Backbones, allowed_candidates, expected_plan, may_meet
+from effir_ray.search.dry_run import Backbones, allowed_candidates, depths, expected_plan, may_meet
 from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.priors import suggestions
@@ -80,7 +80,7 @@ class Proposals:
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         with readable(self.out / STORAGE):
             if not self.study.get_trials(deepcopy=False):
-                for params in suggestions(space, backbones):
+                for params in suggestions(space, depths(backbones)):
                     self.study.enqueue_trial(params)
             self._reconcile()
         self.spent = self._lacking > 0 and self._countable and self._untried() is None

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from effir_ray.compression.pipeline import compress, count_tokens
+from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.vocabulary import choose_tokens, cut_vocabulary, token_counts
 from effir_ray.data.datasets import load_dataset
@@ -22,11 +22,11 @@ from effir_ray.models.accounting import count_parameters
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.folder import RetrieverSpec
 from effir_ray.models.plan import Plan
-from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
 from effir_ray.models.tokenizers import keep_tokens, needed_tokens
+from tests.helpers.search_examples import write_corpus
 
-TEXTS = Calibration(texts=200, max_length=128)
+FAMILIES = [f"random:{kind}" for kind in ("llama", "gemma3", "bert", "modernbert")]
 ODD = ["", "Ünïcödé 日本語 🎉", "antidisestablishmentarianism\tof\nmitochondria", "x" * 300, "a\u0301 \u200b"]
 
 
@@ -35,7 +35,7 @@ def sentences(count: int) -> list[str]:
     return corpus.texts(corpus.ids[:: max(1, len(corpus) // count)])
 
 
-@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m", *(f"random:{kind}" for kind in RANDOM_MODELS)])
+@pytest.mark.parametrize("name", ["minilm-l6", "smollm2-135m", *FAMILIES])
 def test_texts_whose_tokens_stay_are_embedded_to_the_same_vectors(name: str, tmp_path: Path) -> None:
     """Read from the folder that was written, with every other text spelt in tokens that stay."""
     blocks = 1 if name.startswith("smollm2") else None
@@ -44,7 +44,9 @@ def test_texts_whose_tokens_stay_are_embedded_to_the_same_vectors(name: str, tmp
         save_checkpoint(load_retriever(name), tmp_path / "full")
         name = str(tmp_path / "full")
     full, small = (load_retriever(name, first_blocks=blocks) for _ in range(2))
-    kept = choose_tokens(full.tokenizer, count_tokens(full.tokenizer, full.spec, TEXTS), size)
+    kept = choose_tokens(
+        full.tokenizer, token_counts(full.tokenizer, full.spec, EXAMPLES, max_length=128), size
+    )
     assert len(set(kept)) == len(kept) == size
     cut_vocabulary(small, kept)
     assert save_checkpoint(small, tmp_path / "small").ordinary
@@ -170,7 +172,7 @@ def test_compressing_takes_tokens_as_it_takes_sublayers(tmp_path: Path) -> None:
     """Counted before anything is measured, and loaded by transformers as it is."""
     schedule = Schedule(drop_block=(1,), vocabulary=300)
     assert schedule.name == "B[1]-v300" and "vocabulary" not in Schedule(drop_mlp=1).model_dump()
-    calibration = Calibration(texts=50, max_length=64)
+    calibration = Calibration(dataset=str(write_corpus(tmp_path / "texts")), max_length=64)
     preview = compress("random:qwen3", schedule, None, calibration=calibration)
     made = compress("random:qwen3", schedule, tmp_path / "small", calibration=calibration)
     assert made.plan is not None and made.plan.vocabulary == 300

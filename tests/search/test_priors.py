@@ -9,7 +9,7 @@ import pytest
 from effir_ray.errors import InputError
 from effir_ray.results import store
 from effir_ray.search.candidates import Candidate
-from effir_ray.search.dry_run import dry_run, load_backbones
+from effir_ray.search.dry_run import depths, dry_run, load_backbones
 from effir_ray.search.priors import suggestions
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import SearchSpace
@@ -40,7 +40,7 @@ def earlier(tmp_path: Path) -> str:
 
 
 def begin(space: SearchSpace) -> list[dict[str, object]]:
-    return suggestions(space, load_backbones(space))
+    return suggestions(space, depths(load_backbones(space)))
 
 
 def test_the_front_of_a_deeper_model_is_tried_at_the_same_relative_depth(earlier: str) -> None:

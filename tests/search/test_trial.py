@@ -148,7 +148,8 @@ def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
 
     first, *others = WITHOUT_RAY
     only(monkeypatch, first, DECLARED["tokens"], *others, replace(SCORES, columns=columns))
-    space, store = small_space(), StageStore(tmp_path / "stages")
+    data = str(write_corpus(tmp_path / "texts"))
+    space, store = small_space(dataset=data), StageStore(tmp_path / "stages")
     schedules = [{}, {"vocabulary": 300}, {"vocabulary": 280, "drop_block": (1,)}]
     full, fewer, least = (run_trial(space.trial(Candidate(**each)), store)[0] for each in schedules)
     assert (fewer.schedule, least.schedule) == ("v300", "B[1]-v280")
