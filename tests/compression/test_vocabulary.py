@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
+from effir_ray.compression.calibration import draw_examples
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.vocabulary import choose_tokens, cut_vocabulary, token_counts
@@ -44,9 +45,8 @@ def test_texts_whose_tokens_stay_are_embedded_to_the_same_vectors(name: str, tmp
         save_checkpoint(load_retriever(name), tmp_path / "full")
         name = str(tmp_path / "full")
     full, small = (load_retriever(name, first_blocks=blocks) for _ in range(2))
-    kept = choose_tokens(
-        full.tokenizer, token_counts(full.tokenizer, full.spec, EXAMPLES, max_length=128), size
-    )
+    counts = token_counts(full.tokenizer, full.spec, draw_examples("stdlib", 300, 0), max_length=128)
+    kept = choose_tokens(full.tokenizer, counts, size)
     assert len(set(kept)) == len(kept) == size
     cut_vocabulary(small, kept)
     assert save_checkpoint(small, tmp_path / "small").ordinary
