@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,6 +31,18 @@ class Config(BaseModel):
     """Base of all configuration objects: immutable, unknown keys are errors, and numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def says_nothing(value: Any) -> bool:
+    """``exclude_if`` of a field that came later: where it says nothing, configurations keep their ids."""
+    return value is None or value in ((), 0)
+
+
+def check_different(names: Iterable[Any], *, fix: str = "") -> None:
+    """Raise ValueError where one of ``names`` is there twice."""
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"'{twice}' is named twice{fix}")
 
 
 class Prompts(Config):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from effir_ray.config import Config, Length, Seed
+from effir_ray.config import Config, Length, Seed, says_nothing
 
 Criterion = Literal["cosine", "pooled", "dev-loss", "random"]
 Unit = Literal["attention", "mlp", "block"]
@@ -31,10 +31,6 @@ def parse_drop(value: Any) -> Any:
 Drop = Annotated[int | tuple[int, ...], BeforeValidator(parse_drop)]
 
 
-def _is_zero(value: int) -> bool:
-    return value == 0
-
-
 class Schedule(Config):
     """One point of the search: depth (sublayers dropped) first, then width (neurons removed).
 
@@ -54,7 +50,7 @@ class Schedule(Config):
     width_reduction: float = Field(default=0.0, ge=0.0, lt=1.0)
     width_method: WidthMethod = "self-slimming"
     width_multiple: int | None = Field(default=None, ge=1, le=2**16)
-    vocabulary: int = Field(default=0, ge=0, le=2**24, exclude_if=_is_zero)
+    vocabulary: int = Field(default=0, ge=0, le=2**24, exclude_if=says_nothing)
 
     @model_validator(mode="after")
     def _sound(self) -> Schedule:

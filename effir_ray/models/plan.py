@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from effir_ray.config import Config
+from effir_ray.config import Config, says_nothing
 
 
 class LayerPlan(Config):
@@ -17,18 +17,15 @@ class LayerPlan(Config):
     neurons: tuple[int, ...] | None = None
 
 
-def _is_none(value: int | None) -> bool:
-    return value is None
-
-
 class Plan(Config):
     """One entry a layer of the uncompressed backbone; a dropped block keeps its (empty) place.
 
-    ``vocabulary``: how many tokens stay of the backbone's; None keeps all.
+    ``vocabulary``: how many tokens stay of the backbone's; None keeps all. Which ones, the tokenizer knows:
+    ``compression.vocabulary`` takes the others out, not surgery.
     """
 
     layers: tuple[LayerPlan, ...]
-    vocabulary: int | None = Field(default=None, ge=1, exclude_if=_is_none)
+    vocabulary: int | None = Field(default=None, ge=1, exclude_if=says_nothing)
 
     @classmethod
     def full(cls, n_layers: int) -> Plan:

@@ -79,9 +79,8 @@ class Proposals:
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
         with readable(self.out / STORAGE):
-            if not self.study.get_trials(deepcopy=False):
-                for params in suggestions(space, depths(backbones)):
-                    self.study.enqueue_trial(params)
+            for params in suggestions(space, depths(backbones)):
+                self.study.enqueue_trial(params, skip_if_exists=True)
             self._reconcile()
         self.spent = self._lacking > 0 and self._countable and self._untried() is None
 

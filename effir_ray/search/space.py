@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
-from effir_ray.config import Config, Length, Prompts, Seed, parse
+from effir_ray.config import Config, Length, Prompts, Seed, check_different, parse, says_nothing
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_json
 from effir_ray.results.conditions import Condition, condition
@@ -37,14 +37,6 @@ SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
 StrategyName = Literal["independent", "halving"]
 
 _ID_LENGTH = 12  # hex digits of a trial id
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
-
-
-def _is_empty(value: tuple[str, ...]) -> bool:
-    return not value
 
 
 class Sample(Config):
@@ -82,9 +74,9 @@ class StudySettings(Config):
 
     backbone: str
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
-    prompts: Prompts | None = Field(default=None, exclude_if=_is_none)
+    prompts: Prompts | None = Field(default=None, exclude_if=says_nothing)
     dataset: str
-    datasets: tuple[str, ...] = Field(default=(), exclude_if=_is_empty)
+    datasets: tuple[str, ...] = Field(default=(), exclude_if=says_nothing)
     dev: Sample = Sample()
     test: Sample = Sample()
     query_max_length: Length = 64
@@ -113,11 +105,9 @@ class StudySettings(Config):
     @field_validator("datasets")
     @classmethod
     def _different_data(cls, several: tuple[str, ...]) -> tuple[str, ...]:
-        for name in several:
-            if several.count(name) > 1:
-                raise ValueError(f"'{name}' is named twice")
-            if ", " in name:
-                raise ValueError(f"'{name}': a name in a list of data sets has no comma; rename the folder")
+        check_different(several)
+        if odd := [name for name in several if ", " in name]:
+            raise ValueError(f"'{odd[0]}': a name in a list of data sets has no comma; rename the folder")
         return several if len(several) > 1 else ()
 
     @model_validator(mode="after")
@@ -331,18 +321,14 @@ class SearchSpace(StudySettings):
     @field_validator("backbones")
     @classmethod
     def _different(cls, several: tuple[Backbone, ...]) -> tuple[Backbone, ...]:
-        names = [entry.backbone for entry in several]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"'{name}' is named twice; give one of them as a folder of another name")
+        names = (entry.backbone for entry in several)
+        check_different(names, fix="; give one of them as a folder of another name")
         return several
 
     @field_validator("seeds")
     @classmethod
     def _different_seeds(cls, several: tuple[int, ...]) -> tuple[int, ...]:
-        for seed in several:
-            if several.count(seed) > 1:
-                raise ValueError(f"{seed} is named twice")
+        check_different(several)
         return several if len(several) > 1 else ()
 
     @field_validator("objectives")
@@ -351,8 +337,7 @@ class SearchSpace(StudySettings):
         for name in names:
             if name not in DIRECTIONS:
                 raise ValueError(f"objective '{name}' is not measured; choose from {', '.join(DIRECTIONS)}")
-            if names.count(name) > 1:
-                raise ValueError(f"objective '{name}' is named twice")
+        check_different(names)
         return names
 
     @field_validator("constraints")

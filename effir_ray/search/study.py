@@ -7,9 +7,8 @@ import logging
 import os
 import time
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine
@@ -48,9 +47,6 @@ from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
 from effir_ray.stages import StageStore, size_on_disk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
@@ -166,7 +162,7 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
     for a relative ``out`` and when no job server answers.
     """
     loaded = load_yaml(space, SearchSpace)
-    dry_run(loaded)
+    dry_run(loaded.model_copy(update={"priors": ()}))  # they may lie where only the cluster sees them
     if not PurePosixPath(out).is_absolute():
         raise InputError(
             f"--out {out}: a job's own folder is gone when it ends; give the absolute path of a folder that "
@@ -338,16 +334,13 @@ def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
         dataset = load_dataset(name)
         dataset.qrels("dev")
         dataset.qrels("test")
-    for candidate in space.listed():
-        if candidate.vocabulary:
-            for name in space.backbone_names if candidate.backbone is None else (candidate.backbone,):
-                check_size(_tokenizer(name), candidate.vocabulary)
+    for name in space.backbone_names:
+        wanted = [each for each in space.listed() if each.vocabulary and each.backbone in (None, name)]
+        if wanted:
+            tokenizer, _ = load_text_side(name)
+            for candidate in wanted:
+                check_size(tokenizer, candidate.vocabulary)
     return sources
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(backbone: str) -> PreTrainedTokenizerFast:
-    return load_text_side(backbone)[0]
 
 
 def _all_rows(proposals: Proposals) -> list[TrialRow]:

@@ -80,13 +80,15 @@ def run_trial(
         device_seconds=runner.device_seconds,
     )
     apart = [
-        make_row(**{**known, "dataset": name}, **columns, contents=json.dumps(sources.on(name).contents))
-        for name, columns in measured.items()
+        make_row(
+            **{**known, "dataset": name}, **measured[name], contents=json.dumps(sources.on(name).contents)
+        )
+        for name in config.datasets
     ]
     if out is not None:
-        for one, scores in zip(apart, by_query.values(), strict=True):
-            query_scores.append(out, one, scores)
-    return [row, *apart] if config.datasets else [row]
+        for one in apart or [row]:
+            query_scores.append(out, one, by_query[one.dataset])
+    return [row, *apart]
 
 
 def _settle(config: TrialConfig) -> None:

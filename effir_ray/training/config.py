@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from effir_ray.config import Config, Length, Prompts, Seed
+from effir_ray.config import Config, Length, Prompts, Seed, says_nothing
 from effir_ray.training.step.ladder import Ladder, check_nested
 
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
@@ -17,11 +17,6 @@ class LoraConfig(Config):
 
     r: int = Field(default=32, ge=1, le=2**14)
     alpha: float = Field(default=64.0, gt=0, le=1e6)
-
-
-def _is_none(value: Any) -> bool:
-    """For fields that came later: what does not use them keeps its identity."""
-    return value is None
 
 
 STATE = "state"
@@ -103,14 +98,14 @@ class TrainConfig(Config):
 
     model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
     dataset: str
-    prompts: Prompts | None = Field(default=None, exclude_if=_is_none)
+    prompts: Prompts | None = Field(default=None, exclude_if=says_nothing)
     split: str = "train"
     held_out: str | tuple[str, ...] | None = None
     negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`
     hard_negatives: int = Field(default=7, ge=0, le=10**4)
     epochs: float = Field(default=1.0, gt=0, le=1e5)
     steps: int | None = Field(default=None, ge=1, le=10**9)
-    stop_after: int | None = Field(default=None, ge=1, le=10**9, exclude_if=_is_none)
+    stop_after: int | None = Field(default=None, ge=1, le=10**9, exclude_if=says_nothing)
     batch_size: int = Field(default=128, ge=2, le=2**20)  # not stated in the paper; RepLLaMA's
     query_max_length: Length = 512
     document_max_length: Length = 512

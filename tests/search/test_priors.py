@@ -85,6 +85,10 @@ def test_they_are_the_first_that_the_sampler_proposes_also_after_a_kill(earlier:
     following = again.next()
     assert following is not None and following.config.name == "1B"
     assert len(again.study.get_trials()) == len(study.study.get_trials())
+    before = len(again.study.get_trials())
+    more = space.model_copy(update={"priors": (earlier, "published")})  # they may be others when it goes on
+    third = Proposals(more, tmp_path, list(again.rows.values()), load_backbones(space))
+    assert len(third.study.get_trials()) > before
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
