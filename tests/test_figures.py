@@ -183,6 +183,18 @@ def test_the_table_of_fewer_tokens_is_that_of_the_rows() -> None:
         assert [cell.strip().strip("*") for cell in written[title]] == cells, title
 
 
+@pytest.mark.parametrize("folder", sorted(place.name for place in RESULTS.iterdir() if place.is_dir()))
+def test_every_committed_table_is_read_by_query(folder: str) -> None:
+    place = RESULTS / folder
+    if (place / "rows").is_dir():
+        assert len(query(place, "SELECT * FROM trials")) > 0
+        return
+    files = [file for file in place.iterdir() if file.suffix in (".csv", ".json", ".parquet")]
+    assert files
+    for file in files:
+        assert len(query(file, "SELECT * FROM measurements")) > 0
+
+
 def test_every_folder_of_tables_is_described() -> None:
     described = (RESULTS / "README.md").read_text(encoding="utf-8")
     folders = [place.name for place in RESULTS.iterdir() if place.is_dir()]

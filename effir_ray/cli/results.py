@@ -244,7 +244,8 @@ def query(
 
     `query_scores` has what every query scored, `layers` what stays of every block, `importance` and `curves`
     what a study measured and how its trainings went. The query sees these tables and nothing else of this
-    machine. Ends after 8 s.
+    machine. Ends after 8 s. `measurements` is the table that a benchmark without trials has written (a CSV,
+    JSON or Parquet file, or its folder).
 
     \b
     [bold]Examples[/bold]
@@ -252,6 +253,7 @@ def query(
     effir-ray query --schema
     effir-ray query runs/demo "SELECT model, step, loss FROM curves ORDER BY model, step"
     effir-ray query runs/demo "SELECT * FROM trials" --format parquet > trials.parquet
+    effir-ray query results/slimming "SELECT method, avg(dev_loss) FROM measurements GROUP BY method"
     effir-ray query runs/a runs/b "SELECT study, avg(ndcg_at_10) FROM trials GROUP BY study" --format md
     """
     from effir_ray import query as run

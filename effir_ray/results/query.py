@@ -11,20 +11,26 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from effir_ray.errors import InputError
+from effir_ray.results.measurements import measurements
 from effir_ray.results.results import SCHEMAS, Results
 from effir_ray.results.tables import Damaged, Folders
 
 if TYPE_CHECKING:
     import duckdb
 
+MEASUREMENTS = "measurements"
+
 
 def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.Table:
     """The result of one SELECT over the tables of ``Results``; ``schema`` lists their columns. A table is
-    read where its name stands in ``sql``.
+    read where its name stands in ``sql``. ``measurements`` is alone: what a benchmark wrote that measures no
+    trials.
 
     The database cannot read or write files, load extensions or reach the network. ``damaged`` hears of files
     that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
+    if MEASUREMENTS in sql.lower():
+        return select({MEASUREMENTS: measurements(folders)}, sql)
     results = Results(folders, damaged=damaged)
     # Trials are always read: without any the place is wrong, whatever the SELECT names.
     asked = [name for name in SCHEMAS if name == "trials" or name in sql.lower()]
