@@ -29,7 +29,7 @@ def query(folders: Folders, sql: str, *, damaged: Damaged | None = None) -> pa.T
     The database cannot read or write files, load extensions or reach the network. ``damaged`` hears of files
     that cannot be read, which are then left out. Raises InputError for SQL that is wrong or is no SELECT.
     """
-    if MEASUREMENTS in sql.lower():
+    if MEASUREMENTS in sql.lower() and "trials" not in sql.lower():
         return select({MEASUREMENTS: measurements(folders)}, sql)
     results = Results(folders, damaged=damaged)
     # Trials are always read: without any the place is wrong, whatever the SELECT names.

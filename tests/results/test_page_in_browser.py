@@ -238,6 +238,39 @@ def test_five_thousand_trials_are_filtered_paged_and_chosen(large: Path, opened:
     assert page.locator("#model").count() == 1
 
 
+def test_means_over_data_sets_come_first_and_each_has_its_own_scores(tmp_path: Path, opened: Any) -> None:
+    """The test score beside a mean is a mean; the table of data sets has each once, and their mean."""
+    scores = {"1M": (0.9, 0.1), "2M": (0.6, 0.7)}
+    for name, (first, second) in scores.items():
+        for split, less in (("dev", 0.0), ("test", 0.05)):
+            base = {"study": "s", "trial_id": name, "trial": "{}", "schedule": name, "backbone": "b"}
+            each = {"mean of x, y": (first + second) / 2, "x": first, "y": second}
+            size = {"parameters": 10 if name == "1M" else 20, "split": split, "sample": "all"}
+            rows = [
+                TrialRow(**base, **size, dataset=data, ndcg_at_10=score - less)
+                for data, score in each.items()
+            ]
+            store.append(tmp_path / "study", rows)
+    page = opened(report([tmp_path / "study"], tmp_path / "report.html"))
+    assert page.locator("#group").input_value() == "mean of x, y"
+    front = page.locator("#front tbody tr").all_inner_texts()
+    assert [line.split()[:3] for line in front] == [["2M", "0.6500", "0.6000"], ["1M", "0.5000", "0.4500"]]
+    page.get_by_role("button", name="2M", exact=True).first.click()
+    assert "compared on one data set" in page.locator("#detail").inner_text()
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    heads = page.locator("#datasets thead th").all_inner_texts()
+    assert heads == ["Schedule", "Backbone", "Mean", "x", "y"]
+    assert page.locator("#datasets tbody tr").first.inner_text().split() == [
+        "2M",
+        "b",
+        "0.6500",
+        "0.6000",
+        "0.7000",
+    ]
+    page.locator("#group").select_option("x")
+    assert page.locator("#front tbody tr").all_inner_texts()[0].split()[:3] == ["1M", "0.9000", "0.8500"]
+
+
 def test_between_backbones_a_speed_up_has_no_front_and_rows_say_whose_they_are(
     opened: Any, tmp_path: Path
 ) -> None:

@@ -247,6 +247,12 @@ function comparison(row, rival) {
 
 // Beside which models the chosen one can be put: those of the same queries whose scores are on the page.
 function offerRivals(row) {
+  if (row.averaged) {
+    const hint = document.createElement("p");
+    hint.textContent = "Query by query, models are compared on one data set: choose it above under Data.";
+    element("detail").append(hint);
+    return;
+  }
   if (!DATA.query_scores[row.key]) return;
   const rivals = rowsOf(row.split).filter((r) => r.key !== row.key && r.group === row.group && DATA.query_scores[r.key]);
   if (!rivals.length) return;
