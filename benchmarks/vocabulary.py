@@ -6,6 +6,7 @@
 DATA holds BEIR folders. The tokens that stay are those that the documents of ``--texts`` need most, and their
 titles or first sentences; no query, no judgement. Scored are all test queries of ``--test`` over whole
 corpora; the full model stands beside. One row a score in OUT/rows; what is there already is not done again.
+Printed besides: how many of the tokens of the documents, and of the test queries, are among those that stay.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rows import known, measure_once
 
 from effir_ray.compression.calibration import draw_examples
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, Schedule
+from effir_ray.compression.vocabulary import choose_tokens, token_counts
 from effir_ray.data.datasets import Dataset, load_dataset
-from effir_ray.data.pairs import write_pairs
+from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.errors import InputError
 from effir_ray.evaluation.evaluate import evaluate
-from effir_ray.models.loading import load_config
+from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.plan import Plan
 from effir_ray.progress import show_progress
 from effir_ray.stages import fingerprint
@@ -49,6 +52,7 @@ def main() -> None:
             for dataset in tests:
                 score(options, dataset, str(place), schedule, counted=options.texts, texts=fingerprint(texts))
     report(options)
+    coverage(options, texts, tests)
 
 
 def arguments() -> argparse.Namespace:
@@ -68,8 +72,7 @@ def write_texts(options: argparse.Namespace) -> Path:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(".tmp")
-        examples = [draw_examples(str(options.data / name), 10**7, 0) for name in options.texts]
-        write_pairs((pair for some in examples for pair in some), aside)
+        write_pairs((pair for name in options.texts for pair in examples(options.data / name)), aside)
         aside.rename(file)
     return file
 
@@ -110,6 +113,34 @@ def report(options: argparse.Namespace) -> None:
         cells = " ".join(f"{found[name]:10.4f}" for name in full)
         share = sum(found.values()) / sum(full.values())
         print(f"{schedule:8} {counted:28} {-parameters / 1e6:9.2f}M {cells}  {share:.1%}")
+
+
+def coverage(options: argparse.Namespace, texts: Path, tests: list[Dataset]) -> None:
+    tokenizer, spec = load_text_side(options.model)
+    here = token_counts(tokenizer, spec, draw_examples(str(texts), 10**7, 0), max_length=LENGTH)
+    corpora = {name: examples(options.data / name) for name in options.test}
+    documents = {
+        name: token_counts(tokenizer, spec, some, max_length=LENGTH) for name, some in corpora.items()
+    }
+    together = sum(documents.values(), start=np.zeros_like(here))
+    print(
+        f"different tokens: {np.count_nonzero(here)} counted, {np.count_nonzero(together)} in what is scored"
+    )
+    for size in options.sizes:
+        kept = choose_tokens(tokenizer, here, size)
+        parts = [f"all documents {together[kept].sum() / together.sum():.1%}"]
+        for dataset in tests:
+            asked = tokenizer(list(dataset.queries("test").values()))["input_ids"]
+            ids = np.array([token for query in asked for token in query])
+            stays = np.isin(ids, kept).mean()
+            parts.append(
+                f"{dataset.name} queries {stays:.1%} (median {np.median([*map(len, asked)]):.0f} tokens)"
+            )
+        print(f"{size} tokens keep: {', '.join(parts)}")
+
+
+def examples(dataset: Path) -> list[Pair]:
+    return draw_examples(str(dataset), 10**7, 0)
 
 
 if __name__ == "__main__":
