@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -84,7 +87,6 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _shares(settings: dict[str, list[Any]], measured: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """Objective -> setting -> its share, all together 1; nothing where all values are alike."""
     import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     columns = {name: parameter(column) for name, column in settings.items()}
@@ -102,15 +104,39 @@ def _shares(settings: dict[str, list[Any]], measured: dict[str, list[float]]) ->
         )
         for number in range(len(costs[0]))
     )
-    for number, name in enumerate(measured):
-        if min(costs[number]) < max(costs[number]):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that low is good, and of many equal values
-                shares = get_param_importances(
-                    study, evaluator=PedAnovaImportanceEvaluator(), target=partial(_cost, number)
-                )
-            found[name] = {setting: float(share) for setting, share in shares.items()}
+    with _importance() as importance:
+        for number, name in enumerate(measured):
+            if min(costs[number]) < max(costs[number]):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # that low is good, and of many equal values
+                    shares = importance.get_param_importances(
+                        study,
+                        evaluator=importance.PedAnovaImportanceEvaluator(),
+                        target=partial(_cost, number),
+                    )
+                found[name] = {setting: float(share) for setting, share in shares.items()}
     return found
+
+
+@contextmanager
+def _importance() -> Iterator[Any]:
+    """``optuna.importance`` without scikit-learn, which is half of a report's time and only fANOVA's; whoever
+    imports it afterwards has all of it."""
+    import optuna
+
+    name, forest = "optuna.importance", "sklearn"
+    if name in sys.modules or forest in sys.modules:
+        yield importlib.import_module(name)
+        return
+    before = vars(optuna).get("importance")
+    sys.modules[forest] = None  # type: ignore[assignment]  # Python's own way to say: not to be found
+    try:
+        yield importlib.import_module(name)
+    finally:
+        del sys.modules[forest]
+        for module in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[module]
+        vars(optuna)["importance"] = before
 
 
 def _cost(number: int, trial: Any) -> float:

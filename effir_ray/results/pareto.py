@@ -34,7 +34,10 @@ def non_dominated(costs: Points) -> Mask:
     and Preparata 1975), which for one to three objectives makes it a sort and one pass.
     """
     mask: Mask = np.zeros(len(costs), dtype=np.bool_)
-    valid = np.flatnonzero(~np.isnan(costs).any(axis=1))
+    unknown = np.zeros(len(costs), dtype=np.bool_)
+    for column in costs.T:  # along the few columns numpy would be ten times slower
+        unknown |= np.isnan(column)
+    valid = np.flatnonzero(~unknown)
     if not len(valid):
         return mask
     valid = valid[_contenders(costs[valid])]
@@ -85,10 +88,14 @@ def _contenders(points: Points) -> npt.NDArray[np.intp]:
     good = good[np.argsort(good[:, 0])]
     rivals = good[np.linspace(0, len(good) - 1, min(_RIVALS, len(good))).astype(np.intp)]
     beaten = [(sample >= rival).all(axis=1).sum() for rival in rivals]
-    here = points
+    here = list(np.ascontiguousarray(points.T))
     for rival in rivals[np.argsort(beaten)[::-1]]:  # who beats most comes first: the others see few points
-        stays = (here < rival).any(axis=1) | (here == rival).all(axis=1)
-        left, here = left[stays], here[stays]
+        stays, equal = np.zeros(len(left), np.bool_), np.ones(len(left), np.bool_)
+        for column, bar in zip(here, rival, strict=True):
+            stays |= column < bar
+            equal &= column == bar
+        stays |= equal
+        left, here = left[stays], [column[stays] for column in here]
     return left
 
 

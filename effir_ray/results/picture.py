@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from effir_ray.files import whole
 from effir_ray.results.pareto import on_front
-from effir_ray.results.schema import Direction
+from effir_ray.results.schema import Direction, dataset_in_short
 from effir_ray.results.selection import chosen_rows, with_test_scores
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ def draw_front(table: pa.Table, out: Path) -> Path:
         _draw(axes, records, best.tolist())
         first = records[0]
         backbones = ", ".join(dict.fromkeys(record["backbone"] for record in records))
-        axes.set_title(f"{backbones} on {first['dataset']}, {first['split']} queries", loc="left")
+        axes.set_title(
+            f"{backbones} on {dataset_in_short(first['dataset'])}, {first['split']} queries", loc="left"
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         kind = out.suffix.removeprefix(".")
         with whole(out) as aside:

@@ -28,9 +28,9 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
     suffix or when no trial has succeeded.
     """
     target = Path(out)
-    table, total = _rows(folders, damaged)
     if target.suffix in (".svg", ".png"):
-        return draw_front(table, target)
+        return draw_front(_rows(folders, damaged, _MOST_DRAWN)[0], target)
+    table, total = _rows(folders, damaged, _MOST)
     if target.suffix != ".html":
         raise InputError(f"{target}: a report is written as .html, .svg or .png")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def report(folders: Folders, out: Path | str, *, damaged: Damaged | None = None)
     return target
 
 
-_MOST = 6000  # rows: with more, a page is slow to open and a picture is a blot
+_MOST, _MOST_DRAWN = 6000, 2000  # rows: with more, a page is slow to open and a picture is a blot
 _JUDGED = (*store.LATEST_COLUMNS, "sample", "contents", "schedule", *DIRECTIONS)
 
 
@@ -46,22 +46,23 @@ def _unheard(message: str) -> None:
     """Of a file that is told of when it is read as a whole."""
 
 
-def _rows(folders: Folders, damaged: Damaged | None) -> tuple[pa.Table, int]:
-    """The rows to show, and of how many: all, or every front, what was tested and an even part of others."""
+def _rows(folders: Folders, damaged: Damaged | None, most: int) -> tuple[pa.Table, int]:
+    """The rows to show, and of how many: all, or of more than ``most`` every front, what was tested and an
+    even part of others."""
 
     def attempt() -> tuple[pa.Table, int]:
         heard = None if damaged is None else _unheard
         narrow = store.latest(store.read(folders, columns=_JUDGED, damaged=heard, places=True))
-        if len(narrow) > _MOST:
-            return tables.rows_at(narrow.take(_chosen(narrow)), store.ROWS), len(narrow)
+        if len(narrow) > most:
+            return tables.rows_at(narrow.take(_chosen(narrow, most)), store.ROWS), len(narrow)
         whole = store.read(folders, damaged=damaged)
         return store.latest(whole), len(narrow)
 
     return tables.settled(attempt)
 
 
-def _chosen(table: pa.Table) -> pa.Array:
-    """At most ``_MOST`` indices into ``table``, in its order."""
+def _chosen(table: pa.Table, most: int) -> pa.Array:
+    """At most ``most`` indices into ``table``, in its order."""
     wanted = np.zeros(len(table), np.bool_)
     groups = np.zeros(len(table), np.int64)
     for name in ("dataset", "split", "sample", "contents"):  # scores of others are no comparison
@@ -77,8 +78,8 @@ def _chosen(table: pa.Table) -> pa.Array:
         for number in np.unique(groups):
             group = np.flatnonzero(groups == number)
             wanted[group[non_dominated(costs[group])]] = True
-    first, rest = np.flatnonzero(wanted)[:_MOST], np.flatnonzero(~wanted)
-    even = rest[np.linspace(0, len(rest) - 1, max(0, _MOST - len(first))).astype(np.intp)]
+    first, rest = np.flatnonzero(wanted)[:most], np.flatnonzero(~wanted)
+    even = rest[np.linspace(0, len(rest) - 1, max(0, most - len(first))).astype(np.intp)]
     return pa.array(np.union1d(first, even))
 
 

@@ -241,7 +241,7 @@ def _said_when_full(target: Path) -> Iterator[None]:
 
 def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
     with _opened(file, kind) as parquet:
-        present = set(_decoded(file, lambda: parquet.schema_arrow.names))
+        present = set(_columns_with_values(file, parquet))
         table = _decoded(file, lambda: parquet.read(columns=[n for n in schema.names if n in present]))
         return _typed(file, table, parquet.metadata.num_rows, kind, schema)
 
@@ -249,7 +249,7 @@ def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
 def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterator[tuple[list[int], pa.Table]]:
     """``wanted`` rows, in ascending order, with their numbers, a row group at a time."""
     with _opened(file, kind) as parquet:
-        names, start = _decoded(file, lambda: parquet.schema_arrow.names), 0
+        names, start = _columns_with_values(file, parquet), 0
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
@@ -260,6 +260,26 @@ def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterato
                 table = pa.Table.from_arrays(columns, names)
                 yield here, _typed(file, table, len(here), kind, kind.schema)
             start += size
+
+
+def _columns_with_values(file: Path, parquet: pq.ParquetFile) -> list[str]:
+    """Those that are not null in every row, as their statistics say: of a column that nobody measured, the
+    nulls need not be read."""
+    metadata = parquet.metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+
+    def is_empty(place: int) -> bool:
+        known = [group.column(place).statistics for group in groups]
+        return all(
+            each is not None and each.has_null_count and each.null_count == group.num_rows
+            for each, group in zip(known, groups, strict=True)
+        )
+
+    def names() -> list[str]:
+        flat = len(parquet.schema_arrow.names) == metadata.num_columns
+        return [n for place, n in enumerate(parquet.schema_arrow.names) if not (flat and is_empty(place))]
+
+    return _decoded(file, names)  # type: ignore[no-any-return]  # pyarrow is untyped
 
 
 def _taken(parquet: pq.ParquetFile, group: int, name: str, places: pa.Array) -> pa.ChunkedArray:

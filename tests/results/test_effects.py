@@ -1,6 +1,8 @@
 """Which settings matter: found where they do, and what counts as a setting."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -64,3 +66,24 @@ def test_few_trials_and_equal_values_say_nothing() -> None:
     assert effects(rows(9)) == []
     same = [row | {"ndcg_at_10": 0.5} for row in rows(12)]
     assert effects(same)[0]["shares"]["ndcg_at_10"] == {}
+
+
+_SHARED = """
+import sys
+from tests.results.test_effects import rows
+from effir_ray.results.effects import effects
+first = effects(rows(60))[0]["shares"]
+assert "sklearn" not in sys.modules
+from optuna.importance import FanovaImportanceEvaluator
+import optuna
+study = optuna.create_study()
+study.optimize(lambda trial: trial.suggest_float("x", 0, 1) ** 2, n_trials=8)
+print(optuna.importance.get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0)))
+assert "sklearn" in sys.modules and effects(rows(60))[0]["shares"] == first
+"""
+
+
+def test_no_forest_is_loaded_and_none_is_kept_from_others() -> None:
+    done = subprocess.run([sys.executable, "-c", _SHARED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "'x': " in done.stdout
