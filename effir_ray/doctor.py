@@ -43,7 +43,7 @@ def diagnose() -> list[Finding]:
 
 def _hardware() -> list[Finding]:
     hardware = detect()
-    values = {"device": hardware.device, "dtype": hardware.dtype, "threads": str(hardware.threads)}
+    values = {"device": hardware.device, "precision": hardware.precision, "threads": str(hardware.threads)}
     machine = Finding(
         subject="machine", found=hardware.name, reason=f"{platform.system()} {platform.machine()}"
     )

@@ -4,53 +4,121 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+
+from effir_ray.errors import InputError
+
+Precision = Literal["float32", "bfloat16", "int8"]
+"""What an encoder multiplies in."""
+
+
+PINNED = "EFFIR_RAY_PRECISION"
+"""Environment: float32 or bfloat16, what is multiplied in wherever nothing else says so."""
+
+_WORTHWHILE = 1.3  # times as fast as float32 its products must be before bfloat16 is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """``reasons`` says for every choice what it was made from; ``name`` goes into result rows."""
+    """``dtype``: what models are loaded in; ``precision``: what encoders and trainings multiply in, which on
+    CPUs differs: weights stay float32 there. ``reasons`` says for every choice what it was made from;
+    ``name`` goes into result rows.
+    """
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16"]
     threads: int
     name: str
     reasons: dict[str, str] = field(default_factory=dict)
 
 
 def detect() -> Hardware:
-    """Look at the machine. Imports torch."""
+    """Look at the machine. Imports torch. Raises InputError for a wrong ``EFFIR_RAY_PRECISION``."""
     import torch
 
-    cores = available_cores()
+    cores, pinned = available_cores(), pinned_precision()
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         gpu = torch.cuda.get_device_name(0)
         bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        why = "the GPU computes bfloat16 natively" if bfloat16 else "no native bfloat16"
+        found = pinned or ("bfloat16" if bfloat16 else "float32")
         return Hardware(
             device="cuda",
-            dtype="bfloat16" if bfloat16 else "float32",
+            dtype=found,
+            precision=found,
             threads=cores,
             name=f"{count} x {gpu}",
             reasons={
                 "device": f"torch {torch.__version__} sees {count} CUDA device(s)",
-                "dtype": "the GPU computes bfloat16 natively" if bfloat16 else "no native bfloat16",
+                "precision": f"{PINNED} is set" if pinned else why,
                 "threads": f"{cores} cores are available to this process",
             },
         )
+    precision, why = (pinned, f"{PINNED} is set") if pinned else _cpu_precision()
     return Hardware(
         device="cpu",
         dtype="float32",
+        precision=precision,
         threads=cores,
         name=f"{cores} x {cpu_name()}",
         reasons={
             "device": f"torch {torch.__version__} sees no CUDA device",
-            "dtype": "bfloat16 is several times slower than float32 on CPUs without AMX",
+            "precision": why,
             "threads": f"{cores} cores are available to this process",
         },
     )
+
+
+def pinned_precision() -> Literal["float32", "bfloat16"] | None:
+    """What ``EFFIR_RAY_PRECISION`` says. Raises InputError where it is neither of the two."""
+    pinned = os.environ.get(PINNED)
+    if not pinned:
+        return None
+    if pinned not in ("float32", "bfloat16"):
+        raise InputError(f"{PINNED} is '{pinned}'; expected float32 or bfloat16, or nothing")
+    return pinned  # type: ignore[return-value]  # mypy does not narrow strings to literals
+
+
+@lru_cache(maxsize=1)
+def _cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
+    """By what instructions there are, and by a measurement of some milliseconds whether they are worth it."""
+    if not cpu_features() & {"avx512_bf16", "amx_bf16"}:
+        return "float32", "the processor has no products of bfloat16 (AVX512_BF16 or AMX)"
+    if compiler() is None:
+        return "float32", "bfloat16 on CPUs needs a C++ compiler, and none is installed"
+    ratio = _bfloat16_speed()
+    if ratio < _WORTHWHILE:
+        return "float32", f"products of bfloat16 are {ratio:.1f} times as fast as float32's here"
+    return "bfloat16", f"its products are {ratio:.1f} times as fast as float32's here"
+
+
+def _bfloat16_speed() -> float:
+    """How many times as fast as float32's its products are: the best of a few that take turns."""
+    import torch
+
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    draw = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        left, right = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
+        for _ in range(8):
+            for dtype in best:
+                x, y = left.to(dtype), right.to(dtype)
+                started = time.perf_counter()
+                x @ y
+                best[dtype] = min(best[dtype], time.perf_counter() - started)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that compiled parts are built with."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
 def available_cores() -> int:
@@ -59,6 +127,23 @@ def available_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """What instructions this processor has, as Linux names them; empty where that is not told."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            name, _, listed = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return frozenset(listed.split())
+    return frozenset()
+
+
+def has_vnni() -> bool:
+    """Whether products of bytes are added up in 32 bits: without, pairs of them are in 16."""
+    return bool(cpu_features() & {"avx512_vnni", "avx_vnni"})
 
 
 def cpu_name() -> str:

@@ -11,6 +11,9 @@ from tests.helpers import beir_folders
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, after this
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning for a busy core takes seconds a product
 
+# The same numbers on every processor; tests of other types ask for them.
+os.environ.setdefault("EFFIR_RAY_PRECISION", "float32")
+
 FAST = 120  # seconds; on two quiet cores the slowest takes a few
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Dataset, Model, out_option
+from effir_ray.cli._options import Address, AsJson, Dataset, Model, Precision, out_option
 from effir_ray.cli._output import quantity, say, show_json, show_table
 
 
@@ -35,7 +35,7 @@ def encode(
     shard_size: Annotated[int, typer.Option(min=1, help="Documents a shard.")] = 1024,
     max_length: MaxLength = None,
     dtype: Annotated[StoredType, typer.Option(help="Type of the stored numbers.")] = StoredType.float32,
-    int8: Annotated[bool, typer.Option("--int8", help="Compute in dynamic int8 (CPU).")] = False,
+    precision: Precision = None,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -61,7 +61,7 @@ def encode(
             workers=workers,
             max_length=max_length,
             dtype=dtype.value,
-            quantize="int8" if int8 else None,
+            precision=precision,
             address=address,
         )
     summary = {"folder": out, "documents": len(result)}
@@ -100,6 +100,7 @@ def evaluate(
         int,
         typer.Option(min=0, help="Pseudo-relevance feedback: move queries towards their first N documents."),
     ] = 0,
+    precision: Precision = None,
     workers: Workers = 1,
     address: Address = None,
     as_json: AsJson = False,
@@ -111,6 +112,7 @@ def evaluate(
     effir-ray evaluate --model minilm-l6 --dataset scifact
     effir-ray evaluate --model small --dataset stdlib --split dev --out runs/small-dev
     effir-ray evaluate --model small --dataset scifact --prf 5
+    effir-ray evaluate --model minilm-l6 --dataset scifact --precision int8
     effir-ray evaluate --model small --dataset scifact --queries 100 --documents 1000   a sample, in a minute
     effir-ray evaluate --model small --dataset msmarco --split dev --k 1000 \\
         --out /shared/small-msmarco --workers 8 --address auto
@@ -135,6 +137,7 @@ def evaluate(
             document_max_length=max_length,
             feedback=Feedback(documents=prf) if prf else None,
             cutoffs=k or (),
+            precision=precision,
             workers=workers,
             address=address,
         )
@@ -146,7 +149,8 @@ def evaluate(
     show_table(["metric", "mean"], [(name, value) for name, value in result.scores.mean.items()])
     say(
         f"{result.n_queries} queries over {result.n_documents} documents, split {split}; "
-        f"searched in {result.search_ms:.2f} ms a query"
+        + (f"encoded in {result.precision}, " if result.precision else "")
+        + f"searched in {result.search_ms:.2f} ms a query"
     )
 
 
@@ -193,6 +197,7 @@ def measure(
     queries: Annotated[int, typer.Option(min=1, help="Queries, encoded one at a time.")] = 20,
     documents: Annotated[int, typer.Option(min=2, help="Documents, encoded together.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Repetitions; reported are medians.")] = 5,
+    precision: Precision = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how fast and how large models are, taking turns in one run: other load hits all alike.
@@ -206,7 +211,7 @@ def measure(
     from effir_ray.progress import show_progress
 
     with show_progress():
-        found = run(model, dataset, queries=queries, documents=documents, rounds=rounds)
+        found = run(model, dataset, queries=queries, documents=documents, rounds=rounds, precision=precision)
     if as_json:
         show_json(found)
         return
@@ -219,6 +224,7 @@ def measure(
         "document speed-up": [
             _interval(f.document_speedup, f.document_speedup_interval) for f in found.values()
         ],
+        "precision": [figures.precision for figures in found.values()],
         "MFU": [f"{figures.mfu:.0%}" for figures in found.values()],
         "peak memory": [f"{quantity(figures.peak_memory_bytes)}B" for figures in found.values()],
         "isotropy": [figures.isotropy for figures in found.values()],

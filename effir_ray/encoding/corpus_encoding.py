@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +37,11 @@ from effir_ray.encoding.embedding_shards import (
     StoredType,
     differences,
 )
-from effir_ray.encoding.encoder import Encoder
+from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import detect
+from effir_ray.hardware import PINNED, Precision, available_cores, detect
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import progress
 
 SHARD_SIZE = 1024
@@ -61,11 +60,12 @@ def encode_corpus(
     workers: int = 1,
     max_length: int | None = None,
     dtype: StoredType = "float32",
-    quantize: Literal["int8"] | None = None,
+    precision: Precision | None = None,
     address: str | None = None,
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
+    ``precision``: what is multiplied in, see ``Encoder``; chosen by the machine without one.
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
     one worker without an address is this process. A second call returns what is there, without Ray and
@@ -87,7 +87,7 @@ def encode_corpus(
         shard_size=shard_size,
         max_length=max_length,
         dtype=dtype,
-        quantize=quantize,
+        precision=precision,
     )
     folder = ShardFolder(out)
     if not _complete(folder, encoding):
@@ -220,7 +220,8 @@ def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[in
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
             seconds = time.monotonic() - started
             mfu = flops / seconds / (workers * row["gemm_peak"])
-            bar.advance(int(row["documents"]), tokens_per_s=tokens / seconds, mfu=mfu)
+            figures = {"tokens_per_s": tokens / seconds, "mfu": mfu, "precision": row["precision"]}
+            bar.advance(int(row["documents"]), **figures)
 
 
 def _computed_in(folder: ShardFolder) -> str | None:
@@ -280,9 +281,9 @@ def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
 
 
 @cache
-def _peak_of_this_process(device: torch.device, dtype: torch.dtype) -> float:
+def _peak_of_this_process(device: torch.device, precision: Precision) -> float:
     """Measured once: a study's processes encode for one trial after the other."""
-    return gemm_peak(device, dtype)
+    return gemm_peak(device, precision)
 
 
 class _ShardEncoder:
@@ -302,21 +303,20 @@ class _ShardEncoder:
     @cached_property
     def _encoder(self) -> Encoder:
         """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
-        hardware = detect()
-        if self._computed_in not in (None, hardware.dtype):
-            raise InputError(
-                f"{self._folder.location}: its shards so far were computed in {self._computed_in}, this "
-                f"worker ({hardware.name}) computes in {hardware.dtype}; resume on the same kind of machine "
-                "or choose another output folder"
-            )
-        torch.set_num_threads(max(1, hardware.threads // self._workers_a_node))
-        retriever = load_retriever(self._encoding.model, dtype=hardware.dtype, device=hardware.device)
-        return Encoder(retriever, quantize=self._encoding.quantize)
+        asked, begun = self._encoding.precision, self._computed_in
+        torch.set_num_threads(max(1, available_cores() // self._workers_a_node))
+        encoder = as_encoder(self._encoding.model, precision=asked)
+        if begun in (None, encoder.precision):
+            return encoder
+        raise InputError(
+            f"{self._folder.location}: its shards so far were computed in {begun}, this worker "
+            f"({detect().name}) computes in {encoder.precision}; resume on the same kind of machine, with "
+            f"precision {begun} or {PINNED}={begun}, or choose another output folder"
+        )
 
     @cached_property
     def _gemm_peak(self) -> float:
-        model = self._encoder.retriever.model
-        return _peak_of_this_process(model.device, model.dtype)
+        return _peak_of_this_process(self._encoder.retriever.model.device, self._encoder.precision)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of ``_task`` in, one row of figures out.
@@ -325,13 +325,14 @@ class _ShardEncoder:
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
         figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
+        figures["precision"] = ""
         figures |= {"error": "", "problem": ""}
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
             figures["flops"] = float(self._encoder.flops_seen - before)
-            figures["warning"] = self._encoder.int8_warning
+            figures |= {"warning": self._encoder.warning, "precision": self._encoder.precision}
         except tuple(_ERRORS.values()) as error:
             figures |= {"error": type(error).__name__, "problem": str(error)}
         return {name: [value] for name, value in figures.items()}
@@ -347,7 +348,7 @@ class _ShardEncoder:
             tokens=self._encoder.tokens_seen - before,
             seconds=time.perf_counter() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            computed_in=str(self._encoder.retriever.model.dtype).removeprefix("torch."),
+            computed_in=self._encoder.precision,
         )
         ids = [document.id for document in documents]
         self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)

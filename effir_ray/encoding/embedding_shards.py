@@ -19,14 +19,16 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import model_validator
 
 from effir_ray import storage
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
+from effir_ray.hardware import Precision
 from effir_ray.readers import json_object, parse_json
 
 StoredType = Literal["float32", "float16"]
-FORMAT = 1
+FORMAT = 2
 _HEADER = "encoding.json"
 
 
@@ -42,7 +44,15 @@ class Encoding(Config):
     shard_size: int
     max_length: int | None
     dtype: StoredType
-    quantize: Literal["int8"] | None
+    precision: Precision | None  # as asked for; None: the best on each kind of machine
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_format_1(cls, read: Any) -> Any:
+        if isinstance(read, dict) and read.get("format") == 1 and "quantize" in read:
+            others = {name: value for name, value in read.items() if name not in ("format", "quantize")}
+            return {**others, "precision": read["quantize"]}
+        return read
 
     @property
     def shards(self) -> int:
@@ -58,7 +68,7 @@ class Encoding(Config):
 class ShardRecord:
     """A shard's manifest. ``peak_bytes``: the worker process's largest resident size so far.
 
-    ``computed_in``: the type the model computed in, which stored rows do not show.
+    ``computed_in``: the precision of the products, which stored rows do not show.
     """
 
     shard: int

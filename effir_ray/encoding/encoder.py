@@ -8,17 +8,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from effir_ray.encoding.batching import token_budget_batches
+from effir_ray.encoding.cpu_kernels import build
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
+from effir_ray.encoding.varlen_attention import HALF
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import detect
+from effir_ray.hardware import Precision, detect
 from effir_ray.models.accounting import flops
 from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -26,7 +27,26 @@ from effir_ray.progress import Progress
 from effir_ray.progress import progress as show
 
 WINDOW = 512  # texts that are tokenised ahead and ordered by length together
-_CHECKED, _INT8_CLOSE = 8, 0.98
+_CHECKED = 8
+_CLOSE = {"float32": 0.99999, "bfloat16": 0.999, "int8": 0.98}  # what is usual, of cosines to float32
+_CHOSEN = 0.9999
+"""Mean cosine to float32 from which on bfloat16 is chosen where nobody asked for it."""
+
+_PROBE = (
+    "What lowers the risk of a second stroke?",
+    "vitamin d",
+    "The kernel schedules threads on cores; a lock that is held across an interrupt stops all of them.",
+    "In 1867 the company bought forty acres by the river, built two mills and a row of houses for the "
+    "workers, and laid the first four miles of the line that would join the valley to the coast.",
+    "def mean(values): return sum(values) / len(values)",
+    "Patients were assigned at random to one of two groups. After twelve weeks the mean difference was 3.4 "
+    "points (95% CI 1.2 to 5.6), and no serious adverse event was reported. We conclude that the treatment "
+    "is safe, and that a larger trial with a longer follow-up is needed before it can be recommended.",
+    "capital of Mongolia",
+    "Boil the lentils until soft, add cumin, garlic and a spoon of lemon juice, and serve with rice.",
+)
+"""Texts that decide: the same ones everywhere, so that all workers of a corpus choose alike."""
+
 _BUDGET = {"cpu": 1024, "cuda": 32_768}
 """Tokens a batch. CPU: the activations of more no longer fit the caches; GPU: enough to fill it."""
 
@@ -34,9 +54,12 @@ _BUDGET = {"cpu": 1024, "cuda": 32_768}
 class Encoder:
     """Embeds texts with one model; holds its own, faster copy of the weights.
 
-    ``token_budget`` (tokens a batch) halves by itself when memory runs out and stays there. ``int8_cosine``:
-    how close int8 comes to the model's own embeddings, the mean over the first texts encoded; below 0.98 a
-    RuntimeWarning says so. None before, and for floats.
+    ``precision``: what is multiplied in. None chooses: on CPUs bfloat16 where ``hardware.detect`` finds it
+    faster and the embeddings keep a mean cosine of 0.9999 to float32's, else float32; on GPUs the model's own
+    type, which is all there is there. ``token_budget`` (tokens a batch) halves by itself when memory runs out
+    and stays there. ``cosine``: how close embeddings come to the model's own, where it was looked at: a mean
+    over the first texts encoded, or over those it was chosen by; else None. A RuntimeWarning says when it is
+    lower than usual. Raises InputError for a precision that this model does not have here.
     """
 
     def __init__(
@@ -44,18 +67,21 @@ class Encoder:
         retriever: Retriever,
         *,
         token_budget: int | None = None,
-        quantize: Literal["int8"] | None = None,
+        precision: Precision | None = None,
     ) -> None:
         if token_budget is not None and token_budget < 1:
             raise InputError(f"token_budget is {token_budget}; expected at least 1 token")
+        if precision not in (None, *_CLOSE):
+            raise InputError(f"precision is '{precision}'; expected float32, bfloat16 or int8")
         self.retriever = retriever
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
-        self.quantize = quantize
-        self.int8_cosine: float | None = None
+        self._asked = precision
+        self.precision: Precision
+        self.cosine: float | None = None
         self.tokens_seen = 0  # over all calls
         self._lengths_seen: Counter[int] = Counter()  # texts by their number of tokens
         self._forward: PackedForward | PaddedForward
-        self._snapshot: tuple[object, ...] = ()
+        self._watched: _Watched | None = None
         self._refresh()
 
     @property
@@ -64,13 +90,14 @@ class Encoder:
         return int(self.retriever.model.config.hidden_size)
 
     @property
-    def int8_warning(self) -> str:
-        """What there is to say when int8 is far from the model's own embeddings; else ''."""
-        if self.int8_cosine is None or self.int8_cosine >= _INT8_CLOSE:
+    def warning(self) -> str:
+        """What there is to say when embeddings are far from the model's own; else ''."""
+        usual = _CLOSE[self.precision]
+        if self.cosine is None or self.cosine >= usual:
             return ""
         return (
-            f"int8 changes the embeddings of '{self.retriever.name}': mean cosine to its own "
-            f"{self.int8_cosine:.3f} (at least {_INT8_CLOSE} is usual); check its scores or leave int8 out"
+            f"{self.precision} changes the embeddings of '{self.retriever.name}': mean cosine to its own "
+            f"{self.cosine:.4f} (at least {usual} is usual); check its scores or choose another precision"
         )
 
     @property
@@ -106,35 +133,64 @@ class Encoder:
             if progress
             else nullcontext(Progress("", None, ""))
         )
-        with display as bar, torch.inference_mode(), _evaluating(self.retriever.model):
+        assert self._watched is not None
+        with display as bar, torch.inference_mode(), self._watched.evaluating():
             for start, tokens in self._tokenised(texts, kind, max_length):
-                if self.quantize and self.int8_cosine is None:
-                    self._check_int8(tokens[:_CHECKED])
+                if self._asked not in (None, "float32") and self.cosine is None:
+                    self._check(tokens[:_CHECKED])
                 self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
         return embeddings
 
     def _refresh(self) -> None:
         """Choose the forward pass, anew when the model was changed: trained on, pruned, masked by hooks."""
-        snapshot = _state(self.retriever.model)
-        if snapshot == self._snapshot:
+        if self._watched is not None and self._watched.unchanged():
             return
-        self._snapshot, self.int8_cosine = snapshot, None
-        fast = None if _is_hooked(self.retriever.model) else packed_forward(self.retriever, self.quantize)
-        if self.quantize and (fast is None or self.retriever.model.device.type != "cpu"):
+        model = self.retriever.model
+        self._watched, self.cosine = _Watched(model), None
+        if model.device.type != "cpu":
+            own: Precision = "bfloat16" if model.dtype in HALF else "float32"
+            self._use(own, None if self._watched.hooked else packed_forward(self.retriever, own))
+        elif self._watched.hooked:
+            self._use("float32", None)
+        else:
+            chosen = self._asked or detect().precision
+            self._use(chosen, packed_forward(self.retriever, chosen))
+            if self._asked is None and self.precision != "float32" and not self._stays_close():
+                self._use("float32", packed_forward(self.retriever, "float32"))
+        if self._asked not in (None, self.precision):
+            here = f"kernels {build().reason}" if model.device.type == "cpu" else f"loaded in {model.dtype}"
             raise InputError(
-                f"int8 is for unmodified Llama-like and BERT models on CPUs; '{self.retriever.name}' is a "
-                f"{self.retriever.model.config.model_type} on {self.retriever.model.device.type}"
+                f"{self._asked} is for unmodified models on CPUs that have it and the compiled kernels; "
+                f"'{self.retriever.name}' is a {model.config.model_type} on {model.device.type}, {here}"
             )
-        self._forward = fast or PaddedForward(self.retriever)
 
-    def _check_int8(self, tokens: list[list[int]]) -> None:
-        """Some models lose much: huge activations of a few channels leave little of the rest in 8 bits."""
+    def _use(self, precision: Precision, forward: PackedForward | None) -> None:
+        """``forward``, or the model's own, which knows no other type than its weights'."""
+        self.precision = precision if forward else "float32"
+        self._forward = forward or PaddedForward(self.retriever)
+        if forward is None and self.retriever.model.dtype in HALF:
+            self.precision = "bfloat16"
+
+    def _stays_close(self) -> bool:
+        """Whether what nobody asked for changes next to nothing."""
+        with torch.inference_mode(), self._watched.evaluating() if self._watched else nullcontext():
+            self.cosine = self._mean_cosine(self.retriever.tokenize(_PROBE, "document"))
+        if self.cosine >= _CHOSEN:
+            return True
+        self.cosine = None
+        return False
+
+    def _mean_cosine(self, tokens: list[list[int]]) -> float:
         exact = PaddedForward(self.retriever)
         pairs = [(self._forward([ids]), exact([ids])) for ids in tokens]
-        cosines = [torch.nn.functional.cosine_similarity(a, b).item() for a, b in pairs]
-        self.int8_cosine = sum(cosines) / len(cosines)
-        if self.int8_warning:
-            warnings.warn(self.int8_warning, RuntimeWarning, stacklevel=3)
+        cosines = [torch.nn.functional.cosine_similarity(a, b.float()).item() for a, b in pairs]
+        return sum(cosines) / len(cosines)
+
+    def _check(self, tokens: list[list[int]]) -> None:
+        """Some models lose much: huge activations of a few channels leave little of the rest in 8 bits."""
+        self.cosine = self._mean_cosine(tokens)
+        if self.warning:
+            warnings.warn(self.warning, RuntimeWarning, stacklevel=3)
 
     def _tokenised(
         self, texts: Sequence[str], kind: TextKind, max_length: int | None
@@ -173,7 +229,7 @@ class Encoder:
             else:
                 self.tokens_seen += sum(lengths[i] for i in batch)
                 self._lengths_seen.update(lengths[i] for i in batch)
-                bar.advance(len(batch))
+                bar.advance(len(batch), precision=self.precision)
         if self.retriever.model.device.type == "cuda":
             torch.cuda.synchronize(self.retriever.model.device)
         for batch, vectors in results:
@@ -194,39 +250,56 @@ class Encoder:
             torch.cuda.empty_cache()
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode, and afterwards as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
+class _Watched:
+    """What a forward pass was made from, and whether it is still so. Asked before every text that comes
+    alone, so it looks things up instead of walking through the modules."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.hooked = any(self._hooks)  # gates and statistics act in the model's own forward only
+        self._hook_counts = [len(hooks) for hooks in self._hooks]
+        owners = [owner for m in self._modules for owner in (m._parameters, m._modules)]
+        self._sizes = [(owner, len(owner)) for owner in owners]
+        self._entries = [(owner, name, value) for owner in owners for name, value in owner.items()]
+        self._weights = [(p, p.data_ptr(), p._version) for p in model.parameters()]
+
+    def unchanged(self) -> bool:
+        """Whether hooks, modules and weights (in place or by replacement) are as they were."""
+        return (
+            [len(hooks) for hooks in self._hooks] == self._hook_counts
+            and all(len(owner) == size for owner, size in self._sizes)
+            and all(owner.get(name) is value for owner, name, value in self._entries)
+            and all(p._version == version and p.data_ptr() == at for p, at, version in self._weights)
+        )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, and afterwards as it was."""
+        training = [module for module in self._modules if module.training]
         for module in training:
-            module.training = True
-
-
-def _state(model: torch.nn.Module) -> tuple[object, ...]:
-    """Differs after any change of weights (in place or by replacement) and of hooks."""
-    weights = tuple((id(p), p.data_ptr(), p._version) for p in model.parameters())
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    return (*weights, hooks)
-
-
-def _is_hooked(model: torch.nn.Module) -> bool:
-    """Hooks (gates, statistics) act in the model's own forward only."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def as_encoder(model: str | Path | Retriever | Encoder) -> Encoder:
-    """An encoder on this machine's device for whatever form a model is given in."""
+def as_encoder(model: str | Path | Retriever | Encoder, *, precision: Precision | None = None) -> Encoder:
+    """An encoder on this machine's device for whatever form a model is given in; one that is one already
+    keeps its own precision. On GPUs a model that is given by name is loaded in ``precision``.
+    """
     if isinstance(model, Encoder):
         return model
     if isinstance(model, Retriever):
-        return Encoder(model)
+        return Encoder(model, precision=precision)
     hardware = detect()
-    return Encoder(load_retriever(model, dtype=hardware.dtype, device=hardware.device))
+    loaded_in = (
+        precision if precision and precision != "int8" and hardware.device == "cuda" else hardware.dtype
+    )
+    return Encoder(load_retriever(model, dtype=loaded_in, device=hardware.device), precision=precision)

@@ -1,4 +1,4 @@
-"""Forward passes without padding for Llama-like decoders and BERT, compressed ones included.
+"""Forward passes without padding, compressed models included: on GPUs, and on CPUs without a compiler.
 
 All tokens of a batch lie in one (tokens, hidden) matrix, so every linear layer is one large product; only
 attention knows where texts begin. Query, key and value projections are fused, gate and up too; RMSNorm
@@ -21,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
+from effir_ray.encoding.cpu_kernels import build
+from effir_ray.encoding.cpu_pass import CpuModel
 from effir_ray.encoding.cuda_graphs import SingleTextGraphs
 from effir_ray.encoding.fused_kernels import rotate
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.projections import GatedProjection, NotPlainError, Projection, Quantize, fuse
 from effir_ray.encoding.varlen_attention import HALF, Packing, attend, attend_once, pool
+from effir_ray.hardware import Precision, has_vnni
 from effir_ray.models.retriever import Retriever
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
@@ -34,7 +37,7 @@ _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on
 class _Model(Protocol):
     window: int | None  # longest text for which attention is full
 
-    projections: list[Projection | GatedProjection]
+    bytes: int  # of the weights that were copied
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         """Last hidden states of all tokens, (t, h), or of those at ``rows_n`` alone, (n, h)."""
@@ -54,7 +57,7 @@ class PackedForward:
     @property
     def copied_bytes(self) -> int:
         """Bytes of the weights that were copied: all but embeddings and norms."""
-        return sum(projection.bytes for projection in self._model.projections)
+        return self._model.bytes
 
     def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """b token lists, best ordered by length -> embeddings (b, d) on the model's device."""
@@ -74,27 +77,47 @@ class PackedForward:
         spec = self._retriever.spec
         # A causal model's first token sees itself alone: not what the last attention for `rows` computes.
         if spec.pooling == "mean" or (spec.pooling == "cls" and self._retriever.family.causal):
-            return pool(self._model.hidden(ids_t, packing, None), packing, spec)
+            hidden = self._model.hidden(ids_t, packing, None)
+            if spec.pooling == "mean" and isinstance(self._model, CpuModel):
+                pooled = self._model.mean_pool(hidden, packing)
+                return F.normalize(pooled, dim=-1) if spec.normalize else pooled
+            return pool(hidden, packing, spec)
         pooled = self._model.hidden(ids_t, packing, packing.pooled_rows(spec.pooling))
         return F.normalize(pooled, dim=-1) if spec.normalize else pooled
 
 
-def packed_forward(retriever: Retriever, quantize: Quantize = None) -> PackedForward | None:
-    """None where there is no packed pass: other families, unusual settings, adapters, quantised layers, and
-    float32 on CUDA (no kernel).
+def packed_forward(retriever: Retriever, precision: Precision) -> PackedForward | None:
+    """``precision``: what is multiplied in on CPUs; on GPUs it is the model's own type.
+
+    None where there is no packed pass: unusual settings, adapters, quantised layers, float32 on CUDA (no
+    kernel); without the compiled kernels also for bfloat16 on CPUs, Gemma and ModernBERT.
     """
     config: Any = retriever.model.config
-    if retriever.model.device.type == "cuda" and retriever.model.dtype not in HALF:
+    device = retriever.model.device.type
+    quantize: Quantize = "int8" if precision == "int8" else None
+    if (device == "cuda" and retriever.model.dtype not in HALF) or not _has_plain_rope(config):
         return None
     try:
+        if device == "cpu":
+            kernels = build().kernels
+            if kernels and (has_vnni() if quantize else kernels.has_bfloat16 or precision == "float32"):
+                return PackedForward(retriever, CpuModel(retriever, precision, kernels))
+            if precision == "bfloat16":
+                return None
         if retriever.family.packing == "pre-norm" and config.hidden_act == "silu":
-            rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-            return PackedForward(retriever, _Llama(retriever, quantize)) if rope in _PLAIN_ROPE else None
+            return PackedForward(retriever, _Llama(retriever, quantize))
         if retriever.family.packing == "post-norm":
             return PackedForward(retriever, _Bert(retriever, quantize))
     except NotPlainError:
         pass
     return None
+
+
+def _has_plain_rope(config: Any) -> bool:
+    """Whether rotary angles depend on positions alone. Some models have one kind of them a kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [kind for kind in settings.values() if isinstance(kind, dict)] or [settings]
+    return all(kind.get("rope_type", "default") in _PLAIN_ROPE for kind in nested)
 
 
 class _Llama:
@@ -104,7 +127,7 @@ class _Llama:
         model: Any = retriever.model
         self._embed, self._rotary, self._norm = model.embed_tokens, model.rotary_emb, model.norm
         self._layers = [_LlamaLayer(layer, quantize) for layer in retriever.family.layers(model)]
-        self.projections = [part for layer in self._layers for part in layer.projections]
+        self.bytes = sum(part.bytes for layer in self._layers for part in layer.projections)
         self._last_attention = _last_with_attention(self._layers)
         self.window = _window(model.config)
 
@@ -200,7 +223,7 @@ class _Bert:
         model: Any = retriever.model
         self._embeddings = model.embeddings
         self._layers = [_BertLayer(layer, quantize) for layer in retriever.family.layers(model)]
-        self.projections = [part for layer in self._layers for part in layer.projections]
+        self.bytes = sum(part.bytes for layer in self._layers for part in layer.projections)
         self._last_attention = _last_with_attention(self._layers)
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:

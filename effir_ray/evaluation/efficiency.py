@@ -26,6 +26,7 @@ from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak, seconds_of
 from effir_ray.errors import InputError
 from effir_ray.evaluation.index import exact_search
+from effir_ray.hardware import Precision
 from effir_ray.models.accounting import flops
 from effir_ray.progress import progress
 
@@ -43,6 +44,7 @@ class Efficiency(Config):
     weights of model and encoder and what encoding adds to them, on the GPU or in the process. isotropy: mean
     cosine between different documents (0 is best spread, near 1 is collapsed), None for a single one.
     other_load: share of the machine's cores that was busy with other work meanwhile. rounds: how many.
+    precision: what products were multiplied in.
     """
 
     query_ms_p50: float
@@ -60,6 +62,7 @@ class Efficiency(Config):
     isotropy: float | None
     other_load: float
     rounds: int
+    precision: Precision
 
 
 def measure(
@@ -69,6 +72,7 @@ def measure(
     queries: int = 20,
     documents: int = 64,
     rounds: int = 5,
+    precision: Precision | None = None,
 ) -> dict[str, Efficiency]:
     """Figures of models, given by name or folder, on the first texts of ``dataset``; speed-ups are relative
     to the first model.
@@ -81,7 +85,7 @@ def measure(
         raise InputError(f"models are {', '.join(names)}; give every model once")
     data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset)
     return measure_efficiency(
-        {name: as_encoder(name) for name in names},
+        {name: as_encoder(name, precision=precision) for name in names},
         list(data.all_queries.values())[: max(0, queries)],
         [document.document_text for document in data.corpus.iter_documents(0, max(0, documents))],
         rounds=rounds,
@@ -173,7 +177,7 @@ class _Meter:
         documents: Sequence[str],
         cut: Mapping[str, int | None],
     ) -> None:
-        self._queries, self._documents = queries, documents
+        self._encoder, self._queries, self._documents = encoder, queries, documents
         self._encode_query = partial(encoder.encode, kind="query", max_length=cut["query"])
         self._encode_document = partial(encoder.encode, kind="document", max_length=cut["document"])
         retriever = encoder.retriever
@@ -190,8 +194,7 @@ class _Meter:
         self._query_seconds: list[list[float]] = []
         self._search_seconds: list[float] = []
         self._document_seconds: list[float] = []
-        model = retriever.model
-        self.place = model.device, model.dtype
+        self.place = retriever.model.device, encoder.precision
         self.peak = 0.0  # FLOP/s, the highest of all rounds
 
     def round(self) -> None:
@@ -238,6 +241,7 @@ class _Meter:
             isotropy=isotropy([self._embeddings]) if len(self._embeddings) > 1 else None,
             other_load=other_load,
             rounds=len(document_ratios),
+            precision=self._encoder.precision,
         )
 
 

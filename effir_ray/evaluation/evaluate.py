@@ -24,6 +24,7 @@ from effir_ray.evaluation.index import Backend, Floats
 from effir_ray.evaluation.metrics import Run, Scores, check_cutoffs, score_run
 from effir_ray.evaluation.trec import write_run
 from effir_ray.files import write_whole
+from effir_ray.hardware import Precision
 from effir_ray.models.retriever import Retriever
 
 _CHUNK = 16_384  # documents whose texts and embeddings are in memory at once
@@ -46,6 +47,7 @@ class Evaluation:
     seconds: float
     search_ms: float
     feedback: Feedback | None
+    precision: Precision | None  # of queries; None for BM25
     warnings: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class Evaluation:
             "seconds": self.seconds,
             "search_ms": self.search_ms,
             "feedback": self.feedback.model_dump() if self.feedback else None,
+            "precision": self.precision,
             "warnings": list(self.warnings),
         }
 
@@ -97,12 +100,14 @@ def evaluate(
     feedback: Feedback | None = None,
     backend: Backend = "auto",
     cutoffs: Sequence[int] = (),
+    precision: Precision | None = None,
     workers: int = 1,
     address: str | None = None,
 ) -> Evaluation:
     """Score ``model`` (a name, a folder, a loaded retriever or an encoder) on one split of ``dataset``;
     ``bm25`` is BM25.
 
+    ``precision``: what the model multiplies in, see ``Encoder``; an encoder keeps its own.
     Reported are nDCG@10, Recall@100, MRR@10 and MAP@100, and all four at each of ``cutoffs``.
 
     The data set is read and checked before the model is loaded. With ``out`` the run (``run.trec``), the
@@ -128,7 +133,7 @@ def evaluate(
             raise InputError("feedback moves query embeddings; bm25 has none")
         searching = time.perf_counter()
         run = bm25_run(dataset, split, depth=max([DEPTH, *cutoffs]))
-        return _written(_scored(BM25, dataset, split, run, started, searching, None, cutoffs), out)
+        return _written(_scored(BM25, dataset, split, run, started, searching, None, cutoffs, None), out)
     with tempfile.TemporaryDirectory(prefix="effir-ray-") as scratch:
         corpus: EmbeddedCorpus
         if out is not None and isinstance(model, str | Path):
@@ -138,11 +143,14 @@ def evaluate(
                 out / "embeddings",
                 workers=workers,
                 max_length=document_max_length,
+                precision=precision,
                 address=address,
             )
-            encoder = as_encoder(model)  # not before: what encoded has a copy of its own on the same GPU
+            encoder = as_encoder(
+                model, precision=precision
+            )  # not before: what encoded has a copy of its own on the same GPU
         else:
-            encoder = as_encoder(model)
+            encoder = as_encoder(model, precision=precision)
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
         vectors = encoder.encode(
             list(queries.values()), "query", max_length=query_max_length, progress="Encoding queries"
@@ -159,7 +167,9 @@ def evaluate(
             address=address,
         )
         name = encoder.retriever.name
-        return _written(_scored(name, dataset, split, run, started, searching, feedback, cutoffs), out)
+        return _written(
+            _scored(name, dataset, split, run, started, searching, feedback, cutoffs, encoder.precision), out
+        )
 
 
 def _scored(
@@ -171,6 +181,7 @@ def _scored(
     searching: float,
     feedback: Feedback | None,
     cutoffs: Sequence[int],
+    precision: Precision | None,
 ) -> Evaluation:
     """``started``, ``searching``: ``perf_counter`` when the evaluation and its search began."""
     now, qrels = time.perf_counter(), dataset.qrels(split)
@@ -186,6 +197,7 @@ def _scored(
         seconds=time.perf_counter() - started,
         search_ms=1000 * (now - searching) / len(qrels),
         feedback=feedback,
+        precision=precision,
         warnings=dataset.warnings,
     )
 

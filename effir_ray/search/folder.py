@@ -108,7 +108,7 @@ def claim(
     study that computes on something else.
     """
     here = here or detect()
-    computes = f"{here.device}, {here.dtype}"
+    computes = f"{here.device}, {here.precision}"
     record = find(out, space, contents, resume=resume)
     if record is None:
         out.mkdir(parents=True, exist_ok=True)

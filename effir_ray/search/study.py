@@ -100,7 +100,7 @@ def search(
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
     sources = {
-        name: replace(own, device=here.device, dtype=here.dtype, machine=here.name)
+        name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
     with exclusive(folder):

@@ -176,7 +176,7 @@ def sources_of(config: StudySettings, here: hardware.Hardware | None = None) -> 
         calibration=source_fingerprint(config.calibration_from or config.dataset),
         trainings={name: training_identity(training) for name, training in config.trainings.items()},
         device=here.device,
-        dtype=here.dtype,
+        dtype=here.precision,
         machine=here.name,
     )
 

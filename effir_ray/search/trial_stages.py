@@ -277,13 +277,13 @@ def _speed(task: StageTask, model: Path) -> dict[str, Any]:
             document_max_length=config.document_max_length,
         )
         figures = measured[list(models)[-1]].model_dump()
-        record = {"hardware": here.name, "dtype": here.dtype, **figures}
+        record = {"hardware": here.name, "dtype": figures["precision"], **figures}
         (out / TIMING).write_text(json.dumps(record, indent=1))
 
     inputs = {
         "shape": shape,
         "full": reference.name,
-        "machine": [here.name, here.device, here.dtype],
+        "machine": [here.name, here.device, here.precision],
         "threads": torch.get_num_threads(),
         "data": dataset.fingerprint,
         "lengths": {"query": config.query_max_length, "document": config.document_max_length},

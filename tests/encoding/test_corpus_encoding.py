@@ -25,6 +25,7 @@ from effir_ray.encoding.corpus_encoding import _only_writer, _ShardEncoder, _tas
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
+from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
 from tests.helpers.lost_node import lose_a_node
 
@@ -57,7 +58,18 @@ def forbidden(*arguments, **options):
     raise AssertionError("a finished encoding must not start any work")
 
 
-def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_folder, tmp_path, monkeypatch):
+@pytest.fixture
+def unpackable(tmp_path):
+    """A model whose rotary angles depend on the longest text of a batch: it has its own forward alone."""
+    retriever = load_retriever("random:llama")
+    retriever.model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    save_checkpoint(retriever, tmp_path / "unpackable")
+    return tmp_path / "unpackable"
+
+
+def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(
+    beir_folder, tmp_path, unpackable, monkeypatch
+):
     dataset, folder = load_dataset(beir_folder), ShardFolder(tmp_path)
     encoding = Encoding(
         model=MODEL,
@@ -68,7 +80,7 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
         shard_size=50,
         max_length=20,
         dtype="float32",
-        quantize=None,
+        precision=None,
     )
     folder.write_header(encoding)
     task = _task(dataset.corpus, encoding.rows(2), 2)
@@ -82,7 +94,7 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(beir_fol
     expected = Encoder(load_retriever(MODEL)).encode(texts, "document", max_length=20)
     np.testing.assert_array_equal(vectors, expected)
 
-    unsuitable = encoding.model_copy(update={"model": "random:gemma2", "quantize": "int8"})
+    unsuitable = encoding.model_copy(update={"model": str(unpackable), "precision": "int8"})
     figures = _ShardEncoder(folder, unsuitable, dataset.corpus.path, 1, None)(rows)
     assert "int8 is for" in figures["problem"][0]
     assert folder.record(2).computed_in == "float32"
@@ -174,16 +186,16 @@ def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
 
 
 @pytest.mark.integration
-def test_what_a_worker_refuses_is_a_plain_input_error(beir_folder, tmp_path):
+def test_what_a_worker_refuses_is_a_plain_input_error(beir_folder, tmp_path, unpackable):
     for workers in (1, 2):
         with pytest.raises(InputError, match="int8 is for"):
             encode_corpus(
-                "random:gemma2",
+                unpackable,
                 str(beir_folder),
                 tmp_path / "out",
                 shard_size=64,
                 workers=workers,
-                quantize="int8",
+                precision="int8",
             )
 
 

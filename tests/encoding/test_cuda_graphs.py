@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from effir_ray.encoding import packed
+from effir_ray.encoding.cpu_kernels import Build
 from effir_ray.encoding.cuda_graphs import LENGTH_CLASSES, FilledText, SingleTextGraphs, length_class
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.packed import packed_forward
@@ -17,10 +19,13 @@ QUERIES = ["why", "what is a dense retriever", "what is a dense retriever " * 9]
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
-def test_a_filled_text_has_the_embedding_of_the_text_alone(family: str, pooling: str) -> None:
+def test_a_filled_text_has_the_embedding_of_the_text_alone(
+    family: str, pooling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "build", lambda: Build(None, "the pass of GPUs"))
     retriever = load_retriever(f"random:{family}")
     retriever.spec = retriever.spec.model_copy(update={"pooling": pooling})
-    forward = packed_forward(retriever)
+    forward = packed_forward(retriever, "float32")
     assert forward is not None
     filled = FilledText(256, torch.device("cpu"))
     for text in retriever.tokenize(QUERIES, "query"):
@@ -41,7 +46,8 @@ def test_a_class_leaves_room_for_the_filling() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="recording works there")
 def test_without_recordings_the_pass_itself_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SingleTextGraphs, "_usable", True)
-    forward = packed_forward(load_retriever("random:bert"))
+    monkeypatch.setattr(packed, "build", lambda: Build(None, "the pass of GPUs"))
+    forward = packed_forward(load_retriever("random:bert"), "float32")
     assert forward is not None
     graphs = SingleTextGraphs(torch.device("cpu"))
     with torch.inference_mode():

@@ -22,7 +22,7 @@ ENCODING = Encoding(
     shard_size=2,
     max_length=None,
     dtype="float16",
-    quantize=None,
+    precision=None,
 )
 VECTORS = np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)
 IDS = ["a", "b", "ç", "d", "e"]

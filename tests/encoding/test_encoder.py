@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from effir_ray import hardware
 from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
 from effir_ray.encoding import encoder as encoder_module
+from effir_ray.encoding import packed
+from effir_ray.encoding.cpu_kernels import Build, build
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError, TrialFailure
@@ -18,6 +23,10 @@ from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
 from effir_ray.training.config import LoraConfig
 from effir_ray.training.step.lora import add_lora
+
+needs_bfloat16 = pytest.mark.skipif(
+    build().kernels is None or not build().kernels.has_bfloat16, reason="needs AVX512_BF16 and a C++ compiler"
+)
 
 TEXTS = [
     "the study of cells and protein",
@@ -40,9 +49,17 @@ def alone(retriever, texts):
     return np.stack(rows)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """What lies between products on CPUs: the compiled kernels, or torch where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(packed, "build", lambda: Build(None, "no C++ compiler"))
+    return request.param
+
+
 @pytest.mark.parametrize("family", RANDOM_MODELS)
 @pytest.mark.parametrize("budget", [16, 100_000])
-def test_same_embedding_alone_and_in_any_batch(family, budget):
+def test_same_embedding_alone_and_in_any_batch(family, budget, kernels):
     retriever = load_retriever(f"random:{family}")
     got = Encoder(retriever, token_budget=budget).encode(TEXTS, "document")
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
@@ -69,16 +86,16 @@ COMPRESSED = Plan(
 
 
 @pytest.mark.parametrize("family", RANDOM_MODELS)
-def test_compressed_models(family):
+def test_compressed_models(family, kernels):
     retriever = apply_plan(load_retriever(f"random:{family}"), COMPRESSED)
     got = Encoder(retriever, token_budget=200).encode(TEXTS, "document")
     np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "bert"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "modernbert", "bert"])
 @pytest.mark.parametrize("with_attention", [(), (0,), (1, 2), (0, 3)])
-def test_layers_after_the_last_attention(family, pooling, with_attention):
+def test_layers_after_the_last_attention(family, pooling, with_attention, kernels):
     """What pooling does not read is not computed from there on."""
     retriever = load_retriever(f"random:{family}")
     plan = Plan(layers=tuple(LayerPlan(attention=n in with_attention, mlp=n != 2) for n in range(4)))
@@ -91,7 +108,7 @@ def test_layers_after_the_last_attention(family, pooling, with_attention):
 @pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_packed_pooling(family, pooling, normalize):
+def test_packed_pooling(family, pooling, normalize, kernels):
     retriever = load_retriever(f"random:{family}")
     retriever.spec = retriever.spec.model_copy(update={"pooling": pooling, "normalize": normalize})
     got = Encoder(retriever).encode(TEXTS, "document")
@@ -129,12 +146,11 @@ def test_no_dropout_in_the_middle_of_a_training():
     assert all(module.training for module in retriever.model.modules())
 
 
-@pytest.mark.parametrize(
-    ("family", "packed"),
-    [("llama", True), ("qwen2", True), ("qwen3", True), ("bert", True), ("gemma2", False)],
-)
-def test_which_families_are_packed(family, packed):
-    assert Encoder(load_retriever(f"random:{family}"))._forward.padded is not packed
+@pytest.mark.parametrize("family", RANDOM_MODELS)
+def test_which_families_are_packed(family, kernels):
+    retriever = load_retriever(f"random:{family}")
+    everywhere = kernels == "compiled"
+    assert Encoder(retriever)._forward.padded is not (everywhere or retriever.family.packing is not None)
 
 
 def test_follows_weights_and_hooks_that_change_after_it_was_made():
@@ -153,10 +169,10 @@ def test_follows_weights_and_hooks_that_change_after_it_was_made():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bert"])
-def test_int8_is_close_and_does_not_depend_on_the_batch(family):
+def test_int8_is_close_and_does_not_depend_on_the_batch(family, kernels):
     retriever = load_retriever(f"random:{family}")
     exact = Encoder(retriever).encode(TEXTS, "document")
-    encoder = Encoder(retriever, quantize="int8")
+    encoder = Encoder(retriever, precision="int8")
     got = encoder.encode(TEXTS, "document")
     assert (got * exact).sum(axis=1).min() > 0.99
     one_by_one = np.concatenate([encoder.encode([text], "document") for text in TEXTS])
@@ -165,30 +181,72 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(family):
 
 @pytest.mark.filterwarnings("error")
 def test_int8_that_is_close_is_checked_in_silence():
-    encoder = Encoder(load_retriever("random:llama"), quantize="int8")
-    assert encoder.int8_cosine is None
+    encoder = Encoder(load_retriever("random:llama"), precision="int8")
+    assert encoder.cosine is None
     encoder.encode(TEXTS, "document")
-    assert encoder.int8_cosine > 0.99 and encoder.int8_warning == ""
+    assert encoder.cosine > 0.99 and encoder.warning == ""
 
 
-def test_int8_that_is_not_close_says_so():
+def with_a_massive_activation():
+    """One channel that carries nothing leaves little of the others in few bits."""
     retriever = load_retriever("random:llama")
     with torch.no_grad():
-        # A massive activation that carries nothing: 8 bits for it leave few for the other channels.
-        retriever.model.embed_tokens.weight[:, 5] = 30
+        retriever.model.embed_tokens.weight[:, 5] = 3000
         for layer in retriever.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[5], norm.weight[:5], norm.weight[6:] = 1e-4, 30, 30
+                norm.weight[5], norm.weight[:5], norm.weight[6:] = 3e-3, 3000, 3000
+            layer.self_attn.q_proj.weight[:, 5] = layer.mlp.gate_proj.weight[:, 5] = 0
+            layer.self_attn.v_proj.weight[:, 5] = layer.mlp.up_proj.weight[:, 5] = 0
+            layer.self_attn.v_proj.weight[:, 7] *= 60
         retriever.model.norm.weight[5] = 0
-    encoder = Encoder(retriever, quantize="int8")
+    return retriever
+
+
+def test_int8_that_is_not_close_says_so(kernels):
+    encoder = Encoder(with_a_massive_activation(), precision="int8")
     with pytest.warns(RuntimeWarning, match="int8 changes the embeddings of 'random:llama'"):
         encoder.encode(TEXTS, "document")
-    assert encoder.int8_cosine < 0.98
+    assert encoder.cosine < 0.98
 
 
-def test_int8_where_it_does_not_exist():
-    with pytest.raises(InputError, match="int8 is for"):
-        Encoder(load_retriever("random:gemma2"), quantize="int8")
+def test_precisions_that_do_not_exist(monkeypatch):
+    with pytest.raises(InputError, match="precision is 'int4'; expected float32"):
+        Encoder(load_retriever("random:llama"), precision="int4")
+    hooked = load_retriever("random:llama")
+    hooked.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="int8 is for unmodified models"):
+        Encoder(hooked, precision="int8")
+    monkeypatch.setattr(packed, "build", lambda: Build(None, "no C++ compiler"))
+    monkeypatch.setattr(encoder_module, "build", packed.build)
+    with pytest.raises(InputError, match=r"bfloat16 is for .* is a llama on cpu, kernels no C\+\+ compiler"):
+        Encoder(load_retriever("random:llama"), precision="bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("family", RANDOM_MODELS)
+def test_bfloat16_is_close_and_does_not_depend_on_the_batch(family):
+    retriever = load_retriever(f"random:{family}")
+    exact = Encoder(retriever).encode(TEXTS, "document")
+    encoder = Encoder(retriever, precision="bfloat16")
+    got = encoder.encode(TEXTS, "document")
+    assert encoder.precision == "bfloat16" and np.abs(got - exact).max() > 1e-5
+    assert (got * exact).sum(axis=1).min() > 0.999
+    one_by_one = np.concatenate([encoder.encode([text], "document") for text in TEXTS])
+    assert (got * one_by_one).sum(axis=1).min() > 0.99999
+
+
+@needs_bfloat16
+def test_bfloat16_is_chosen_where_it_changes_next_to_nothing(monkeypatch):
+    monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
+    monkeypatch.setattr(
+        encoder_module, "_CHOSEN", 0.999
+    )  # random weights are not as good-natured as trained ones
+    chosen = Encoder(load_retriever("random:bert"))
+    assert chosen.precision == "bfloat16" and 0.999 < chosen.cosine < 1
+    monkeypatch.setattr(encoder_module, "_CHOSEN", 0.9999999)
+    refused = Encoder(load_retriever("random:bert"))
+    assert refused.precision == "float32" and refused.cosine is None
+    np.testing.assert_allclose(refused.encode(TEXTS, "document"), alone(refused.retriever, TEXTS), atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -218,7 +218,7 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     if ray.get_gpu_ids() and torch.cuda.is_available():
         from ray.train.torch import get_device
 
-        wanted = detect().dtype if config.precision == "auto" else config.precision
+        wanted = detect().precision if config.precision == "auto" else config.precision
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))

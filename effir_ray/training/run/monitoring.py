@@ -99,7 +99,7 @@ class Utilization:
 
         self._flops = cache(cost)
         self._forwards = 2 if frozen else 3
-        self._peak = gemm_peak(device, dtype)
+        self._peak = gemm_peak(device, "bfloat16" if dtype == torch.bfloat16 else "float32")
 
     def __call__(self, lengths: Sequence[int], seconds: float, rungs: Sequence[Rung] = ()) -> float:
         """MFU of a step that trained on texts of ``lengths`` tokens in ``seconds``, the model and ``rungs``

@@ -107,7 +107,7 @@ def load_encoder(model: str | Path) -> Encoder:
 
 def encoder_dtype() -> str:
     """What ``load_encoder`` computes in on this machine: a part of what determines embeddings."""
-    return detect().dtype
+    return detect().precision
 
 
 def _encode(

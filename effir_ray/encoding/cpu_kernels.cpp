@@ -1,0 +1,764 @@
+// What lies between the matrix products of a pass over packed texts, one kernel each, for CPUs.
+//
+// The products themselves stay with oneDNN. Its results come here as float32 or bfloat16 (the type "A"), or, of
+// 8-bit products, as sums that still lack the scale of their row and the bias; the residual stream, norms, softmax
+// and everything that is added up are float32. Built for the processor it runs on, see cpu_kernels.py.
+//
+// Shapes: t tokens of all texts, h hidden, q query heads, k key-value heads, d channels a head.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16, TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 accumulators of 32 registers
+#else
+constexpr int W = 8, TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 of 16
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+using bf16 = uint16_t;
+
+inline vf load(const float *from) {
+  vf v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline vf load(const bf16 *from) {
+  vh half;
+  std::memcpy(&half, from, sizeof half);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+inline void store(float *to, vf v) { std::memcpy(to, &v, sizeof v); }
+
+inline float widen(float x) { return x; }
+
+inline float widen(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// To the nearest, ties to even; no NaN comes here that matters.
+inline bf16 narrow(float x) {
+  uint32_t bits = bits_of(x);
+  return bf16((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline void write(float *to, float x) { *to = x; }
+inline void write(bf16 *to, float x) { *to = narrow(x); }
+
+// 2^x for x <= 0, to 2e-7, or to 4e-5 where bfloat16 is all that is kept of it; nothing smaller than 2^-126.
+template <bool ROUGH> inline vf exp2_of(vf x) {
+  x = x > -126.0f ? x : vf{} - 126.0f;
+  vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
+  vi whole = (vi)shifted - 0x4b400000;
+  vf f = x - (shifted - 12582912.0f);
+  vf p = ROUGH ? vf{} + 9.6181291e-3f : (f * 1.5403530e-4f + 1.3333558e-3f) * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  return (vf)((vi)p + (whole << 23));
+}
+
+// e^x, to 3e-7, between -87 and 88.
+inline vf exp_of(vf x) {
+  x = x > -87.0f ? x : vf{} - 87.0f;
+  x = (x < 88.0f ? x : vf{} + 88.0f) * 1.44269504f;
+  vf shifted = x + 12582912.0f;
+  vi whole = (vi)shifted - 0x4b400000;
+  vf f = x - (shifted - 12582912.0f);
+  vf p = (f * 1.5403530e-4f + 1.3333558e-3f) * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  return (vf)((vi)p + (whole << 23));
+}
+
+// The sum, or the largest, of a vector: halves upon halves instead of one after the other.
+template <class Fold> inline float fold(vf v, Fold with) {
+  float x[W];
+  std::memcpy(x, &v, sizeof v);
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) x[i] = with(x[i], x[i + half]);
+  return x[0];
+}
+
+inline float sum_of(vf v) {
+  return fold(v, [](float a, float b) { return a + b; });
+}
+
+inline float largest_of(vf v) {
+  return fold(v, [](float a, float b) { return a > b ? a : b; });
+}
+
+enum Activation { GELU = 0, GELU_TANH = 1, SILU = 2, RELU = 3 };
+
+template <int KIND> inline vf activate(vf x) {
+  if (KIND == RELU) return x > 0.0f ? x : vf{};
+  if (KIND == SILU) return x / (1.0f + exp_of(-x));
+  if (KIND == GELU_TANH) return x / (1.0f + exp_of(-1.5957691f * (x + 0.044715f * x * x * x)));
+  // erf after Abramowitz and Stegun, 7.1.26: to 1.5e-7.
+  vf z = (x > 0.0f ? x : -x) * 0.70710678f, u = 1.0f / (1.0f + 0.3275911f * z);
+  vf p = ((((1.061405429f * u - 1.453152027f) * u + 1.421413741f) * u - 0.284496736f) * u + 0.254829592f) * u;
+  vf tail = 0.5f * p * exp_of(-z * z);  // of the normal distribution, beyond |x|
+  return x * (x > 0.0f ? 1.0f - tail : tail);
+}
+
+// A product of 4-byte elements: one float, or two bfloat16 that are multiplied and added in one go.
+struct Float {
+  using Value = float;
+  static constexpr int PACK = 1;
+  static vf multiply_add(vf sum, uint32_t a, vu b) {
+    float x;
+    std::memcpy(&x, &a, 4);
+    return sum + x * (vf)b;
+  }
+  static void narrow_row(const float *from, int n, float *to) { std::memcpy(to, from, size_t(n) * 4); }
+  static void pair(const float *first, const float *, int n, uint32_t *to) { std::memcpy(to, first, size_t(n) * 4); }
+  static void weigh(vf e, uint32_t *to) { std::memcpy(to, &e, sizeof e); }
+};
+
+#if defined(__AVX512BF16__)
+struct BFloat {
+  using Value = bf16;
+  static constexpr int PACK = 2;
+  static vf multiply_add(vf sum, uint32_t a, vu b) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
+  }
+  static void narrow_row(const float *from, int n, bf16 *to) {
+#pragma omp simd
+    for (int c = 0; c < n; c++) to[c] = narrow(from[c]);
+  }
+  static void pair(const bf16 *first, const bf16 *second, int n, uint32_t *to) {
+#pragma omp simd
+    for (int c = 0; c < n; c++) to[c] = first[c] | uint32_t(second[c]) << 16;
+  }
+  static void weigh(vf e, uint32_t *to) {
+    __m256bh half = _mm512_cvtneps_pbh((__m512)e);
+    std::memcpy(to, &half, sizeof half);
+  }
+};
+#endif
+
+template <class P, int ROWS, int VECTORS>
+inline void tile(const uint32_t *a, long lda, const uint32_t *b, long ldb, int k, float *c, long ldc, bool add) {
+  vf sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = add ? load(c + r * ldc + v * W) : vf{};
+  for (int i = 0; i < k; i++) {
+    vu right[VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) std::memcpy(&right[v], b + i * ldb + v * W, sizeof(vu));
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = P::multiply_add(sum[r][v], a[r * lda + i], right[v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) store(c + r * ldc + v * W, sum[r][v]);
+}
+
+template <class P, int VECTORS>
+void tiles(int rows, const uint32_t *a, long lda, const uint32_t *b, long ldb, int k, float *c, long ldc, bool add) {
+  constexpr int MANY = TILE_VECTORS >= 2 * VECTORS ? 2 * TILE_ROWS : TILE_ROWS;  // as many sums as there are registers
+  for (; rows >= MANY; rows -= MANY, a += MANY * lda, c += MANY * ldc)
+    tile<P, MANY, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+  for (; rows >= TILE_ROWS; rows -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc)
+    tile<P, TILE_ROWS, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+  switch (rows) {
+    case 5: return tile<P, 5, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+    case 4: return tile<P, 4, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+    case 3: return tile<P, 3, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+    case 2: return tile<P, 2, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+    case 1: return tile<P, 1, VECTORS>(a, lda, b, ldb, k, c, ldc, add);
+  }
+}
+
+// c (rows, columns) = or += a (rows, k) b (k, columns), in elements of 4 bytes; columns a multiple of W.
+template <class P>
+void product(int rows, int columns, int k, const uint32_t *a, long lda, const uint32_t *b, long ldb, float *c,
+             long ldc, bool add) {
+  int j = 0;
+  for (; j + TILE_VECTORS * W <= columns; j += TILE_VECTORS * W)
+    tiles<P, TILE_VECTORS>(rows, a, lda, b + j, ldb, k, c + j, ldc, add);
+  switch ((columns - j) / W) {
+    case 3: return tiles<P, 3>(rows, a, lda, b + j, ldb, k, c + j, ldc, add);
+    case 2: return tiles<P, 2>(rows, a, lda, b + j, ldb, k, c + j, ldc, add);
+    case 1: return tiles<P, 1>(rows, a, lda, b + j, ldb, k, c + j, ldc, add);
+  }
+}
+
+inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
+
+}  // namespace
+
+extern "C" {
+
+// One layer's attention, as far as it is the same for every batch.
+struct Heads {
+  int32_t queries, keys, channels;
+  int32_t left, right;          // how far a token sees to either side; a large number: everything
+  float scale;                  // of queries without a norm; makes exponents of 2 where there is no cap
+  float cap;                    // logits are cap * tanh(logits / cap); 0: as they are
+  const float *query_norm;      // (d,) RMSNorm of every head, its weight times what ``scale`` would be, or null
+  const float *key_norm;        // (d,)
+  float norm_eps;
+  const float *query_bias;      // (q d,) that the product before lacks, scaled as queries are, or null
+  const float *key_bias;        // (k d,) or null; a bias of values comes out as it is and is added later
+};
+
+struct Norm {
+  int32_t kind;                 // 0: none, 1: LayerNorm, 2: RMSNorm
+  float eps;
+  const float *weight;          // (h,) or null
+  const float *bias;            // (h,) or null
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Where {
+  const int32_t *bounds;        // (n + 1,): text i is tokens bounds[i] to bounds[i + 1]
+  const int64_t *rows;          // (n,): the one token of each text that asks; null: all of them
+  const float *cos, *sin;       // (t, turned) or null
+  int32_t turned;               // pairs of channels that are rotated: channel c with channel c + turned
+};
+
+// One head of one token, as it goes into the product: scaled, biased, normalised, turned.
+template <int D, class A>
+inline void read_head(const A *from, const float *bias, float row_scale, const float *norm, float eps, const Where &where,
+               long token, int channels, float *to) {
+  if (D) channels = D;
+  if (bias)
+#pragma omp simd
+    for (int c = 0; c < channels; c++) to[c] = widen(from[c]) * row_scale + bias[c];
+  else
+#pragma omp simd
+    for (int c = 0; c < channels; c++) to[c] = widen(from[c]) * row_scale;
+  if (norm) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < channels; c++) sum += to[c] * to[c];
+    float inverse = 1.0f / std::sqrt(sum / channels + eps);
+#pragma omp simd
+    for (int c = 0; c < channels; c++) to[c] *= inverse * norm[c];
+  }
+  if (where.cos) {
+    const float *cos = where.cos + token * where.turned, *sin = where.sin + token * where.turned;
+    float *low = to, *high = to + where.turned;
+#pragma omp simd
+    for (int c = 0; c < where.turned; c++) {
+      float first = low[c], second = high[c];
+      low[c] = first * cos[c] - second * sin[c];
+      high[c] = second * cos[c] + first * sin[c];
+    }
+  }
+}
+
+constexpr float HIDDEN = -1e30f;  // the score of what a token does not see: its weight, 2^-126, changes no sum
+constexpr int BLOCK = 24, CHUNK = 256;  // queries and keys whose scores (24 KiB) stay in the first cache
+
+struct Scratch {
+  std::vector<uint32_t> keys, values, queries, weights;
+  std::vector<float> scores, sums, head;
+  std::vector<char> narrow;
+};
+
+// How many columns the keys of a text have as they are laid out.
+inline int padded_length(long length) { return round_up(int(length), CHUNK < length ? CHUNK : W); }
+
+// Keys and values of one head of one text, as products want them: keys (d / PACK, padded length), values (padded
+// length / PACK, padded d), each element PACK neighbours.
+template <class P, class A, int D>
+void pack_head(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int text, int key_head,
+               uint32_t *keys, uint32_t *values, Scratch &s) {
+  using Value = typename P::Value;
+  const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
+  const long stride = long(heads.queries + 2 * heads.keys) * d;
+  const long start = where.bounds[text], length = where.bounds[text + 1] - start;
+  const long k_at = long(heads.queries + key_head) * d, v_at = k_at + long(heads.keys) * d;
+  const int padded = padded_length(length);
+  const float *bias = heads.key_bias ? heads.key_bias + long(key_head) * d : nullptr;
+  s.head.assign(padded_d, 0.0f);
+  s.narrow.assign(size_t(2) * padded_d * sizeof(Value), 0);
+  float *one = s.head.data();
+  Value *half[2] = {reinterpret_cast<Value *>(s.narrow.data()), reinterpret_cast<Value *>(s.narrow.data()) + padded_d};
+  const bool as_is = std::is_same<A, Value>::value && !row_scale;
+  const bool keys_as_is = as_is && !where.cos && !bias && !heads.key_norm && d % P::PACK == 0;
+  for (int c = 0; c < steps_d; c++) std::fill(keys + size_t(c) * padded + length, keys + size_t(c + 1) * padded, 0);
+  for (long j = 0; j < length; j++) {
+    const A *from = qkv + (start + j) * stride + k_at;
+    const char *packed = reinterpret_cast<const char *>(from);
+    if (!keys_as_is) {
+      read_head<D>(from, bias, row_scale ? row_scale[start + j] : 1.0f, heads.key_norm, heads.norm_eps, where, start + j, d,
+                   one);
+      P::narrow_row(one, d, half[0]);
+      packed = reinterpret_cast<const char *>(half[0]);
+    }
+    for (int c = 0; c < steps_d; c++) std::memcpy(keys + size_t(c) * padded + j, packed + 4 * c, 4);
+  }
+  const Where unturned{where.bounds, where.rows, nullptr, nullptr, 0};
+  const bool values_as_is = as_is && d == padded_d;
+  std::fill(half[0], half[0] + 2 * padded_d, Value(0));
+  for (long j = 0; j < padded; j += P::PACK) {
+    const Value *rows[2] = {half[0], half[1]};
+    for (int part = 0; part < P::PACK; part++) {
+      const long token = start + j + part;
+      const A *from = qkv + token * stride + v_at;
+      if (j + part >= length) {
+        std::fill(half[part], half[part] + padded_d, Value(0));
+      } else if (values_as_is) {
+        rows[part] = reinterpret_cast<const Value *>(from);
+      } else {
+        read_head<D>(from, nullptr, row_scale ? row_scale[token] : 1.0f, nullptr, 0.0f, unturned, token, d, one);
+        P::narrow_row(one, d, half[part]);
+      }
+    }
+    P::pair(rows[0], rows[1], padded_d, values + size_t(j / P::PACK) * padded_d);
+  }
+}
+
+// Softmax attention of one head over one text, a block of queries and a chunk of keys at a time (online softmax:
+// arXiv 2205.14135). P multiplies, A is what comes and goes.
+template <class P, class A, int D>
+void attend_head(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int text, int head,
+                 const uint32_t *keys, const uint32_t *values, A *out, Scratch &s) {
+  using Value = typename P::Value;
+  const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
+  const long stride = long(heads.queries + 2 * heads.keys) * d, q_at = long(head) * d;
+  const long start = where.bounds[text], length = where.bounds[text + 1] - start;
+  const int padded = padded_length(length);
+  const float *bias = heads.query_bias ? heads.query_bias + q_at : nullptr;
+  const long asking = where.rows ? 1 : length;
+  const int chunk = std::min(CHUNK, padded), steps_chunk = chunk / P::PACK;
+  s.head.assign(padded_d, 0.0f);
+  float *one = s.head.data();
+  s.queries.assign(size_t(BLOCK) * steps_d, 0);
+  s.weights.resize(size_t(BLOCK) * steps_chunk);
+  s.scores.resize(size_t(BLOCK) * chunk);
+  s.sums.resize(size_t(BLOCK) * padded_d);
+  const float scale = heads.query_norm ? 1.0f : heads.scale;
+  for (long first = 0; first < asking; first += BLOCK) {
+    const int rows = int(std::min<long>(BLOCK, asking - first));
+    float highest[BLOCK], total[BLOCK];
+    long places[BLOCK];
+    for (int r = 0; r < rows; r++) {
+      long token = where.rows ? where.rows[text] : start + first + r;
+      places[r] = token - start;
+      read_head<D>(qkv + token * stride + q_at, bias, (row_scale ? row_scale[token] : 1.0f) * scale, heads.query_norm,
+                   heads.norm_eps, where, token, d, one);
+      P::narrow_row(one, d, reinterpret_cast<Value *>(s.queries.data() + size_t(r) * steps_d));
+      highest[r] = HIDDEN;
+      total[r] = 0;
+    }
+    std::fill(s.sums.begin(), s.sums.end(), 0.0f);
+    const long from = std::max<long>(0, places[0] - heads.left), to = std::min(length, places[rows - 1] + heads.right + 1);
+    for (long begin = from / CHUNK * CHUNK; begin < to; begin += CHUNK) {
+      const int columns = round_up(int(std::min<long>(CHUNK, to - begin)), W);
+      product<P>(rows, columns, steps_d, s.queries.data(), steps_d, keys + begin, padded, s.scores.data(), chunk,
+                 false);
+      for (int r = 0; r < rows; r++) {
+        float *score = s.scores.data() + size_t(r) * chunk;
+        if (heads.cap)
+          for (int c = 0; c < columns; c += W) {
+            vf e = exp_of(load(score + c) * (2.0f / heads.cap));
+            store(score + c, heads.cap * 1.44269504f * (1.0f - 2.0f / (e + 1.0f)));
+          }
+        const int low = int(std::clamp<long>(places[r] - heads.left - begin, 0, columns));
+        const int high = int(std::clamp<long>(std::min(length, places[r] + heads.right + 1) - begin, low, columns));
+        for (int c = 0; c < low; c++) score[c] = HIDDEN;
+        for (int c = high; c < columns; c++) score[c] = HIDDEN;
+        vf best = load(score);
+        for (int c = W; c < columns; c += W) {
+          vf x = load(score + c);
+          best = best > x ? best : x;
+        }
+        const float top = std::max(highest[r], largest_of(best));
+        uint32_t *weights = s.weights.data() + size_t(r) * steps_chunk;
+        if (low == high) {  // sees nothing of this chunk
+          std::fill(weights, weights + columns / P::PACK, 0);
+          continue;
+        }
+        vf sum{};
+        for (int c = 0; c < columns; c += W) {
+          vf e = exp2_of<P::PACK == 2>(load(score + c) - top);
+          sum += e;
+          P::weigh(e, weights + c / P::PACK);
+        }
+        const float shrink = total[r] ? std::exp2(highest[r] - top) : 0.0f;
+        total[r] = total[r] * shrink + sum_of(sum);
+        if (shrink != 1.0f)
+          for (int c = 0; c < padded_d; c++) s.sums[size_t(r) * padded_d + c] *= shrink;
+        highest[r] = top;
+      }
+      product<P>(rows, padded_d, columns / P::PACK, s.weights.data(), steps_chunk,
+                 values + size_t(begin / P::PACK) * padded_d, padded_d, s.sums.data(), padded_d, true);
+    }
+    for (int r = 0; r < rows; r++) {
+      const float inverse = 1.0f / total[r];
+      const long row = where.rows ? text : start + first + r;
+      A *to_row = out + row * heads.queries * d + q_at;
+      const float *sums = s.sums.data() + size_t(r) * padded_d;
+#pragma omp simd
+      for (int c = 0; c < d; c++) write(to_row + c, sums[c] * inverse);
+    }
+  }
+}
+
+// Where several heads ask the same keys, these are laid out once for all, before.
+template <class P, class A, int D>
+void attend(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int texts, A *out, int threads) {
+  const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
+  const long tasks = long(texts) * heads.queries;
+  const bool shared = heads.queries > heads.keys;
+  static thread_local std::vector<uint32_t> all_keys, all_values;
+  std::vector<size_t> key_starts, value_starts;  // of the heads of each text
+  if (shared) {
+    size_t key_size = 0, value_size = 0;
+    for (int text = 0; text < texts; text++) {
+      const size_t padded = padded_length(where.bounds[text + 1] - where.bounds[text]);
+      key_starts.push_back(key_size);
+      value_starts.push_back(value_size);
+      key_size += heads.keys * padded * steps_d;
+      value_size += heads.keys * padded / P::PACK * padded_d;
+    }
+    all_keys.resize(key_size);
+    all_values.resize(value_size);
+  }
+  uint32_t *keys_at = all_keys.data(), *values_at = all_values.data();
+  auto lies = [&](long text, int key_head) {
+    const size_t padded = padded_length(where.bounds[text + 1] - where.bounds[text]);
+    return std::make_pair(keys_at + key_starts[text] + key_head * padded * steps_d,
+                          values_at + value_starts[text] + key_head * (padded / P::PACK) * padded_d);
+  };
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch scratch;
+    if (shared) {
+#pragma omp for schedule(dynamic)
+      for (long task = 0; task < long(texts) * heads.keys; task++) {
+        const int text = int(task / heads.keys), key_head = int(task % heads.keys);
+        const auto [keys, values] = lies(text, key_head);
+        pack_head<P, A, D>(heads, where, qkv, row_scale, text, key_head, keys, values, scratch);
+      }
+    }
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < tasks; task++) {
+      const int text = int(task / heads.queries), head = int(task % heads.queries);
+      if (shared) {
+        const auto [keys, values] = lies(text, head / (heads.queries / heads.keys));
+        attend_head<P, A, D>(heads, where, qkv, row_scale, text, head, keys, values, out, scratch);
+        continue;
+      }
+      const size_t padded = padded_length(where.bounds[text + 1] - where.bounds[text]);
+      scratch.keys.resize(padded * steps_d);
+      scratch.values.resize(padded / P::PACK * padded_d);
+      pack_head<P, A, D>(heads, where, qkv, row_scale, text, head, scratch.keys.data(), scratch.values.data(), scratch);
+      attend_head<P, A, D>(heads, where, qkv, row_scale, text, head, scratch.keys.data(), scratch.values.data(), out,
+                           scratch);
+    }
+  }
+}
+
+// The usual sizes of a head are known to the compiler.
+template <class P, class A>
+void attend(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int texts, A *out, int threads) {
+  switch (heads.channels) {
+    case 32: return attend<P, A, 32>(heads, where, qkv, row_scale, texts, out, threads);
+    case 64: return attend<P, A, 64>(heads, where, qkv, row_scale, texts, out, threads);
+    case 128: return attend<P, A, 128>(heads, where, qkv, row_scale, texts, out, threads);
+    default: return attend<P, A, 0>(heads, where, qkv, row_scale, texts, out, threads);
+  }
+}
+
+void normalise(const Norm &norm, float *x, int h) {
+  if (!norm.kind) return;
+  float mean = 0, sum = 0;
+  if (norm.kind == 1) {
+#pragma omp simd reduction(+ : mean)
+    for (int c = 0; c < h; c++) mean += x[c];
+    mean /= h;
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int c = 0; c < h; c++) sum += (x[c] - mean) * (x[c] - mean);
+  const float inverse = 1.0f / std::sqrt(sum / h + norm.eps);
+  if (norm.weight)
+#pragma omp simd
+    for (int c = 0; c < h; c++) x[c] = (x[c] - mean) * inverse * norm.weight[c];
+  else
+#pragma omp simd
+    for (int c = 0; c < h; c++) x[c] = (x[c] - mean) * inverse;
+  if (norm.bias)
+#pragma omp simd
+    for (int c = 0; c < h; c++) x[c] += norm.bias[c];
+}
+
+// Types of what is written: the numbers of cpu_kernels.py.
+enum Kind { FLOAT = 0, BFLOAT = 1, BYTE = 2 };
+
+// Bytes round(x / scale) + 128 with scale = largest magnitude / 127, or, of what is never below -offset,
+// round((x + offset) / scale) with scale = (largest + offset) / 255: neither leaves 0 to 255.
+float to_bytes(const float *x, int n, uint8_t *out, float offset) {
+  vf highs = vf{} + (offset ? 1e-30f - offset : 1e-30f), lows = highs;
+  int at = 0;
+  for (; at + W <= n; at += W) {
+    vf v = load(x + at);
+    highs = highs > v ? highs : v;
+    lows = lows > -v ? lows : -v;
+  }
+  float high = largest_of(highs), low = largest_of(lows);
+  for (; at < n; at++) high = std::max(high, x[at]), low = std::max(low, -x[at]);
+  const float scale = offset ? (high + offset) / 255.0f : std::max(high, low) / 127.0f;
+  const float shift = offset ? offset / scale + 0.5f : 128.5f;
+  const float inverse = 1.0f / scale;
+  for (at = 0; at + W <= n; at += W) {
+    vb bytes = __builtin_convertvector(__builtin_convertvector(load(x + at) * inverse + shift, vi), vb);
+    std::memcpy(out + at, &bytes, sizeof bytes);
+  }
+  for (int c = at; c < n; c++) out[c] = uint8_t(int(x[c] * inverse + shift));
+  return scale;
+}
+
+void write_row(const float *x, int n, long row, void *out, int kind, float *out_scale, float offset) {
+  if (kind == FLOAT) {
+    std::memcpy(static_cast<float *>(out) + row * n, x, size_t(n) * 4);
+  } else if (kind == BFLOAT) {
+    bf16 *to = static_cast<bf16 *>(out) + row * n;
+#pragma omp simd
+    for (int c = 0; c < n; c++) to[c] = narrow(x[c]);
+  } else {
+    out_scale[row] = to_bytes(x, n, static_cast<uint8_t *>(out) + row * n, offset);
+  }
+}
+
+template <class A>
+void join(const A *raw, const float *row_scale, const float *bias, float *stream, long t, int h, const Norm &inner,
+          const Norm &outer, bool post, void *out, int kind, float *out_scale, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(h);
+    float *y = buffer.data();
+#pragma omp for schedule(static)
+    for (long row = 0; row < t; row++) {
+      float *x = stream + row * h;
+      if (raw) {
+        const A *from = raw + row * h;
+        const float scale = row_scale ? row_scale[row] : 1.0f;
+        if (bias)
+#pragma omp simd
+          for (int c = 0; c < h; c++) y[c] = widen(from[c]) * scale + bias[c];
+        else
+#pragma omp simd
+          for (int c = 0; c < h; c++) y[c] = widen(from[c]) * scale;
+        normalise(inner, y, h);
+#pragma omp simd
+        for (int c = 0; c < h; c++) y[c] += x[c];
+      } else {
+        std::memcpy(y, x, size_t(h) * 4);
+      }
+      if (!post && raw) std::memcpy(x, y, size_t(h) * 4);
+      normalise(outer, y, h);
+      if (post) std::memcpy(x, y, size_t(h) * 4);
+      if (out) write_row(y, h, row, out, kind, out_scale, 0.0f);
+    }
+  }
+}
+
+template <int KIND, class A>
+inline vf activated(const A *gate, const A *up, const float *gate_bias, const float *up_bias, float scale) {
+  vf x = load(gate) * scale;
+  if (gate_bias) x += load(gate_bias);
+  x = activate<KIND>(x);
+  if (!up) return x;
+  vf y = load(up) * scale;
+  if (up_bias) y += load(up_bias);
+  return x * y;
+}
+
+template <class T> inline const T *beyond(const T *start, int by) { return start ? start + by : nullptr; }
+
+template <int KIND, class A>
+void activate_row(const A *gate, const A *up, const float *gate_bias, const float *up_bias, float scale, int n, float *y) {
+  int c = 0;
+  for (; c + W <= n; c += W)
+    store(y + c, activated<KIND>(gate + c, beyond(up, c), beyond(gate_bias, c), beyond(up_bias, c), scale));
+  if (c == n) return;
+  A rest[2][W] = {};  // a width that is no multiple of W
+  float biases[2][W] = {}, result[W];
+  for (int i = 0; c + i < n; i++) {
+    rest[0][i] = gate[c + i];
+    if (up) rest[1][i] = up[c + i];
+    if (gate_bias) biases[0][i] = gate_bias[c + i];
+    if (up_bias) biases[1][i] = up_bias[c + i];
+  }
+  store(result, activated<KIND>(rest[0], up ? rest[1] : nullptr, biases[0], biases[1], scale));
+  std::copy(result, result + (n - c), y + c);
+}
+
+template <class A>
+void activate_rows(const A *raw, const float *row_scale, const float *bias, long t, int n, bool gated, int activation,
+                   void *out, int kind, float *out_scale, float offset, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(n);
+    float *y = buffer.data();
+#pragma omp for schedule(static)
+    for (long row = 0; row < t; row++) {
+      const A *gate = raw + row * n * (gated ? 2 : 1), *up = gated ? gate + n : nullptr;
+      const float *up_bias = gated && bias ? bias + n : nullptr;
+      const float scale = row_scale ? row_scale[row] : 1.0f;
+      if (activation == GELU) activate_row<GELU>(gate, up, bias, up_bias, scale, n, y);
+      if (activation == GELU_TANH) activate_row<GELU_TANH>(gate, up, bias, up_bias, scale, n, y);
+      if (activation == SILU) activate_row<SILU>(gate, up, bias, up_bias, scale, n, y);
+      if (activation == RELU) activate_row<RELU>(gate, up, bias, up_bias, scale, n, y);
+      write_row(y, n, row, out, kind, out_scale, offset);
+    }
+  }
+}
+
+template <class T>
+void embed_row(const T *tokens, const T *places, const T *all, int64_t id, int64_t position, int h, float scale, float *out) {
+  const T *token = tokens + id * h, *place = places ? places + position * h : nullptr;
+#pragma omp simd
+  for (int c = 0; c < h; c++) out[c] = widen(token[c]) * scale;
+  if (place)
+#pragma omp simd
+    for (int c = 0; c < h; c++) out[c] += widen(place[c]);
+  if (all)
+#pragma omp simd
+    for (int c = 0; c < h; c++) out[c] += widen(all[c]);
+}
+
+}  // namespace
+
+extern "C" {
+
+// out (t or n, q d) in the type of qkv (t, (q + 2 k) d).
+void effir_attend(const Heads *heads, const void *qkv, int kind, const float *row_scale, const int32_t *bounds, int texts,
+                  const int64_t *rows, const float *cos, const float *sin, int turned, void *out, int threads) {
+  const Where where{bounds, rows, cos, sin, turned};
+  if (kind == FLOAT)
+    attend<Float, float>(*heads, where, static_cast<const float *>(qkv), row_scale, texts, static_cast<float *>(out),
+                         threads);
+#if defined(__AVX512BF16__)
+  else
+    attend<BFloat, bf16>(*heads, where, static_cast<const bf16 *>(qkv), row_scale, texts, static_cast<bf16 *>(out),
+                         threads);
+#endif
+}
+
+// stream (t, h) += inner(raw * row_scale + bias); out = outer(stream), which becomes the stream where ``post``.
+// Without ``raw`` only the second.
+void effir_join(const void *raw, int raw_kind, const float *row_scale, const float *bias, float *stream, int64_t t, int h,
+                const Norm *inner, const Norm *outer, int post, void *out, int kind, float *out_scale, int threads) {
+  if (raw_kind == FLOAT)
+    join(static_cast<const float *>(raw), row_scale, bias, stream, t, h, *inner, *outer, post, out, kind, out_scale,
+         threads);
+  else
+    join(static_cast<const bf16 *>(raw), row_scale, bias, stream, t, h, *inner, *outer, post, out, kind, out_scale,
+         threads);
+}
+
+// out (t, n) = activation(raw) of raw (t, n), or activation(first half) * second half of raw (t, 2 n).
+void effir_activate(const void *raw, int raw_kind, const float *row_scale, const float *bias, int64_t t, int n, int gated,
+                    int activation, void *out, int kind, float *out_scale, float offset, int threads) {
+  if (raw_kind == FLOAT)
+    activate_rows(static_cast<const float *>(raw), row_scale, bias, t, n, gated, activation, out, kind, out_scale, offset,
+                  threads);
+  else
+    activate_rows(static_cast<const bf16 *>(raw), row_scale, bias, t, n, gated, activation, out, kind, out_scale, offset,
+                  threads);
+}
+
+// out (t, n) bytes of x (t, n), with a scale a row.
+void effir_to_bytes(const void *x, int kind, int64_t t, int n, uint8_t *out, float *out_scale, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local std::vector<float> buffer;
+    buffer.resize(n);
+#pragma omp for schedule(static)
+    for (long row = 0; row < t; row++) {
+      if (kind == FLOAT) {
+        out_scale[row] = to_bytes(static_cast<const float *>(x) + row * n, n, out + row * n, 0.0f);
+        continue;
+      }
+      const bf16 *from = static_cast<const bf16 *>(x) + row * n;
+#pragma omp simd
+      for (int c = 0; c < n; c++) buffer[c] = widen(from[c]);
+      out_scale[row] = to_bytes(buffer.data(), n, out + row * n, 0.0f);
+    }
+  }
+}
+
+// out (t, h) = scale * tokens[ids] + places[positions] + all[0]; the last two tables may be null.
+void effir_embed(const void *tokens, int kind, const int64_t *ids, const void *places, const int64_t *positions,
+                 const void *all, int64_t t, int h, float scale, float *out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long row = 0; row < t; row++)
+    if (kind == FLOAT)
+      embed_row(static_cast<const float *>(tokens), static_cast<const float *>(places), static_cast<const float *>(all),
+                ids[row], positions[row], h, scale, out + row * h);
+    else
+      embed_row(static_cast<const bf16 *>(tokens), static_cast<const bf16 *>(places), static_cast<const bf16 *>(all),
+                ids[row], positions[row], h, scale, out + row * h);
+}
+
+// out (n, h): the mean over the tokens of each text of x (t, h).
+void effir_mean(const float *x, const int32_t *bounds, int64_t texts, int h, float *out, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (long text = 0; text < texts; text++) {
+    float *to = out + text * h;
+    std::fill(to, to + h, 0.0f);
+    for (long row = bounds[text]; row < bounds[text + 1]; row++)
+#pragma omp simd
+      for (int c = 0; c < h; c++) to[c] += x[row * h + c];
+    const float share = 1.0f / (bounds[text + 1] - bounds[text]);
+    for (int c = 0; c < h; c++) to[c] *= share;
+  }
+}
+
+int effir_has_bfloat16() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+}  // extern "C"

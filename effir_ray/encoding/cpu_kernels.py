@@ -1,0 +1,320 @@
+"""The compiled kernels of passes on CPUs: built for the processor at hand, once, and called on torch tensors.
+
+``cpu_kernels.cpp`` knows nothing of torch: it is compiled in a few seconds by the system's C++ compiler into
+the user's cache folder and loaded through ctypes. It brings no OpenMP library of its own but finds torch's,
+so that both share one pool of threads.
+
+Shapes: t tokens of all n texts, h hidden, q query heads, k key-value heads, d channels a head.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from effir_ray.caches import cache_folder
+from effir_ray.hardware import compiler, cpu_features
+
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KIND = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_ACTIVATION = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
+LOWEST = {"gelu": 0.1700, "gelu_tanh": 0.1701, "silu": 0.2785, "relu": 0.0}
+"""How far below zero an activation goes at most."""
+
+EVERYTHING = 2**30  # tokens to one side: no window
+
+
+class Heads(ctypes.Structure):
+    """What a layer's attention is for every batch; ``cpu_kernels.cpp`` says what each field means."""
+
+    _fields_ = (
+        ("queries", ctypes.c_int32),
+        ("keys", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
+        ("left", ctypes.c_int32),
+        ("right", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        ("query_norm", ctypes.c_void_p),
+        ("key_norm", ctypes.c_void_p),
+        ("norm_eps", ctypes.c_float),
+        ("query_bias", ctypes.c_void_p),
+        ("key_bias", ctypes.c_void_p),
+    )
+
+
+class NormFields(ctypes.Structure):
+    """A norm over the rows of a matrix: kind 0 none, 1 LayerNorm, 2 RMSNorm."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix (t, o) as products and kernels hand it on: float32, bfloat16, or bytes with a scale a row.
+
+    Of bytes' products ``values`` are sums that lack the scale of their row.
+    """
+
+    values: Tensor
+    scale_t: Tensor | None = None
+
+    def __getitem__(self, rows_n: Tensor) -> Rows:
+        return Rows(self.values[rows_n], None if self.scale_t is None else self.scale_t[rows_n])
+
+
+class Kernels:
+    """The loaded library. Results are in ``dtype`` (float32 or bfloat16), or in bytes where asked for."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.has_bfloat16 = bool(library.effir_has_bfloat16())
+        for name in ("attend", "join", "activate", "to_bytes", "embed", "mean"):
+            getattr(library, f"effir_{name}").restype = None
+        pointer, whole, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+        library.effir_attend.argtypes = [
+            *(pointer, pointer, whole, pointer, pointer, whole, pointer),
+            *(pointer, pointer, whole, pointer, whole),
+        ]
+        library.effir_join.argtypes = [
+            *(pointer, whole, pointer, pointer, pointer, long, whole),
+            *(pointer, pointer, whole, pointer, whole, pointer, whole),
+        ]
+        library.effir_activate.argtypes = [
+            *(pointer, whole, pointer, pointer, long, whole, whole, whole),
+            *(pointer, whole, pointer, real, whole),
+        ]
+        library.effir_embed.argtypes = [
+            *(pointer, whole, pointer, pointer, pointer, pointer),
+            *(long, whole, real, pointer, whole),
+        ]
+        library.effir_mean.argtypes = [pointer, pointer, long, whole, pointer, whole]
+        library.effir_to_bytes.argtypes = [pointer, whole, long, whole, pointer, pointer, whole]
+
+    def attend(
+        self,
+        heads: Heads,
+        qkv: Rows,
+        bounds: Tensor,
+        rows_n: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Softmax attention inside each text, (t, q d), or of the tokens at ``rows_n``, one of each text.
+
+        qkv: (t, (q + 2 k) d). bounds: (n + 1,) int32. rows_n: (n,) int64. rotation: cos and sin, (t, turned
+        channels / 2).
+        """
+        values = qkv.values
+        texts = len(bounds) - 1
+        out = values.new_empty(len(values) if rows_n is None else texts, heads.queries * heads.channels)
+        self._library.effir_attend(
+            ctypes.addressof(heads),
+            values.data_ptr(),
+            _KIND[values.dtype],
+            _address(qkv.scale_t),
+            bounds.data_ptr(),
+            texts,
+            _address(rows_n),
+            *((None, None, 0) if rotation is None else (*map(_address, rotation), rotation[0].shape[-1])),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def join(
+        self,
+        raw: Rows | None,
+        bias: Tensor | None,
+        stream_th: Tensor,
+        inner: NormFields,
+        outer: NormFields,
+        *,
+        post: bool,
+        out: torch.dtype | None,
+    ) -> Rows | None:
+        """stream += inner(raw + bias), in place; returns outer(stream) as ``out``, which also becomes the
+        stream where ``post``. Without ``raw`` nothing is added.
+        """
+        t, h = stream_th.shape
+        written = None if out is None else _empty(t, h, out)
+        self._library.effir_join(
+            None if raw is None else raw.values.data_ptr(),
+            0 if raw is None else _KIND[raw.values.dtype],
+            None if raw is None else _address(raw.scale_t),
+            _address(bias),
+            stream_th.data_ptr(),
+            t,
+            h,
+            ctypes.addressof(inner),
+            ctypes.addressof(outer),
+            int(post),
+            None if written is None else written.values.data_ptr(),
+            0 if out is None else _KIND[out],
+            None if written is None else _address(written.scale_t),
+            torch.get_num_threads(),
+        )
+        return written
+
+    def activate(
+        self, raw: Rows, bias: Tensor | None, activation: Activation, *, gated: bool, out: torch.dtype
+    ) -> Rows:
+        """activation(raw + bias), (t, o); ``gated``: of the first half, times the second half, (t, o / 2).
+
+        Bytes of what is not gated count from the activation's ``LOWEST``.
+        """
+        t, width = raw.values.shape
+        columns = width // 2 if gated else width
+        written = _empty(t, columns, out)
+        self._library.effir_activate(
+            raw.values.data_ptr(),
+            _KIND[raw.values.dtype],
+            _address(raw.scale_t),
+            _address(bias),
+            t,
+            columns,
+            int(gated),
+            _ACTIVATION[activation],
+            written.values.data_ptr(),
+            _KIND[out],
+            _address(written.scale_t),
+            0.0 if gated else LOWEST[activation],
+            torch.get_num_threads(),
+        )
+        return written
+
+    def embed(
+        self,
+        tokens: Tensor,
+        ids_t: Tensor,
+        places: Tensor | None,
+        positions_t: Tensor,
+        everywhere: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """scale * tokens[ids] + places[positions] + everywhere[0], (t, h) float32."""
+        t, h = len(ids_t), tokens.shape[1]
+        out = torch.empty(t, h)
+        self._library.effir_embed(
+            tokens.data_ptr(),
+            _KIND[tokens.dtype],
+            ids_t.data_ptr(),
+            _address(places),
+            positions_t.data_ptr(),
+            _address(everywhere),
+            t,
+            h,
+            scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def mean(self, x_th: Tensor, bounds: Tensor) -> Tensor:
+        """(t, h) float32 -> (n, h): the mean over the tokens of each text."""
+        out = torch.empty(len(bounds) - 1, x_th.shape[1])
+        self._library.effir_mean(
+            x_th.data_ptr(),
+            bounds.data_ptr(),
+            len(out),
+            x_th.shape[1],
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def to_bytes(self, x_ti: Tensor) -> Rows:
+        """x = scale * (bytes - 128), a scale a row."""
+        t, columns = x_ti.shape
+        written = _empty(t, columns, torch.uint8)
+        self._library.effir_to_bytes(
+            x_ti.data_ptr(),
+            _KIND[x_ti.dtype],
+            t,
+            columns,
+            written.values.data_ptr(),
+            _address(written.scale_t),
+            torch.get_num_threads(),
+        )
+        return written
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _empty(t: int, columns: int, dtype: torch.dtype) -> Rows:
+    return Rows(torch.empty(t, columns, dtype=dtype), torch.empty(t) if dtype == torch.uint8 else None)
+
+
+@dataclass(frozen=True)
+class Build:
+    """``kernels`` is None where they cannot be had; ``reason`` says why, or where they lie."""
+
+    kernels: Kernels | None
+    reason: str
+
+
+@lru_cache(maxsize=1)
+def build() -> Build:
+    """The kernels, compiled at the first call on this kind of processor."""
+    found = compiler()
+    if found is None:
+        return Build(None, "no C++ compiler; install g++ for faster encoding")
+    _keep_freed_memory()
+    try:
+        version = _run([found, "--version"])
+        identity = "\0".join((_SOURCE.read_text(), *_FLAGS, version, *sorted(cpu_features())))
+        library = cache_folder() / "kernels" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+        if not library.is_file():
+            _compile(found, library)
+        return Build(Kernels(ctypes.CDLL(str(library))), f"compiled by {found}")
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        return Build(None, f"{found} does not compile them: {output.strip().splitlines()[0][:200]}")
+
+
+def _keep_freed_memory() -> None:
+    """Activations of a batch are freed and asked for again hundreds of times a second. The C library would
+    give them back to the system and fault every page in again: a quarter of a float32 pass.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        library.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
+
+
+def _compile(command: str, library: Path) -> None:
+    """Aside and then renamed, since several processes may do it at once."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    wide = ["-mprefer-vector-width=512"] if "avx512f" in cpu_features() else []
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        part, whole = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
+        _run([command, *_FLAGS, *wide, "-c", "-o", part, _SOURCE])
+        _run([command, "-shared", "-o", whole, part])  # without -fopenmp: its symbols are torch's
+        whole.replace(library)
+
+
+def _run(command: Sequence[Any]) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True, timeout=120
+    )
+    return done.stdout
