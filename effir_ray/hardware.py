@@ -141,11 +141,6 @@ def cpu_features() -> frozenset[str]:
     return frozenset()
 
 
-def has_vnni() -> bool:
-    """Whether products of bytes are added up in 32 bits: without, pairs of them are in 16."""
-    return bool(cpu_features() & {"avx512_vnni", "avx_vnni"})
-
-
 def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")

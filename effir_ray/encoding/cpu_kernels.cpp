@@ -1,13 +1,11 @@
-// What lies between the matrix products of a pass over packed texts, one kernel each, for CPUs.
+// A pass over packed texts on CPUs: products, and one kernel each for what lies between them.
 //
-// The products themselves stay with oneDNN. Its results come here as float32 or bfloat16 (the type "A"), or, of
-// 8-bit products, as sums that still lack the scale of their row and the bias; the residual stream, norms, softmax
-// and everything that is added up are float32. Built for the processor it runs on, see cpu_kernels.py.
+// Activations come and go as float32 or bfloat16 (the type "A"), or as bytes with a scale a row; the residual stream,
+// norms, softmax and everything that is added up are float32. Built for the processor it runs on, see cpu_kernels.py.
 //
 // Shapes: t tokens of all texts, h hidden, q query heads, k key-value heads, d channels a head.
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,23 +13,33 @@
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int W = 16, TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 accumulators of 32 registers
+constexpr int W = 16, TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 sums in 32 registers
 #else
-constexpr int W = 8, TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 of 16
+constexpr int W = 8, TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 in 16
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define HAS_BYTES 1
+#else
+#define HAS_BYTES 0
+#endif
+#if defined(__AVX512BF16__)
+#define HAS_BFLOAT 1
+#else
+#define HAS_BFLOAT 0
 #endif
 
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
 using bf16 = uint16_t;
 
 inline vf load(const float *from) {
@@ -47,6 +55,16 @@ inline vf load(const bf16 *from) {
 }
 
 inline void store(float *to, vf v) { std::memcpy(to, &v, sizeof v); }
+
+inline void store(bf16 *to, vf v) {
+#if HAS_BFLOAT
+  __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
+  vu bits = (vu)v;
+  vh half = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, vh);
+#endif
+  std::memcpy(to, &half, sizeof half);
+}
 
 inline float widen(float x) { return x; }
 
@@ -72,9 +90,8 @@ inline bf16 narrow(float x) {
 inline void write(float *to, float x) { *to = x; }
 inline void write(bf16 *to, float x) { *to = narrow(x); }
 
-// 2^x for x <= 0, to 2e-7, or to 4e-5 where bfloat16 is all that is kept of it; nothing smaller than 2^-126.
-template <bool ROUGH> inline vf exp2_of(vf x) {
-  x = x > -126.0f ? x : vf{} - 126.0f;
+// 2^x to 2e-7, or to 4e-5 where no more than bfloat16 or bytes are kept of it; x from -126 to 127.
+template <bool ROUGH> inline vf power_of_two(vf x) {
   vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part lands in the low bits
   vi whole = (vi)shifted - 0x4b400000;
   vf f = x - (shifted - 12582912.0f);
@@ -86,19 +103,40 @@ template <bool ROUGH> inline vf exp2_of(vf x) {
   return (vf)((vi)p + (whole << 23));
 }
 
-// e^x, to 3e-7, between -87 and 88.
-inline vf exp_of(vf x) {
-  x = x > -87.0f ? x : vf{} - 87.0f;
-  x = (x < 88.0f ? x : vf{} + 88.0f) * 1.44269504f;
-  vf shifted = x + 12582912.0f;
-  vi whole = (vi)shifted - 0x4b400000;
-  vf f = x - (shifted - 12582912.0f);
-  vf p = (f * 1.5403530e-4f + 1.3333558e-3f) * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
-  return (vf)((vi)p + (whole << 23));
+// For x <= 0, never less than 2^-126.
+template <bool ROUGH> inline vf exp2_of(vf x) { return power_of_two<ROUGH>(x > -126.0f ? x : vf{} - 126.0f); }
+
+template <bool ROUGH> inline vf exp_of(vf x) {
+  x *= 1.44269504f;
+  x = x > -126.0f ? x : vf{} - 126.0f;
+  return power_of_two<ROUGH>(x < 126.0f ? x : vf{} + 126.0f);
+}
+
+template <bool ROUGH> inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+  if (ROUGH) return (vf)_mm512_rcp14_ps((__m512)x);
+#endif
+  return 1.0f / x;
+}
+
+enum Activation { NONE = -1, GELU = 0, GELU_TANH = 1, SILU = 2, RELU = 3 };
+
+template <int KIND, bool ROUGH> inline vf activate(vf x) {
+  if (KIND == NONE) return x;
+  if (KIND == RELU) return x > 0.0f ? x : vf{};
+  if (KIND == SILU) return x * inverse<ROUGH>(1.0f + exp_of<ROUGH>(-x));
+  if (KIND == GELU_TANH) return x * inverse<ROUGH>(1.0f + exp_of<ROUGH>(-1.5957691f * (x + 0.044715f * x * x * x)));
+  if (ROUGH) {  // the normal distribution as a logistic one of a polynomial, fitted to 3e-5 of x Phi(x)
+    vf square = x * x;
+    square = square < 49.0f ? square : vf{} + 49.0f;
+    vf logit = x * ((-7.03033709e-4f * square + 7.40112929e-2f) * square + 1.59501577f);
+    return x * inverse<true>(1.0f + exp_of<true>(-logit));
+  }
+  // erf after Abramowitz and Stegun, 7.1.26: to 1.5e-7.
+  vf z = (x > 0.0f ? x : -x) * 0.70710678f, u = 1.0f / (1.0f + 0.3275911f * z);
+  vf p = ((((1.061405429f * u - 1.453152027f) * u + 1.421413741f) * u - 0.284496736f) * u + 0.254829592f) * u;
+  vf tail = 0.5f * p * exp_of<false>(-z * z);  // of the normal distribution, beyond |x|
+  return x * (x > 0.0f ? 1.0f - tail : tail);
 }
 
 // The sum, or the largest, of a vector: halves upon halves instead of one after the other.
@@ -120,22 +158,13 @@ inline float largest_of(vf v) {
   return fold(v, [](float a, float b) { return a > b ? a : b; });
 }
 
-enum Activation { GELU = 0, GELU_TANH = 1, SILU = 2, RELU = 3 };
+// --- products ---
+//
+// All multiply elements of 4 bytes: one float, two bfloat16, or four bytes, whose products are added up in one go.
 
-template <int KIND> inline vf activate(vf x) {
-  if (KIND == RELU) return x > 0.0f ? x : vf{};
-  if (KIND == SILU) return x / (1.0f + exp_of(-x));
-  if (KIND == GELU_TANH) return x / (1.0f + exp_of(-1.5957691f * (x + 0.044715f * x * x * x)));
-  // erf after Abramowitz and Stegun, 7.1.26: to 1.5e-7.
-  vf z = (x > 0.0f ? x : -x) * 0.70710678f, u = 1.0f / (1.0f + 0.3275911f * z);
-  vf p = ((((1.061405429f * u - 1.453152027f) * u + 1.421413741f) * u - 0.284496736f) * u + 0.254829592f) * u;
-  vf tail = 0.5f * p * exp_of(-z * z);  // of the normal distribution, beyond |x|
-  return x * (x > 0.0f ? 1.0f - tail : tail);
-}
-
-// A product of 4-byte elements: one float, or two bfloat16 that are multiplied and added in one go.
 struct Float {
   using Value = float;
+  using Sum = vf;
   static constexpr int PACK = 1;
   static vf multiply_add(vf sum, uint32_t a, vu b) {
     float x;
@@ -147,9 +176,10 @@ struct Float {
   static void weigh(vf e, uint32_t *to) { std::memcpy(to, &e, sizeof e); }
 };
 
-#if defined(__AVX512BF16__)
+#if HAS_BFLOAT
 struct BFloat {
   using Value = bf16;
+  using Sum = vf;
   static constexpr int PACK = 2;
   static vf multiply_add(vf sum, uint32_t a, vu b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
@@ -162,20 +192,27 @@ struct BFloat {
 #pragma omp simd
     for (int c = 0; c < n; c++) to[c] = first[c] | uint32_t(second[c]) << 16;
   }
-  static void weigh(vf e, uint32_t *to) {
-    __m256bh half = _mm512_cvtneps_pbh((__m512)e);
-    std::memcpy(to, &half, sizeof half);
+  static void weigh(vf e, uint32_t *to) { store(reinterpret_cast<bf16 *>(to), e); }
+};
+#endif
+
+#if HAS_BYTES
+struct Byte {  // unsigned on the left, signed on the right
+  using Sum = vi;
+  static vi multiply_add(vi sum, uint32_t a, vu b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(int(a)), (__m512i)b);
+#else
+    return (vi)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(int(a)), (__m256i)b);
+#endif
   }
 };
 #endif
 
+// sum += a (ROWS, k) b (k, VECTORS * W), in registers.
 template <class P, int ROWS, int VECTORS>
-inline void tile(const uint32_t *a, long lda, const uint32_t *b, long ldb, int k, float *c, long ldc, bool add) {
-  vf sum[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = add ? load(c + r * ldc + v * W) : vf{};
+__attribute__((always_inline)) inline void accumulate(const uint32_t *a, long lda, const uint32_t *b, long ldb, int k,
+                                                      typename P::Sum (&sum)[ROWS][VECTORS]) {
   for (int i = 0; i < k; i++) {
     vu right[VECTORS];
 #pragma GCC unroll 8
@@ -185,6 +222,16 @@ inline void tile(const uint32_t *a, long lda, const uint32_t *b, long ldb, int k
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) sum[r][v] = P::multiply_add(sum[r][v], a[r * lda + i], right[v]);
   }
+}
+
+template <class P, int ROWS, int VECTORS>
+inline void tile(const uint32_t *a, long lda, const uint32_t *b, long ldb, int k, float *c, long ldc, bool add) {
+  vf sum[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = add ? load(c + r * ldc + v * W) : vf{};
+  accumulate<P, ROWS, VECTORS>(a, lda, b, ldb, k, sum);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
@@ -207,7 +254,7 @@ void tiles(int rows, const uint32_t *a, long lda, const uint32_t *b, long ldb, i
   }
 }
 
-// c (rows, columns) = or += a (rows, k) b (k, columns), in elements of 4 bytes; columns a multiple of W.
+// c (rows, columns) = or += a (rows, k) b (k, columns); columns a multiple of W.
 template <class P>
 void product(int rows, int columns, int k, const uint32_t *a, long lda, const uint32_t *b, long ldb, float *c,
              long ldc, bool add) {
@@ -221,6 +268,114 @@ void product(int rows, int columns, int k, const uint32_t *a, long lda, const ui
   }
 }
 
+constexpr int PANEL = TILE_VECTORS * W, ROWS_AT_ONCE = 96;  // columns, and rows whose inputs stay in the second cache
+
+// What becomes of the sums of x W^T.
+struct End {
+  const float *bias;       // (columns,) or null
+  const float *scale;      // (columns,) of bytes: what a unit of the weights is worth
+  const int32_t *zero;     // (columns,) of bytes: what the sums hold too much
+  const float *row_scale;  // (t,) of bytes
+};
+
+// A tile of x W^T + bias; A is float where more is to come.
+template <class P, class A, int ROWS>
+__attribute__((noinline)) void multiply_tile(const uint32_t *x, int steps, const uint32_t *weights, const End &end, long row,
+                                             int column, A *out, int width) {
+  typename P::Sum sum[ROWS][TILE_VECTORS] = {};
+  accumulate<P, ROWS, TILE_VECTORS>(x, steps, weights, PANEL, steps, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      const int c = column + v * W;
+      vf y;
+      if constexpr (std::is_same<typename P::Sum, vf>::value) {
+        y = sum[r][v];
+      } else {
+        vi zero;
+        std::memcpy(&zero, end.zero + c, sizeof zero);
+        y = __builtin_convertvector(sum[r][v] - zero, vf) * (load(end.scale + c) * end.row_scale[row + r]);
+      }
+      if (end.bias) y += load(end.bias + c);
+      store(out + long(r) * width + v * W, y);
+    }
+}
+
+template <class P, class A>
+inline void multiply_rows(int rows, const uint32_t *x, int steps, const uint32_t *weights, const End &end, long row, int column,
+                          A *out, int width) {
+  switch (rows) {
+    case 1: return multiply_tile<P, A, 1>(x, steps, weights, end, row, column, out, width);
+    case 2: return multiply_tile<P, A, 2>(x, steps, weights, end, row, column, out, width);
+    case 3: return multiply_tile<P, A, 3>(x, steps, weights, end, row, column, out, width);
+    case 4: return multiply_tile<P, A, 4>(x, steps, weights, end, row, column, out, width);
+    case 5: return multiply_tile<P, A, 5>(x, steps, weights, end, row, column, out, width);
+    default: return multiply_tile<P, A, TILE_ROWS>(x, steps, weights, end, row, column, out, width);
+  }
+}
+
+// What is left to do with a tile (rows, PANEL): activate, multiply by its other half, write at most ``room`` columns.
+template <int KIND, bool GATED, class A>
+__attribute__((noinline)) void end_tile(const float *tile, int rows, A *out, int width, int room) {
+  constexpr bool ROUGH = !std::is_same<A, float>::value;
+  constexpr int KEPT = GATED ? TILE_VECTORS / 2 : TILE_VECTORS;
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < KEPT && v * W < room; v++) {
+      const float *from = tile + r * PANEL + v * W;
+      A *to = out + long(r) * width + v * W;
+      vf y = activate<KIND, ROUGH>(load(from));
+      if (GATED) y *= load(from + KEPT * W);
+      if ((v + 1) * W <= room) {
+        store(to, y);
+        continue;
+      }
+      A rest[W];
+      store(rest, y);
+      std::copy(rest, rest + (room - v * W), to);
+    }
+}
+
+template <class A> using EndTile = void (*)(const float *, int, A *, int, int);
+
+template <class A> EndTile<A> end_of(int activation, bool gated) {
+  switch (activation) {
+    case GELU: return gated ? end_tile<GELU, true, A> : end_tile<GELU, false, A>;
+    case GELU_TANH: return gated ? end_tile<GELU_TANH, true, A> : end_tile<GELU_TANH, false, A>;
+    case SILU: return gated ? end_tile<SILU, true, A> : end_tile<SILU, false, A>;
+    case RELU: return gated ? end_tile<RELU, true, A> : end_tile<RELU, false, A>;
+    default: return end_tile<NONE, false, A>;
+  }
+}
+
+template <class P, class A>
+void multiply(int activation, bool gated, const uint32_t *x, long t, int steps, const uint32_t *panels, int columns,
+              const End &end, A *out, int width, int threads) {
+  const int panel_count = columns / PANEL, step = gated ? PANEL / 2 : PANEL;
+  const long blocks = (t + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const long rows_each = blocks ? ((t + blocks - 1) / blocks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : 0;
+  const EndTile<A> finish = end_of<A>(activation, gated);
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+  for (long block = 0; block < blocks; block++)
+    for (int panel = 0; panel < panel_count; panel++) {
+      alignas(64) float tile[TILE_ROWS * PANEL];
+      const uint32_t *weights = panels + size_t(panel) * steps * PANEL;
+      const int column = panel * PANEL, room = width - panel * step;
+      const bool at_once = activation == NONE && room >= PANEL;
+      const long stop = std::min(t, (block + 1) * rows_each);
+      for (long row = block * rows_each; row < stop; row += TILE_ROWS) {
+        const int rows = int(std::min<long>(TILE_ROWS, stop - row));
+        A *to = out + row * width + panel * step;
+        if (at_once) {
+          multiply_rows<P, A>(rows, x + row * steps, steps, weights, end, row, column, to, width);
+        } else {
+          multiply_rows<P, float>(rows, x + row * steps, steps, weights, end, row, column, tile, PANEL);
+          finish(tile, rows, to, width, room);
+        }
+      }
+    }
+}
+
 inline int round_up(int n, int step) { return (n + step - 1) / step * step; }
 
 }  // namespace
@@ -230,52 +385,48 @@ extern "C" {
 // One layer's attention, as far as it is the same for every batch.
 struct Heads {
   int32_t queries, keys, channels;
-  int32_t left, right;          // how far a token sees to either side; a large number: everything
-  float scale;                  // of queries without a norm; makes exponents of 2 where there is no cap
-  float cap;                    // logits are cap * tanh(logits / cap); 0: as they are
-  const float *query_norm;      // (d,) RMSNorm of every head, its weight times what ``scale`` would be, or null
-  const float *key_norm;        // (d,)
+  int32_t left, right;      // how far a token sees to either side; a large number: everything
+  float scale;              // of queries without a norm; makes exponents of 2 where there is no cap
+  float cap;                // logits are cap * tanh(logits / cap); 0: as they are
+  const float *query_norm;  // (d,) RMSNorm of every head, its weight times what ``scale`` would be, or null
+  const float *key_norm;    // (d,)
   float norm_eps;
-  const float *query_bias;      // (q d,) that the product before lacks, scaled as queries are, or null
-  const float *key_bias;        // (k d,) or null; a bias of values comes out as it is and is added later
 };
 
 struct Norm {
-  int32_t kind;                 // 0: none, 1: LayerNorm, 2: RMSNorm
+  int32_t kind;             // 0: none, 1: LayerNorm, 2: RMSNorm
   float eps;
-  const float *weight;          // (h,) or null
-  const float *bias;            // (h,) or null
+  const float *weight;      // (h,) or null
+  const float *bias;        // (h,) or null
 };
 
 }  // extern "C"
 
 namespace {
 
+// --- attention ---
+
 struct Where {
-  const int32_t *bounds;        // (n + 1,): text i is tokens bounds[i] to bounds[i + 1]
-  const int64_t *rows;          // (n,): the one token of each text that asks; null: all of them
-  const float *cos, *sin;       // (t, turned) or null
-  int32_t turned;               // pairs of channels that are rotated: channel c with channel c + turned
+  const int32_t *bounds;    // (n + 1,): text i is tokens bounds[i] to bounds[i + 1]
+  const int64_t *rows;      // (n,): the one token of each text that asks; null: all of them
+  const float *cos, *sin;   // (t, turned) or null
+  int32_t turned;           // pairs of channels that are rotated: channel c with channel c + turned
 };
 
-// One head of one token, as it goes into the product: scaled, biased, normalised, turned.
+// One head of one token, as it goes into the product: scaled, normalised, turned.
 template <int D, class A>
-inline void read_head(const A *from, const float *bias, float row_scale, const float *norm, float eps, const Where &where,
-               long token, int channels, float *to) {
+inline void read_head(const A *from, float scale, const float *norm, float eps, const Where &where, long token, int channels,
+                      float *to) {
   if (D) channels = D;
-  if (bias)
 #pragma omp simd
-    for (int c = 0; c < channels; c++) to[c] = widen(from[c]) * row_scale + bias[c];
-  else
-#pragma omp simd
-    for (int c = 0; c < channels; c++) to[c] = widen(from[c]) * row_scale;
+  for (int c = 0; c < channels; c++) to[c] = widen(from[c]) * scale;
   if (norm) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int c = 0; c < channels; c++) sum += to[c] * to[c];
-    float inverse = 1.0f / std::sqrt(sum / channels + eps);
+    float share = 1.0f / std::sqrt(sum / channels + eps);
 #pragma omp simd
-    for (int c = 0; c < channels; c++) to[c] *= inverse * norm[c];
+    for (int c = 0; c < channels; c++) to[c] *= share * norm[c];
   }
   if (where.cos) {
     const float *cos = where.cos + token * where.turned, *sin = where.sin + token * where.turned;
@@ -289,7 +440,7 @@ inline void read_head(const A *from, const float *bias, float row_scale, const f
   }
 }
 
-constexpr float HIDDEN = -1e30f;  // the score of what a token does not see: its weight, 2^-126, changes no sum
+constexpr float HIDDEN = -1e30f;        // the score of what a token does not see: its weight, 2^-126, changes no sum
 constexpr int BLOCK = 24, CHUNK = 256;  // queries and keys whose scores (24 KiB) stay in the first cache
 
 struct Scratch {
@@ -304,49 +455,42 @@ inline int padded_length(long length) { return round_up(int(length), CHUNK < len
 // Keys and values of one head of one text, as products want them: keys (d / PACK, padded length), values (padded
 // length / PACK, padded d), each element PACK neighbours.
 template <class P, class A, int D>
-void pack_head(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int text, int key_head,
-               uint32_t *keys, uint32_t *values, Scratch &s) {
+void pack_head(const Heads &heads, const Where &where, const A *qkv, int text, int key_head, uint32_t *keys,
+               uint32_t *values, Scratch &s) {
   using Value = typename P::Value;
+  static_assert(std::is_same<A, Value>::value, "values go into products as they come");
   const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
   const long stride = long(heads.queries + 2 * heads.keys) * d;
   const long start = where.bounds[text], length = where.bounds[text + 1] - start;
   const long k_at = long(heads.queries + key_head) * d, v_at = k_at + long(heads.keys) * d;
   const int padded = padded_length(length);
-  const float *bias = heads.key_bias ? heads.key_bias + long(key_head) * d : nullptr;
   s.head.assign(padded_d, 0.0f);
   s.narrow.assign(size_t(2) * padded_d * sizeof(Value), 0);
   float *one = s.head.data();
   Value *half[2] = {reinterpret_cast<Value *>(s.narrow.data()), reinterpret_cast<Value *>(s.narrow.data()) + padded_d};
-  const bool as_is = std::is_same<A, Value>::value && !row_scale;
-  const bool keys_as_is = as_is && !where.cos && !bias && !heads.key_norm && d % P::PACK == 0;
+  const bool as_is = !where.cos && !heads.key_norm && d % P::PACK == 0;
   for (int c = 0; c < steps_d; c++) std::fill(keys + size_t(c) * padded + length, keys + size_t(c + 1) * padded, 0);
   for (long j = 0; j < length; j++) {
     const A *from = qkv + (start + j) * stride + k_at;
     const char *packed = reinterpret_cast<const char *>(from);
-    if (!keys_as_is) {
-      read_head<D>(from, bias, row_scale ? row_scale[start + j] : 1.0f, heads.key_norm, heads.norm_eps, where, start + j, d,
-                   one);
+    if (!as_is) {
+      read_head<D>(from, 1.0f, heads.key_norm, heads.norm_eps, where, start + j, d, one);
       P::narrow_row(one, d, half[0]);
       packed = reinterpret_cast<const char *>(half[0]);
     }
     for (int c = 0; c < steps_d; c++) std::memcpy(keys + size_t(c) * padded + j, packed + 4 * c, 4);
   }
-  const Where unturned{where.bounds, where.rows, nullptr, nullptr, 0};
-  const bool values_as_is = as_is && d == padded_d;
   std::fill(half[0], half[0] + 2 * padded_d, Value(0));
   for (long j = 0; j < padded; j += P::PACK) {
     const Value *rows[2] = {half[0], half[1]};
     for (int part = 0; part < P::PACK; part++) {
-      const long token = start + j + part;
-      const A *from = qkv + token * stride + v_at;
-      if (j + part >= length) {
+      const A *from = qkv + (start + j + part) * stride + v_at;
+      if (j + part >= length)
         std::fill(half[part], half[part] + padded_d, Value(0));
-      } else if (values_as_is) {
-        rows[part] = reinterpret_cast<const Value *>(from);
-      } else {
-        read_head<D>(from, nullptr, row_scale ? row_scale[token] : 1.0f, nullptr, 0.0f, unturned, token, d, one);
-        P::narrow_row(one, d, half[part]);
-      }
+      else if (d == padded_d)
+        rows[part] = from;
+      else
+        std::copy(from, from + d, half[part]);
     }
     P::pair(rows[0], rows[1], padded_d, values + size_t(j / P::PACK) * padded_d);
   }
@@ -355,14 +499,13 @@ void pack_head(const Heads &heads, const Where &where, const A *qkv, const float
 // Softmax attention of one head over one text, a block of queries and a chunk of keys at a time (online softmax:
 // arXiv 2205.14135). P multiplies, A is what comes and goes.
 template <class P, class A, int D>
-void attend_head(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int text, int head,
-                 const uint32_t *keys, const uint32_t *values, A *out, Scratch &s) {
+void attend_head(const Heads &heads, const Where &where, const A *qkv, int text, int head, const uint32_t *keys,
+                 const uint32_t *values, A *out, Scratch &s) {
   using Value = typename P::Value;
   const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
   const long stride = long(heads.queries + 2 * heads.keys) * d, q_at = long(head) * d;
   const long start = where.bounds[text], length = where.bounds[text + 1] - start;
   const int padded = padded_length(length);
-  const float *bias = heads.query_bias ? heads.query_bias + q_at : nullptr;
   const long asking = where.rows ? 1 : length;
   const int chunk = std::min(CHUNK, padded), steps_chunk = chunk / P::PACK;
   s.head.assign(padded_d, 0.0f);
@@ -379,8 +522,7 @@ void attend_head(const Heads &heads, const Where &where, const A *qkv, const flo
     for (int r = 0; r < rows; r++) {
       long token = where.rows ? where.rows[text] : start + first + r;
       places[r] = token - start;
-      read_head<D>(qkv + token * stride + q_at, bias, (row_scale ? row_scale[token] : 1.0f) * scale, heads.query_norm,
-                   heads.norm_eps, where, token, d, one);
+      read_head<D>(qkv + token * stride + q_at, scale, heads.query_norm, heads.norm_eps, where, token, d, one);
       P::narrow_row(one, d, reinterpret_cast<Value *>(s.queries.data() + size_t(r) * steps_d));
       highest[r] = HIDDEN;
       total[r] = 0;
@@ -389,30 +531,29 @@ void attend_head(const Heads &heads, const Where &where, const A *qkv, const flo
     const long from = std::max<long>(0, places[0] - heads.left), to = std::min(length, places[rows - 1] + heads.right + 1);
     for (long begin = from / CHUNK * CHUNK; begin < to; begin += CHUNK) {
       const int columns = round_up(int(std::min<long>(CHUNK, to - begin)), W);
-      product<P>(rows, columns, steps_d, s.queries.data(), steps_d, keys + begin, padded, s.scores.data(), chunk,
-                 false);
+      product<P>(rows, columns, steps_d, s.queries.data(), steps_d, keys + begin, padded, s.scores.data(), chunk, false);
       for (int r = 0; r < rows; r++) {
         float *score = s.scores.data() + size_t(r) * chunk;
         if (heads.cap)
           for (int c = 0; c < columns; c += W) {
-            vf e = exp_of(load(score + c) * (2.0f / heads.cap));
+            vf e = exp_of<false>(load(score + c) * (2.0f / heads.cap));
             store(score + c, heads.cap * 1.44269504f * (1.0f - 2.0f / (e + 1.0f)));
           }
         const int low = int(std::clamp<long>(places[r] - heads.left - begin, 0, columns));
         const int high = int(std::clamp<long>(std::min(length, places[r] + heads.right + 1) - begin, low, columns));
         for (int c = 0; c < low; c++) score[c] = HIDDEN;
         for (int c = high; c < columns; c++) score[c] = HIDDEN;
+        uint32_t *weights = s.weights.data() + size_t(r) * steps_chunk;
+        if (low == high) {  // sees nothing of this chunk
+          std::fill(weights, weights + columns / P::PACK, 0);
+          continue;
+        }
         vf best = load(score);
         for (int c = W; c < columns; c += W) {
           vf x = load(score + c);
           best = best > x ? best : x;
         }
         const float top = std::max(highest[r], largest_of(best));
-        uint32_t *weights = s.weights.data() + size_t(r) * steps_chunk;
-        if (low == high) {  // sees nothing of this chunk
-          std::fill(weights, weights + columns / P::PACK, 0);
-          continue;
-        }
         vf sum{};
         for (int c = 0; c < columns; c += W) {
           vf e = exp2_of<P::PACK == 2>(load(score + c) - top);
@@ -429,19 +570,19 @@ void attend_head(const Heads &heads, const Where &where, const A *qkv, const flo
                  values + size_t(begin / P::PACK) * padded_d, padded_d, s.sums.data(), padded_d, true);
     }
     for (int r = 0; r < rows; r++) {
-      const float inverse = 1.0f / total[r];
+      const float share = 1.0f / total[r];
       const long row = where.rows ? text : start + first + r;
       A *to_row = out + row * heads.queries * d + q_at;
       const float *sums = s.sums.data() + size_t(r) * padded_d;
 #pragma omp simd
-      for (int c = 0; c < d; c++) write(to_row + c, sums[c] * inverse);
+      for (int c = 0; c < d; c++) write(to_row + c, sums[c] * share);
     }
   }
 }
 
 // Where several heads ask the same keys, these are laid out once for all, before.
 template <class P, class A, int D>
-void attend(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int texts, A *out, int threads) {
+void attend(const Heads &heads, const Where &where, const A *qkv, int texts, A *out, int threads) {
   const int d = D ? D : heads.channels, padded_d = round_up(d, W), steps_d = (d + P::PACK - 1) / P::PACK;
   const long tasks = long(texts) * heads.queries;
   const bool shared = heads.queries > heads.keys;
@@ -473,7 +614,7 @@ void attend(const Heads &heads, const Where &where, const A *qkv, const float *r
       for (long task = 0; task < long(texts) * heads.keys; task++) {
         const int text = int(task / heads.keys), key_head = int(task % heads.keys);
         const auto [keys, values] = lies(text, key_head);
-        pack_head<P, A, D>(heads, where, qkv, row_scale, text, key_head, keys, values, scratch);
+        pack_head<P, A, D>(heads, where, qkv, text, key_head, keys, values, scratch);
       }
     }
 #pragma omp for schedule(dynamic)
@@ -481,53 +622,72 @@ void attend(const Heads &heads, const Where &where, const A *qkv, const float *r
       const int text = int(task / heads.queries), head = int(task % heads.queries);
       if (shared) {
         const auto [keys, values] = lies(text, head / (heads.queries / heads.keys));
-        attend_head<P, A, D>(heads, where, qkv, row_scale, text, head, keys, values, out, scratch);
+        attend_head<P, A, D>(heads, where, qkv, text, head, keys, values, out, scratch);
         continue;
       }
       const size_t padded = padded_length(where.bounds[text + 1] - where.bounds[text]);
       scratch.keys.resize(padded * steps_d);
       scratch.values.resize(padded / P::PACK * padded_d);
-      pack_head<P, A, D>(heads, where, qkv, row_scale, text, head, scratch.keys.data(), scratch.values.data(), scratch);
-      attend_head<P, A, D>(heads, where, qkv, row_scale, text, head, scratch.keys.data(), scratch.values.data(), out,
-                           scratch);
+      pack_head<P, A, D>(heads, where, qkv, text, head, scratch.keys.data(), scratch.values.data(), scratch);
+      attend_head<P, A, D>(heads, where, qkv, text, head, scratch.keys.data(), scratch.values.data(), out, scratch);
     }
   }
 }
 
 // The usual sizes of a head are known to the compiler.
 template <class P, class A>
-void attend(const Heads &heads, const Where &where, const A *qkv, const float *row_scale, int texts, A *out, int threads) {
+void attend(const Heads &heads, const Where &where, const A *qkv, int texts, A *out, int threads) {
   switch (heads.channels) {
-    case 32: return attend<P, A, 32>(heads, where, qkv, row_scale, texts, out, threads);
-    case 64: return attend<P, A, 64>(heads, where, qkv, row_scale, texts, out, threads);
-    case 128: return attend<P, A, 128>(heads, where, qkv, row_scale, texts, out, threads);
-    default: return attend<P, A, 0>(heads, where, qkv, row_scale, texts, out, threads);
+    case 32: return attend<P, A, 32>(heads, where, qkv, texts, out, threads);
+    case 64: return attend<P, A, 64>(heads, where, qkv, texts, out, threads);
+    case 128: return attend<P, A, 128>(heads, where, qkv, texts, out, threads);
+    default: return attend<P, A, 0>(heads, where, qkv, texts, out, threads);
   }
 }
 
-void normalise(const Norm &norm, float *x, int h) {
+// --- rows ---
+
+// x (h,) normalised in place; ``sum``: of its values.
+void normalise(const Norm &norm, float *x, int h, float sum) {
   if (!norm.kind) return;
-  float mean = 0, sum = 0;
-  if (norm.kind == 1) {
-#pragma omp simd reduction(+ : mean)
-    for (int c = 0; c < h; c++) mean += x[c];
-    mean /= h;
+  const float mean = norm.kind == 1 ? sum / h : 0.0f;
+  vf squares{};
+  int c = 0;
+  for (; c + W <= h; c += W) {
+    vf v = load(x + c) - mean;
+    squares += v * v;
   }
-#pragma omp simd reduction(+ : sum)
-  for (int c = 0; c < h; c++) sum += (x[c] - mean) * (x[c] - mean);
-  const float inverse = 1.0f / std::sqrt(sum / h + norm.eps);
-  if (norm.weight)
-#pragma omp simd
-    for (int c = 0; c < h; c++) x[c] = (x[c] - mean) * inverse * norm.weight[c];
-  else
-#pragma omp simd
-    for (int c = 0; c < h; c++) x[c] = (x[c] - mean) * inverse;
-  if (norm.bias)
-#pragma omp simd
-    for (int c = 0; c < h; c++) x[c] += norm.bias[c];
+  float square = sum_of(squares);
+  for (int i = c; i < h; i++) square += (x[i] - mean) * (x[i] - mean);
+  const float share = 1.0f / std::sqrt(square / h + norm.eps);
+  const auto weight = [&](int i) { return norm.weight ? load(norm.weight + i) * share : vf{} + share; };
+  for (c = 0; c + W <= h; c += W) {
+    vf v = (load(x + c) - mean) * weight(c);
+    store(x + c, norm.bias ? v + load(norm.bias + c) : v);
+  }
+  for (; c < h; c++)
+    x[c] = (x[c] - mean) * share * (norm.weight ? norm.weight[c] : 1.0f) + (norm.bias ? norm.bias[c] : 0.0f);
 }
 
-// Types of what is written: the numbers of cpu_kernels.py.
+// y = more, or x + more; returns the sum of its values.
+template <class A> float add(const float *x, const A *more, float *y, int h) {
+  vf sums{};
+  int c = 0;
+  for (; c + W <= h; c += W) {
+    vf v = load(more + c);
+    if (x) v += load(x + c);
+    sums += v;
+    store(y + c, v);
+  }
+  float sum = sum_of(sums);
+  for (; c < h; c++) {
+    y[c] = widen(more[c]) + (x ? x[c] : 0.0f);
+    sum += y[c];
+  }
+  return sum;
+}
+
+// Types of what is read and written: the numbers of cpu_kernels.py.
 enum Kind { FLOAT = 0, BFLOAT = 1, BYTE = 2 };
 
 // Bytes round(x / scale) + 128 with scale = largest magnitude / 127, or, of what is never below -offset,
@@ -543,31 +703,18 @@ float to_bytes(const float *x, int n, uint8_t *out, float offset) {
   float high = largest_of(highs), low = largest_of(lows);
   for (; at < n; at++) high = std::max(high, x[at]), low = std::max(low, -x[at]);
   const float scale = offset ? (high + offset) / 255.0f : std::max(high, low) / 127.0f;
-  const float shift = offset ? offset / scale + 0.5f : 128.5f;
-  const float inverse = 1.0f / scale;
+  const float shift = offset ? offset / scale + 0.5f : 128.5f, steps = 1.0f / scale;
   for (at = 0; at + W <= n; at += W) {
-    vb bytes = __builtin_convertvector(__builtin_convertvector(load(x + at) * inverse + shift, vi), vb);
+    vb bytes = __builtin_convertvector(__builtin_convertvector(load(x + at) * steps + shift, vi), vb);
     std::memcpy(out + at, &bytes, sizeof bytes);
   }
-  for (int c = at; c < n; c++) out[c] = uint8_t(int(x[c] * inverse + shift));
+  for (int c = at; c < n; c++) out[c] = uint8_t(int(x[c] * steps + shift));
   return scale;
 }
 
-void write_row(const float *x, int n, long row, void *out, int kind, float *out_scale, float offset) {
-  if (kind == FLOAT) {
-    std::memcpy(static_cast<float *>(out) + row * n, x, size_t(n) * 4);
-  } else if (kind == BFLOAT) {
-    bf16 *to = static_cast<bf16 *>(out) + row * n;
-#pragma omp simd
-    for (int c = 0; c < n; c++) to[c] = narrow(x[c]);
-  } else {
-    out_scale[row] = to_bytes(x, n, static_cast<uint8_t *>(out) + row * n, offset);
-  }
-}
-
 template <class A>
-void join(const A *raw, const float *row_scale, const float *bias, float *stream, long t, int h, const Norm &inner,
-          const Norm &outer, bool post, void *out, int kind, float *out_scale, int threads) {
+void join(const A *added, float *stream, long t, int h, const Norm &inner, const Norm &outer, bool post, void *out, int kind,
+          float *out_scale, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> buffer;
@@ -576,78 +723,30 @@ void join(const A *raw, const float *row_scale, const float *bias, float *stream
 #pragma omp for schedule(static)
     for (long row = 0; row < t; row++) {
       float *x = stream + row * h;
-      if (raw) {
-        const A *from = raw + row * h;
-        const float scale = row_scale ? row_scale[row] : 1.0f;
-        if (bias)
-#pragma omp simd
-          for (int c = 0; c < h; c++) y[c] = widen(from[c]) * scale + bias[c];
-        else
-#pragma omp simd
-          for (int c = 0; c < h; c++) y[c] = widen(from[c]) * scale;
-        normalise(inner, y, h);
-#pragma omp simd
-        for (int c = 0; c < h; c++) y[c] += x[c];
+      float sum;
+      if (!added) {
+        sum = add<float>(nullptr, x, y, h);
+      } else if (inner.kind) {
+        sum = add<A>(nullptr, added + row * h, y, h);
+        normalise(inner, y, h, sum);
+        sum = add<float>(x, y, y, h);
       } else {
-        std::memcpy(y, x, size_t(h) * 4);
+        sum = add<A>(x, added + row * h, y, h);
       }
-      if (!post && raw) std::memcpy(x, y, size_t(h) * 4);
-      normalise(outer, y, h);
+      if (!post && added) std::memcpy(x, y, size_t(h) * 4);
+      normalise(outer, y, h, sum);
       if (post) std::memcpy(x, y, size_t(h) * 4);
-      if (out) write_row(y, h, row, out, kind, out_scale, 0.0f);
-    }
-  }
-}
-
-template <int KIND, class A>
-inline vf activated(const A *gate, const A *up, const float *gate_bias, const float *up_bias, float scale) {
-  vf x = load(gate) * scale;
-  if (gate_bias) x += load(gate_bias);
-  x = activate<KIND>(x);
-  if (!up) return x;
-  vf y = load(up) * scale;
-  if (up_bias) y += load(up_bias);
-  return x * y;
-}
-
-template <class T> inline const T *beyond(const T *start, int by) { return start ? start + by : nullptr; }
-
-template <int KIND, class A>
-void activate_row(const A *gate, const A *up, const float *gate_bias, const float *up_bias, float scale, int n, float *y) {
-  int c = 0;
-  for (; c + W <= n; c += W)
-    store(y + c, activated<KIND>(gate + c, beyond(up, c), beyond(gate_bias, c), beyond(up_bias, c), scale));
-  if (c == n) return;
-  A rest[2][W] = {};  // a width that is no multiple of W
-  float biases[2][W] = {}, result[W];
-  for (int i = 0; c + i < n; i++) {
-    rest[0][i] = gate[c + i];
-    if (up) rest[1][i] = up[c + i];
-    if (gate_bias) biases[0][i] = gate_bias[c + i];
-    if (up_bias) biases[1][i] = up_bias[c + i];
-  }
-  store(result, activated<KIND>(rest[0], up ? rest[1] : nullptr, biases[0], biases[1], scale));
-  std::copy(result, result + (n - c), y + c);
-}
-
-template <class A>
-void activate_rows(const A *raw, const float *row_scale, const float *bias, long t, int n, bool gated, int activation,
-                   void *out, int kind, float *out_scale, float offset, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    static thread_local std::vector<float> buffer;
-    buffer.resize(n);
-    float *y = buffer.data();
-#pragma omp for schedule(static)
-    for (long row = 0; row < t; row++) {
-      const A *gate = raw + row * n * (gated ? 2 : 1), *up = gated ? gate + n : nullptr;
-      const float *up_bias = gated && bias ? bias + n : nullptr;
-      const float scale = row_scale ? row_scale[row] : 1.0f;
-      if (activation == GELU) activate_row<GELU>(gate, up, bias, up_bias, scale, n, y);
-      if (activation == GELU_TANH) activate_row<GELU_TANH>(gate, up, bias, up_bias, scale, n, y);
-      if (activation == SILU) activate_row<SILU>(gate, up, bias, up_bias, scale, n, y);
-      if (activation == RELU) activate_row<RELU>(gate, up, bias, up_bias, scale, n, y);
-      write_row(y, n, row, out, kind, out_scale, offset);
+      if (!out) continue;
+      if (kind == FLOAT) {
+        std::memcpy(static_cast<float *>(out) + row * h, y, size_t(h) * 4);
+      } else if (kind == BFLOAT) {
+        bf16 *to = static_cast<bf16 *>(out) + row * h;
+        int c = 0;
+        for (; c + W <= h; c += W) store(to + c, load(y + c));
+        for (; c < h; c++) to[c] = narrow(y[c]);
+      } else {
+        out_scale[row] = to_bytes(y, h, static_cast<uint8_t *>(out) + row * h, 0.0f);
+      }
     }
   }
 }
@@ -669,45 +768,55 @@ void embed_row(const T *tokens, const T *places, const T *all, int64_t id, int64
 
 extern "C" {
 
+// out (t, width) = activation(x W^T + bias), of a gated product its first half times the second. x (t, 4 * steps bytes)
+// of ``kind``; W in panels: (columns / PANEL, steps, PANEL) elements of 4 bytes, of a gated product a panel has PANEL / 2
+// columns of the first half and then as many of the second; bias, scale and zero are in the order of the panels.
+void effir_multiply(int kind, const void *x, const float *row_scale, int64_t t, int steps, const void *panels, int columns,
+                    const float *bias, const float *scale, const int32_t *zero, int activation, int gated, void *out,
+                    int out_kind, int width, int threads) {
+  const End end{bias, scale, zero, row_scale};
+  const uint32_t *from = static_cast<const uint32_t *>(x), *weights = static_cast<const uint32_t *>(panels);
+  float *floats = static_cast<float *>(out);
+  bf16 *halves = static_cast<bf16 *>(out);
+  if (kind == FLOAT)
+    multiply<Float>(activation, gated, from, t, steps, weights, columns, end, floats, width, threads);
+#if HAS_BFLOAT
+  if (kind == BFLOAT)
+    multiply<BFloat>(activation, gated, from, t, steps, weights, columns, end, halves, width, threads);
+#endif
+#if HAS_BYTES
+  if (kind == BYTE && out_kind == FLOAT)
+    multiply<Byte>(activation, gated, from, t, steps, weights, columns, end, floats, width, threads);
+  if (kind == BYTE && out_kind == BFLOAT)
+    multiply<Byte>(activation, gated, from, t, steps, weights, columns, end, halves, width, threads);
+#endif
+  (void)halves;
+}
+
 // out (t or n, q d) in the type of qkv (t, (q + 2 k) d).
-void effir_attend(const Heads *heads, const void *qkv, int kind, const float *row_scale, const int32_t *bounds, int texts,
-                  const int64_t *rows, const float *cos, const float *sin, int turned, void *out, int threads) {
+void effir_attend(const Heads *heads, const void *qkv, int kind, const int32_t *bounds, int texts, const int64_t *rows,
+                  const float *cos, const float *sin, int turned, void *out, int threads) {
   const Where where{bounds, rows, cos, sin, turned};
   if (kind == FLOAT)
-    attend<Float, float>(*heads, where, static_cast<const float *>(qkv), row_scale, texts, static_cast<float *>(out),
-                         threads);
-#if defined(__AVX512BF16__)
+    attend<Float>(*heads, where, static_cast<const float *>(qkv), texts, static_cast<float *>(out), threads);
+#if HAS_BFLOAT
   else
-    attend<BFloat, bf16>(*heads, where, static_cast<const bf16 *>(qkv), row_scale, texts, static_cast<bf16 *>(out),
-                         threads);
+    attend<BFloat>(*heads, where, static_cast<const bf16 *>(qkv), texts, static_cast<bf16 *>(out), threads);
 #endif
 }
 
-// stream (t, h) += inner(raw * row_scale + bias); out = outer(stream), which becomes the stream where ``post``.
-// Without ``raw`` only the second.
-void effir_join(const void *raw, int raw_kind, const float *row_scale, const float *bias, float *stream, int64_t t, int h,
-                const Norm *inner, const Norm *outer, int post, void *out, int kind, float *out_scale, int threads) {
-  if (raw_kind == FLOAT)
-    join(static_cast<const float *>(raw), row_scale, bias, stream, t, h, *inner, *outer, post, out, kind, out_scale,
-         threads);
+// stream (t, h) += inner(added); out = outer(stream), which becomes the stream where ``post``. Without ``added`` only
+// the second.
+void effir_join(const void *added, int added_kind, float *stream, int64_t t, int h, const Norm *inner, const Norm *outer,
+                int post, void *out, int kind, float *out_scale, int threads) {
+  if (added_kind == FLOAT)
+    join(static_cast<const float *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, threads);
   else
-    join(static_cast<const bf16 *>(raw), row_scale, bias, stream, t, h, *inner, *outer, post, out, kind, out_scale,
-         threads);
+    join(static_cast<const bf16 *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, threads);
 }
 
-// out (t, n) = activation(raw) of raw (t, n), or activation(first half) * second half of raw (t, 2 n).
-void effir_activate(const void *raw, int raw_kind, const float *row_scale, const float *bias, int64_t t, int n, int gated,
-                    int activation, void *out, int kind, float *out_scale, float offset, int threads) {
-  if (raw_kind == FLOAT)
-    activate_rows(static_cast<const float *>(raw), row_scale, bias, t, n, gated, activation, out, kind, out_scale, offset,
-                  threads);
-  else
-    activate_rows(static_cast<const bf16 *>(raw), row_scale, bias, t, n, gated, activation, out, kind, out_scale, offset,
-                  threads);
-}
-
-// out (t, n) bytes of x (t, n), with a scale a row.
-void effir_to_bytes(const void *x, int kind, int64_t t, int n, uint8_t *out, float *out_scale, int threads) {
+// out (t, n) bytes of x (t, n), with a scale a row; see to_bytes for ``offset``.
+void effir_to_bytes(const void *x, int kind, int64_t t, int n, float offset, uint8_t *out, float *out_scale, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> buffer;
@@ -715,13 +824,12 @@ void effir_to_bytes(const void *x, int kind, int64_t t, int n, uint8_t *out, flo
 #pragma omp for schedule(static)
     for (long row = 0; row < t; row++) {
       if (kind == FLOAT) {
-        out_scale[row] = to_bytes(static_cast<const float *>(x) + row * n, n, out + row * n, 0.0f);
+        out_scale[row] = to_bytes(static_cast<const float *>(x) + row * n, n, out + row * n, offset);
         continue;
       }
       const bf16 *from = static_cast<const bf16 *>(x) + row * n;
-#pragma omp simd
-      for (int c = 0; c < n; c++) buffer[c] = widen(from[c]);
-      out_scale[row] = to_bytes(buffer.data(), n, out + row * n, 0.0f);
+      add<bf16>(nullptr, from, buffer.data(), n);
+      out_scale[row] = to_bytes(buffer.data(), n, out + row * n, offset);
     }
   }
 }
@@ -753,12 +861,8 @@ void effir_mean(const float *x, const int32_t *bounds, int64_t texts, int h, flo
   }
 }
 
-int effir_has_bfloat16() {
-#if defined(__AVX512BF16__)
-  return 1;
-#else
-  return 0;
-#endif
-}
+int effir_panel() { return PANEL; }
+int effir_has_bytes() { return HAS_BYTES; }
+int effir_has_bfloat16() { return HAS_BFLOAT; }
 
 }  // extern "C"

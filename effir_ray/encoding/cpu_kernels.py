@@ -28,7 +28,7 @@ from effir_ray.hardware import compiler, cpu_features
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _ACTIVATION = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
@@ -52,8 +52,6 @@ class Heads(ctypes.Structure):
         ("query_norm", ctypes.c_void_p),
         ("key_norm", ctypes.c_void_p),
         ("norm_eps", ctypes.c_float),
-        ("query_bias", ctypes.c_void_p),
-        ("key_bias", ctypes.c_void_p),
     )
 
 
@@ -70,50 +68,88 @@ class NormFields(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix (t, o) as products and kernels hand it on: float32, bfloat16, or bytes with a scale a row.
-
-    Of bytes' products ``values`` are sums that lack the scale of their row.
-    """
+    """A matrix (t, i) as products take it: float32, bfloat16, or bytes with a scale a row."""
 
     values: Tensor
     scale_t: Tensor | None = None
 
-    def __getitem__(self, rows_n: Tensor) -> Rows:
-        return Rows(self.values[rows_n], None if self.scale_t is None else self.scale_t[rows_n])
-
 
 class Kernels:
-    """The loaded library. Results are in ``dtype`` (float32 or bfloat16), or in bytes where asked for."""
+    """The loaded library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self.has_bfloat16 = bool(library.effir_has_bfloat16())
-        for name in ("attend", "join", "activate", "to_bytes", "embed", "mean"):
-            getattr(library, f"effir_{name}").restype = None
+        self.has_bytes = bool(library.effir_has_bytes())
+        self.panel = int(library.effir_panel())  # columns of weights that lie together
         pointer, whole, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-        library.effir_attend.argtypes = [
-            *(pointer, pointer, whole, pointer, pointer, whole, pointer),
-            *(pointer, pointer, whole, pointer, whole),
-        ]
-        library.effir_join.argtypes = [
-            *(pointer, whole, pointer, pointer, pointer, long, whole),
-            *(pointer, pointer, whole, pointer, whole, pointer, whole),
-        ]
-        library.effir_activate.argtypes = [
-            *(pointer, whole, pointer, pointer, long, whole, whole, whole),
-            *(pointer, whole, pointer, real, whole),
-        ]
-        library.effir_embed.argtypes = [
-            *(pointer, whole, pointer, pointer, pointer, pointer),
-            *(long, whole, real, pointer, whole),
-        ]
-        library.effir_mean.argtypes = [pointer, pointer, long, whole, pointer, whole]
-        library.effir_to_bytes.argtypes = [pointer, whole, long, whole, pointer, pointer, whole]
+        arguments = {
+            "multiply": [
+                *(whole, pointer, pointer, long, whole, pointer, whole, pointer),
+                *(pointer, pointer, whole, whole, pointer, whole, whole, whole),
+            ],
+            "attend": [
+                *(pointer, pointer, whole, pointer, whole, pointer),
+                *(pointer, pointer, whole, pointer, whole),
+            ],
+            "join": [
+                *(pointer, whole, pointer, long, whole, pointer, pointer),
+                *(whole, pointer, whole, pointer, whole),
+            ],
+            "to_bytes": [pointer, whole, long, whole, real, pointer, pointer, whole],
+            "embed": [
+                *(pointer, whole, pointer, pointer, pointer, pointer),
+                *(long, whole, real, pointer, whole),
+            ],
+            "mean": [pointer, pointer, long, whole, pointer, whole],
+        }
+        for name, types in arguments.items():
+            function = getattr(library, f"effir_{name}")
+            function.restype, function.argtypes = None, types
+
+    def multiply(
+        self,
+        x: Rows,
+        panels: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        activation: Activation | None,
+        *,
+        gated: bool,
+        width: int,
+        out: torch.dtype,
+    ) -> Tensor:
+        """activation(x W^T + bias), (t, width); see ``cpu_kernels.cpp`` for how weights lie.
+
+        ``out`` is the type of ``x``, or float32 or bfloat16 of bytes.
+        """
+        values = x.values
+        written = torch.empty(len(values), width, dtype=out)
+        self._library.effir_multiply(
+            _KIND[values.dtype],
+            values.data_ptr(),
+            _address(x.scale_t),
+            len(values),
+            panels.shape[1],
+            panels.data_ptr(),
+            panels.shape[0] * self.panel,
+            _address(bias),
+            _address(scale),
+            _address(zero),
+            -1 if activation is None else _ACTIVATION[activation],
+            int(gated),
+            written.data_ptr(),
+            _KIND[out],
+            width,
+            torch.get_num_threads(),
+        )
+        return written
 
     def attend(
         self,
         heads: Heads,
-        qkv: Rows,
+        qkv: Tensor,
         bounds: Tensor,
         rows_n: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
@@ -123,14 +159,12 @@ class Kernels:
         qkv: (t, (q + 2 k) d). bounds: (n + 1,) int32. rows_n: (n,) int64. rotation: cos and sin, (t, turned
         channels / 2).
         """
-        values = qkv.values
         texts = len(bounds) - 1
-        out = values.new_empty(len(values) if rows_n is None else texts, heads.queries * heads.channels)
+        out = qkv.new_empty(len(qkv) if rows_n is None else texts, heads.queries * heads.channels)
         self._library.effir_attend(
             ctypes.addressof(heads),
-            values.data_ptr(),
-            _KIND[values.dtype],
-            _address(qkv.scale_t),
+            qkv.data_ptr(),
+            _KIND[qkv.dtype],
             bounds.data_ptr(),
             texts,
             _address(rows_n),
@@ -142,8 +176,7 @@ class Kernels:
 
     def join(
         self,
-        raw: Rows | None,
-        bias: Tensor | None,
+        added_th: Tensor | None,
         stream_th: Tensor,
         inner: NormFields,
         outer: NormFields,
@@ -151,16 +184,14 @@ class Kernels:
         post: bool,
         out: torch.dtype | None,
     ) -> Rows | None:
-        """stream += inner(raw + bias), in place; returns outer(stream) as ``out``, which also becomes the
-        stream where ``post``. Without ``raw`` nothing is added.
+        """stream += inner(added), in place; returns outer(stream) as ``out``, which also becomes the stream
+        where ``post``. Without ``added_th`` only the second.
         """
         t, h = stream_th.shape
         written = None if out is None else _empty(t, h, out)
         self._library.effir_join(
-            None if raw is None else raw.values.data_ptr(),
-            0 if raw is None else _KIND[raw.values.dtype],
-            None if raw is None else _address(raw.scale_t),
-            _address(bias),
+            _address(added_th),
+            0 if added_th is None else _KIND[added_th.dtype],
             stream_th.data_ptr(),
             t,
             h,
@@ -174,29 +205,18 @@ class Kernels:
         )
         return written
 
-    def activate(
-        self, raw: Rows, bias: Tensor | None, activation: Activation, *, gated: bool, out: torch.dtype
-    ) -> Rows:
-        """activation(raw + bias), (t, o); ``gated``: of the first half, times the second half, (t, o / 2).
-
-        Bytes of what is not gated count from the activation's ``LOWEST``.
-        """
-        t, width = raw.values.shape
-        columns = width // 2 if gated else width
-        written = _empty(t, columns, out)
-        self._library.effir_activate(
-            raw.values.data_ptr(),
-            _KIND[raw.values.dtype],
-            _address(raw.scale_t),
-            _address(bias),
+    def to_bytes(self, x_ti: Tensor, lowest: float = 0.0) -> Rows:
+        """x = scale * (bytes - 128), a scale a row; scale * bytes - lowest of what is never below that."""
+        t, columns = x_ti.shape
+        written = _empty(t, columns, torch.uint8)
+        self._library.effir_to_bytes(
+            x_ti.data_ptr(),
+            _KIND[x_ti.dtype],
             t,
             columns,
-            int(gated),
-            _ACTIVATION[activation],
+            lowest,
             written.values.data_ptr(),
-            _KIND[out],
             _address(written.scale_t),
-            0.0 if gated else LOWEST[activation],
             torch.get_num_threads(),
         )
         return written
@@ -241,21 +261,6 @@ class Kernels:
         )
         return out
 
-    def to_bytes(self, x_ti: Tensor) -> Rows:
-        """x = scale * (bytes - 128), a scale a row."""
-        t, columns = x_ti.shape
-        written = _empty(t, columns, torch.uint8)
-        self._library.effir_to_bytes(
-            x_ti.data_ptr(),
-            _KIND[x_ti.dtype],
-            t,
-            columns,
-            written.values.data_ptr(),
-            _address(written.scale_t),
-            torch.get_num_threads(),
-        )
-        return written
-
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
@@ -285,7 +290,7 @@ def build() -> Build:
         identity = "\0".join((_SOURCE.read_text(), *_FLAGS, version, *sorted(cpu_features())))
         library = cache_folder() / "kernels" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.is_file():
-            _compile(found, library)
+            compile_into(library, found)
         return Build(Kernels(ctypes.CDLL(str(library))), f"compiled by {found}")
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
@@ -302,13 +307,13 @@ def _keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
-def _compile(command: str, library: Path) -> None:
+def compile_into(library: Path, command: str, *, march: str = "native") -> None:
     """Aside and then renamed, since several processes may do it at once."""
     library.parent.mkdir(parents=True, exist_ok=True)
-    wide = ["-mprefer-vector-width=512"] if "avx512f" in cpu_features() else []
+    wide = ["-mprefer-vector-width=512"] if march == "native" and "avx512f" in cpu_features() else []
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part, whole = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([command, *_FLAGS, *wide, "-c", "-o", part, _SOURCE])
+        _run([command, *_FLAGS, f"-march={march}", *wide, "-c", "-o", part, _SOURCE])
         _run([command, "-shared", "-o", whole, part])  # without -fopenmp: its symbols are torch's
         whole.replace(library)
 

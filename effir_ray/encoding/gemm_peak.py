@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from effir_ray.encoding.cpu_kernels import Rows
-from effir_ray.encoding.cpu_pass import Product, to_byte_rows
+from effir_ray.encoding.cpu_kernels import Rows, build
+from effir_ray.encoding.cpu_pass import Linear, make_product
+from effir_ray.encoding.projections import OneDnnProjection, has_one_dnn
 from effir_ray.hardware import Precision
 
 _PEAK_SIZE = {"cpu": 1536, "cuda": 8192}
@@ -26,8 +27,8 @@ def gemm_peak(
 ) -> float:
     """FLOP/s of the best of a few large square matrix products.
 
-    On CPUs by torch.mm and by oneDNN with its own weight layout: which of them is faster depends on the
-    processor. int8: operations a second of bytes by such weights, CPUs only.
+    On CPUs by torch.mm, by oneDNN with its own weight layout and by the compiled kernels: which of them is
+    fastest depends on the processor. int8: operations a second on bytes, on CPUs that have the kernels.
     """
     device = torch.device(device)
     side = _PEAK_SIZE[device.type]
@@ -43,9 +44,13 @@ def gemm_peak(
             torch.cuda.synchronize(device)
 
     products: list[Callable[[], object]] = [multiply] if precision != "int8" else []
-    if device.type == "cpu":
-        product = Product(b, dtype, quantized=precision == "int8")
-        rows = to_byte_rows(a) if precision == "int8" else Rows(a)
+    if has_one_dnn(b):
+        laid_out = OneDnnProjection(b, None)
+        products.append(lambda: laid_out.project(a))
+    kernels = build().kernels if device.type == "cpu" else None
+    if kernels is not None:
+        product = make_product(Linear(weight=b.float()), kernels, dtype, quantized=precision == "int8")
+        rows = kernels.to_bytes(a) if precision == "int8" else Rows(a)
         products.append(lambda: product(rows))
     with torch.inference_mode():
         for work in products:

@@ -14,8 +14,10 @@ d channels a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from effir_ray.encoding.fused_kernels import rotate
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.projections import GatedProjection, NotPlainError, Projection, Quantize, fuse
 from effir_ray.encoding.varlen_attention import HALF, Packing, attend, attend_once, pool
-from effir_ray.hardware import Precision, has_vnni
+from effir_ray.hardware import Precision
 from effir_ray.models.retriever import Retriever
 
 _PLAIN_ROPE = ("default", "linear", "llama3", "yarn")  # angles do not depend on the longest text of a batch
@@ -66,7 +68,7 @@ class PackedForward:
             return self._long(tokens)
         if self._alone is not None and len(tokens) == 1:
             return self._alone(tokens[0], self._embed)
-        ids = torch.tensor([i for text in tokens for i in text])
+        ids = torch.from_numpy(np.fromiter(chain.from_iterable(tokens), np.int64, sum(lengths)))
         device = self._retriever.model.device
         if device.type == "cuda":
             ids = ids.pin_memory().to(device, non_blocking=True)
@@ -100,7 +102,9 @@ def packed_forward(retriever: Retriever, precision: Precision) -> PackedForward 
     try:
         if device == "cpu":
             kernels = build().kernels
-            if kernels and (has_vnni() if quantize else kernels.has_bfloat16 or precision == "float32"):
+            if kernels and (
+                kernels.has_bytes if quantize else kernels.has_bfloat16 or precision == "float32"
+            ):
                 return PackedForward(retriever, CpuModel(retriever, precision, kernels))
             if precision == "bfloat16":
                 return None

@@ -194,10 +194,11 @@ def with_a_massive_activation():
         retriever.model.embed_tokens.weight[:, 5] = 3000
         for layer in retriever.model.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[5], norm.weight[:5], norm.weight[6:] = 3e-3, 3000, 3000
-            layer.self_attn.q_proj.weight[:, 5] = layer.mlp.gate_proj.weight[:, 5] = 0
-            layer.self_attn.v_proj.weight[:, 5] = layer.mlp.up_proj.weight[:, 5] = 0
-            layer.self_attn.v_proj.weight[:, 7] *= 60
+                norm.weight.fill_(3000)
+            attention, mlp = layer.self_attn, layer.mlp
+            readers = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+            for linear in readers:
+                linear.weight[:, 5] = 0
         retriever.model.norm.weight[5] = 0
     return retriever
 
