@@ -690,31 +690,36 @@ template <class A> float add(const float *x, const A *more, float *y, int h) {
 // Types of what is read and written: the numbers of cpu_kernels.py.
 enum Kind { FLOAT = 0, BFLOAT = 1, BYTE = 2 };
 
-// Bytes round(x / scale) + 128 with scale = largest magnitude / 127, or, of what is never below -offset,
-// round((x + offset) / scale) with scale = (largest + offset) / 255: neither leaves 0 to 255.
-float to_bytes(const float *x, int n, uint8_t *out, float offset) {
-  vf highs = vf{} + (offset ? 1e-30f - offset : 1e-30f), lows = highs;
+// Of y = x * times: bytes round(y / scale) + 128 with scale = largest magnitude / 127. Where x is never below -lowest, of
+// y = (x + lowest) * times: round(y / scale) with scale = largest / 255. Neither leaves 0 to 255.
+float to_bytes(const float *x, const float *times, int n, uint8_t *out, float lowest) {
+  const auto value = [&](int c) {
+    vf v = load(x + c) + lowest;
+    return times ? v * load(times + c) : v;
+  };
+  const auto one = [&](int c) { return (x[c] + lowest) * (times ? times[c] : 1.0f); };
+  vf highs = vf{} + 1e-30f;
   int at = 0;
   for (; at + W <= n; at += W) {
-    vf v = load(x + at);
+    vf v = value(at);
+    v = v > 0.0f ? v : -v;
     highs = highs > v ? highs : v;
-    lows = lows > -v ? lows : -v;
   }
-  float high = largest_of(highs), low = largest_of(lows);
-  for (; at < n; at++) high = std::max(high, x[at]), low = std::max(low, -x[at]);
-  const float scale = offset ? (high + offset) / 255.0f : std::max(high, low) / 127.0f;
-  const float shift = offset ? offset / scale + 0.5f : 128.5f, steps = 1.0f / scale;
+  float high = largest_of(highs);
+  for (; at < n; at++) high = std::max(high, std::fabs(one(at)));
+  const float scale = high / (lowest ? 255.0f : 127.0f), shift = lowest ? 0.5f : 128.5f, steps = 1.0f / scale;
   for (at = 0; at + W <= n; at += W) {
-    vb bytes = __builtin_convertvector(__builtin_convertvector(load(x + at) * steps + shift, vi), vb);
+    vf v = value(at) * steps + shift;
+    vb bytes = __builtin_convertvector(__builtin_convertvector(v > 0.0f ? v : vf{}, vi), vb);
     std::memcpy(out + at, &bytes, sizeof bytes);
   }
-  for (int c = at; c < n; c++) out[c] = uint8_t(int(x[c] * steps + shift));
+  for (; at < n; at++) out[at] = uint8_t(std::max(0, int(one(at) * steps + shift)));
   return scale;
 }
 
 template <class A>
 void join(const A *added, float *stream, long t, int h, const Norm &inner, const Norm &outer, bool post, void *out, int kind,
-          float *out_scale, int threads) {
+          float *out_scale, const float *times, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> buffer;
@@ -745,7 +750,7 @@ void join(const A *added, float *stream, long t, int h, const Norm &inner, const
         for (; c + W <= h; c += W) store(to + c, load(y + c));
         for (; c < h; c++) to[c] = narrow(y[c]);
       } else {
-        out_scale[row] = to_bytes(y, h, static_cast<uint8_t *>(out) + row * h, 0.0f);
+        out_scale[row] = to_bytes(y, times, h, static_cast<uint8_t *>(out) + row * h, 0.0f);
       }
     }
   }
@@ -808,28 +813,28 @@ void effir_attend(const Heads *heads, const void *qkv, int kind, const int32_t *
 // stream (t, h) += inner(added); out = outer(stream), which becomes the stream where ``post``. Without ``added`` only
 // the second.
 void effir_join(const void *added, int added_kind, float *stream, int64_t t, int h, const Norm *inner, const Norm *outer,
-                int post, void *out, int kind, float *out_scale, int threads) {
+                int post, void *out, int kind, float *out_scale, const float *times, int threads) {
   if (added_kind == FLOAT)
-    join(static_cast<const float *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, threads);
+    join(static_cast<const float *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, times, threads);
   else
-    join(static_cast<const bf16 *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, threads);
+    join(static_cast<const bf16 *>(added), stream, t, h, *inner, *outer, post, out, kind, out_scale, times, threads);
 }
 
-// out (t, n) bytes of x (t, n), with a scale a row; see to_bytes for ``offset``.
-void effir_to_bytes(const void *x, int kind, int64_t t, int n, float offset, uint8_t *out, float *out_scale, int threads) {
+// out (t, n) bytes of x (t, n), with a scale a row; ``times`` (n,) or null, see to_bytes.
+void effir_to_bytes(const void *x, int kind, int64_t t, int n, float lowest, const float *times, uint8_t *out,
+                    float *out_scale, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local std::vector<float> buffer;
     buffer.resize(n);
 #pragma omp for schedule(static)
     for (long row = 0; row < t; row++) {
-      if (kind == FLOAT) {
-        out_scale[row] = to_bytes(static_cast<const float *>(x) + row * n, n, out + row * n, offset);
-        continue;
+      const float *from = static_cast<const float *>(x) + row * n;
+      if (kind == BFLOAT) {
+        add<bf16>(nullptr, static_cast<const bf16 *>(x) + row * n, buffer.data(), n);
+        from = buffer.data();
       }
-      const bf16 *from = static_cast<const bf16 *>(x) + row * n;
-      add<bf16>(nullptr, from, buffer.data(), n);
-      out_scale[row] = to_bytes(buffer.data(), n, out + row * n, offset);
+      out_scale[row] = to_bytes(from, times, n, out + row * n, lowest);
     }
   }
 }

@@ -94,9 +94,9 @@ class Kernels:
             ],
             "join": [
                 *(pointer, whole, pointer, long, whole, pointer, pointer),
-                *(whole, pointer, whole, pointer, whole),
+                *(whole, pointer, whole, pointer, pointer, whole),
             ],
-            "to_bytes": [pointer, whole, long, whole, real, pointer, pointer, whole],
+            "to_bytes": [pointer, whole, long, whole, real, pointer, pointer, pointer, whole],
             "embed": [
                 *(pointer, whole, pointer, pointer, pointer, pointer),
                 *(long, whole, real, pointer, whole),
@@ -183,9 +183,10 @@ class Kernels:
         *,
         post: bool,
         out: torch.dtype | None,
+        times: Tensor | None = None,
     ) -> Rows | None:
         """stream += inner(added), in place; returns outer(stream) as ``out``, which also becomes the stream
-        where ``post``. Without ``added_th`` only the second.
+        where ``post``. Without ``added_th`` only the second. ``times``: see ``to_bytes``.
         """
         t, h = stream_th.shape
         written = None if out is None else _empty(t, h, out)
@@ -201,12 +202,15 @@ class Kernels:
             None if written is None else written.values.data_ptr(),
             0 if out is None else _KIND[out],
             None if written is None else _address(written.scale_t),
+            _address(times),
             torch.get_num_threads(),
         )
         return written
 
-    def to_bytes(self, x_ti: Tensor, lowest: float = 0.0) -> Rows:
-        """x = scale * (bytes - 128), a scale a row; scale * bytes - lowest of what is never below that."""
+    def to_bytes(self, x_ti: Tensor, lowest: float = 0.0, times: Tensor | None = None) -> Rows:
+        """x * times = scale * (bytes - 128), with a scale a row and ``times`` (i,); of what is never below
+        ``-lowest`` (x + lowest) * times = scale * bytes.
+        """
         t, columns = x_ti.shape
         written = _empty(t, columns, torch.uint8)
         self._library.effir_to_bytes(
@@ -215,6 +219,7 @@ class Kernels:
             t,
             columns,
             lowest,
+            _address(times),
             written.values.data_ptr(),
             _address(written.scale_t),
             torch.get_num_threads(),

@@ -31,10 +31,15 @@ from effir_ray.encoding.cpu_kernels import (
     NormFields,
     Rows,
 )
+from effir_ray.encoding.padded import embed, pad
+from effir_ray.encoding.probe import PROBE
 from effir_ray.encoding.projections import NotPlainError
 from effir_ray.encoding.varlen_attention import Packing
 from effir_ray.hardware import Precision, cpu_features
 from effir_ray.models.retriever import Retriever
+
+SMOOTHING = 0.5
+"""How much of a channel's size goes over to the weights."""
 
 _IN_ONE = 4  # inputs that products take in one go at most, of bytes
 
@@ -125,12 +130,14 @@ class Product(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Linear:
     """What a product computes. ``weight`` (o, i) and ``bias`` (o,) float32; of a gated one the first half is
-    activated. ``lowest``: bytes on its left count from there below zero."""
+    activated. ``lowest``: what is multiplied is never further below zero. ``times`` (i,): what its channels
+    are multiplied by before they become bytes."""
 
     weight: Tensor
     bias: Tensor | None = None
     then: Gate | None = None
     lowest: float = 0.0
+    times: Tensor | None = None
 
     @property
     def gated(self) -> bool:
@@ -139,12 +146,14 @@ class Linear:
     def bytes(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Weights as signed bytes, what a unit of them is worth (o,), the bias with what ``lowest`` adds, and
         the byte that stands for 0 on the left."""
-        scale = (self.weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
-        rounded = (self.weight / scale[:, None]).round()
+        weight = self.weight if self.times is None else self.weight / self.times
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
+        rounded = (weight / scale[:, None]).round()
         if not self.lowest:
             return rounded.to(torch.int8), scale, self.bias, 128
-        # x = s b - lowest, so that W x = s W b - lowest * W 1, of which the last part is the same for all x.
-        constant = -self.lowest * (rounded * scale[:, None]).sum(dim=1)
+        # W x = W / times (s b) - lowest * W 1, of which the last part is the same for all x.
+        held = rounded * scale[:, None]
+        constant = -self.lowest * (held if self.times is None else held * self.times).sum(dim=1)
         return rounded.to(torch.int8), scale, constant if self.bias is None else self.bias + constant, 0
 
 
@@ -250,28 +259,71 @@ def _rounded_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+Times = tuple[Tensor | None, Tensor | None]  # of the inputs of a sublayer's two products, (i,) each
+
+
+def smoothing(retriever: Retriever, parts: Sequence[Sublayer]) -> list[Times]:
+    """What channels are multiplied by before they become bytes, and weights divided by: those that are always
+    large are made smaller, at the weights' expense. SmoothQuant (arXiv 2211.10438), equation 4, over texts
+    that are the same for all models.
+    """
+    largest: dict[nn.Module, Tensor] = {}
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen = args[0].detach().float().abs().flatten(0, -2).amax(dim=0)
+        largest[module] = torch.maximum(largest[module], seen) if module in largest else seen
+
+    watched = [(part.first[0], part.second) for part in parts]
+    handles = [module.register_forward_pre_hook(look) for pair in watched for module in pair]
+    try:
+        with torch.inference_mode():
+            for ids in retriever.tokenize(PROBE, "document"):
+                embed(retriever, pad([ids]))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def balanced(inputs: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+        columns = torch.stack([linear.weight.detach().float().abs().amax(dim=0) for linear in linears])
+        weights, inputs = columns.amax(dim=0).clamp(min=1e-5), inputs.clamp(min=1e-5)
+        return (weights ** (1 - SMOOTHING) / inputs**SMOOTHING).contiguous()
+
+    return [
+        (balanced(largest[part.first[0]], part.first), balanced(largest[part.second], [part.second]))
+        for part in parts
+    ]
+
+
 class _Step:
     """A sublayer, ready to run."""
 
-    def __init__(self, part: Sublayer, kernels: Kernels, computes: torch.dtype, quantized: bool) -> None:
+    def __init__(
+        self, part: Sublayer, kernels: Kernels, computes: torch.dtype, in_bytes: bool, times: Times
+    ) -> None:
         _check_plain([*part.first, part.second])
-        self.does, self._kernels, self._quantized = part.does, kernels, quantized
+        self.does, self._kernels = part.does, kernels
+        self.takes = torch.uint8 if in_bytes else computes
+        self._second_in_bytes = in_bytes
         self._lowest = 0.0
         then = None
         if isinstance(part.does, Attention):
             self._heads, self._kept = _heads(part.does)
         else:
             then = part.does
-            self._lowest = LOWEST[then.activation] if quantized and not then.gated else 0.0
+            self._lowest = LOWEST[then.activation] if in_bytes and not then.gated else 0.0
         weight = torch.cat([linear.weight.detach().float() for linear in part.first])
         sizes = [linear.out_features for linear in part.first]
-        first = Linear(weight=weight, bias=_concatenated([x.bias for x in part.first], sizes), then=then)
+        bias = _concatenated([x.bias for x in part.first], sizes)
+        first = Linear(weight=weight, bias=bias, then=then, times=times[0])
         bias = None if part.second.bias is None else part.second.bias.detach().float()
-        second = Linear(weight=part.second.weight.detach().float(), bias=bias, lowest=self._lowest)
-        if weight.shape[1] % _IN_ONE or (then is None and second.weight.shape[1] % _IN_ONE):
-            raise NotPlainError(f"{weight.shape[1]} inputs")
-        self._first = make_product(first, kernels, computes, quantized=quantized)
-        self._second = make_product(second, kernels, computes, quantized=quantized)
+        weight = part.second.weight.detach().float()
+        second = Linear(weight=weight, bias=bias, lowest=self._lowest, times=times[1])
+        self.times, self._second_times = times
+        inputs = first.weight.shape[1] if then else math.gcd(first.weight.shape[1], weight.shape[1])
+        if inputs % _IN_ONE:
+            raise NotPlainError(f"{inputs} inputs")
+        self._first = make_product(first, kernels, computes, quantized=in_bytes)
+        self._second = make_product(second, kernels, computes, quantized=in_bytes)
         self.bytes = self._first.bytes + self._second.bytes
         self._inner = part.inner.fields() if part.inner else _NO_NORM
         self._after = part.after.fields() if part.after else None
@@ -283,12 +335,17 @@ class _Step:
         between = self._first(x)
         if isinstance(self.does, Attention):
             between = self._kernels.attend(self._heads, between, packing.bounds, rows_n, rotation)
-        return self._kernels.to_bytes(between, self._lowest) if self._quantized else Rows(between)
+        return self._to_bytes(between) if self._second_in_bytes else Rows(between)
+
+    def _to_bytes(self, between: Tensor) -> Rows:
+        return self._kernels.to_bytes(between, self._lowest, self._second_times)
 
     def finish(
-        self, inside: Rows, stream_th: Tensor, following: NormFields, out: torch.dtype | None
+        self, inside: Rows, stream_th: Tensor, following: NormFields, next_step: _Step | None, *, final: bool
     ) -> Rows | None:
-        """Add to the stream; returns what the next sublayer takes, normalised by ``following``."""
+        """Add to the stream; returns it normalised by ``following``, as ``next_step`` takes it, or in float32
+        where it is ``final``."""
+        out = next_step.takes if next_step else torch.float32 if final else None
         return self._kernels.join(
             self._second(inside),
             stream_th,
@@ -296,6 +353,7 @@ class _Step:
             self._after or following,
             post=self._after is not None,
             out=out,
+            times=next_step.times if next_step else None,
         )
 
 
@@ -311,9 +369,12 @@ class CpuModel:
         quantized = precision == "int8"
         half = precision == "bfloat16" or (quantized and kernels.has_bfloat16)
         self._computes = torch.bfloat16 if half else torch.float32
-        self._takes = torch.uint8 if quantized else self._computes
         self._kernels = kernels
-        self._steps = [_Step(part, kernels, self._computes, quantized) for part in parts]
+        times = smoothing(retriever, parts) if quantized else [(None, None)] * len(parts)
+        self._steps = [
+            _Step(part, kernels, self._computes, quantized, each)
+            for part, each in zip(parts, times, strict=True)
+        ]
         self._parts = parts  # fields of norms only point at their tensors
         self._before = [part.before.fields() if part.before else _NO_NORM for part in parts]
         self._embedding_norm = self._embedding.norm.fields() if self._embedding.norm else None
@@ -337,7 +398,10 @@ class CpuModel:
         }
         if not self._steps:
             return self._end(None, stream)
-        x = self._kernels.join(None, stream, _NO_NORM, self._before[0], post=False, out=self._takes)
+        first = self._steps[0]
+        x = self._kernels.join(
+            None, stream, _NO_NORM, self._before[0], post=False, out=first.takes, times=first.times
+        )
         for number, step in enumerate(self._steps):
             assert x is not None
             kind = step.does.rotary if isinstance(step.does, Attention) else None
@@ -346,7 +410,8 @@ class CpuModel:
             if rows is not None:
                 stream = stream[rows]
             if number + 1 < len(self._steps):
-                x = step.finish(inside, stream, self._before[number + 1], self._takes)
+                following = self._before[number + 1]
+                x = step.finish(inside, stream, following, self._steps[number + 1], final=False)
             else:
                 return self._end((step, inside), stream)
         raise AssertionError("unreachable")
@@ -370,7 +435,7 @@ class CpuModel:
         if last is None:
             normed = self._kernels.join(None, stream_th, _NO_NORM, final, post=False, out=out)
         else:
-            normed = last[0].finish(last[1], stream_th, final, out)
+            normed = last[0].finish(last[1], stream_th, final, None, final=self._final is not None)
         return stream_th if normed is None else normed.values
 
 

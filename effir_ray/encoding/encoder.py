@@ -17,6 +17,7 @@ from effir_ray.encoding.batching import token_budget_batches
 from effir_ray.encoding.cpu_kernels import build
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
+from effir_ray.encoding.probe import PROBE
 from effir_ray.encoding.varlen_attention import HALF
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import Precision, detect
@@ -31,21 +32,6 @@ _CHECKED = 8
 _CLOSE = {"float32": 0.99999, "bfloat16": 0.999, "int8": 0.98}  # what is usual, of cosines to float32
 _CHOSEN = 0.9999
 """Mean cosine to float32 from which on bfloat16 is chosen where nobody asked for it."""
-
-_PROBE = (
-    "What lowers the risk of a second stroke?",
-    "vitamin d",
-    "The kernel schedules threads on cores; a lock that is held across an interrupt stops all of them.",
-    "In 1867 the company bought forty acres by the river, built two mills and a row of houses for the "
-    "workers, and laid the first four miles of the line that would join the valley to the coast.",
-    "def mean(values): return sum(values) / len(values)",
-    "Patients were assigned at random to one of two groups. After twelve weeks the mean difference was 3.4 "
-    "points (95% CI 1.2 to 5.6), and no serious adverse event was reported. We conclude that the treatment "
-    "is safe, and that a larger trial with a longer follow-up is needed before it can be recommended.",
-    "capital of Mongolia",
-    "Boil the lentils until soft, add cumin, garlic and a spoon of lemon juice, and serve with rice.",
-)
-"""Texts that decide: the same ones everywhere, so that all workers of a corpus choose alike."""
 
 _BUDGET = {"cpu": 1024, "cuda": 32_768}
 """Tokens a batch. CPU: the activations of more no longer fit the caches; GPU: enough to fill it."""
@@ -174,7 +160,7 @@ class Encoder:
     def _stays_close(self) -> bool:
         """Whether what nobody asked for changes next to nothing."""
         with torch.inference_mode(), self._watched.evaluating() if self._watched else nullcontext():
-            self.cosine = self._mean_cosine(self.retriever.tokenize(_PROBE, "document"))
+            self.cosine = self._mean_cosine(self.retriever.tokenize(PROBE, "document"))
         if self.cosine >= _CHOSEN:
             return True
         self.cosine = None

@@ -11,8 +11,8 @@ import torch
 from effir_ray import hardware
 from effir_ray.compression.quantization import quantize
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.encoding import cpu_pass, packed
 from effir_ray.encoding import encoder as encoder_module
-from effir_ray.encoding import packed
 from effir_ray.encoding.cpu_kernels import Build, build
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedForward
@@ -179,6 +179,23 @@ def test_int8_is_close_and_does_not_depend_on_the_batch(family, kernels):
     assert (got * one_by_one).sum(axis=1).min() > 0.9999
 
 
+@needs_bfloat16
+def test_int8_is_smoothed(monkeypatch):
+    """A channel that is large in every text leaves the others their bits."""
+    retriever = load_retriever("random:llama")
+    with torch.no_grad():
+        for layer in retriever.model.layers:
+            layer.input_layernorm.weight[5] = layer.post_attention_layernorm.weight[5] = 60
+    exact = Encoder(retriever).encode(TEXTS, "document")
+
+    def closeness() -> float:
+        return (Encoder(retriever, precision="int8").encode(TEXTS, "document") * exact).sum(axis=1).min()
+
+    smoothed = closeness()
+    monkeypatch.setattr(cpu_pass, "smoothing", lambda _, parts: [(None, None)] * len(parts))
+    assert smoothed > 0.99 and 1 - smoothed < 0.5 * (1 - closeness())
+
+
 @pytest.mark.filterwarnings("error")
 def test_int8_that_is_close_is_checked_in_silence():
     encoder = Encoder(load_retriever("random:llama"), precision="int8")
@@ -203,7 +220,10 @@ def with_a_massive_activation():
     return retriever
 
 
-def test_int8_that_is_not_close_says_so(kernels):
+def test_int8_that_is_not_close_says_so(kernels, monkeypatch):
+    monkeypatch.setattr(
+        cpu_pass, "smoothing", lambda _, parts: [(None, None)] * len(parts)
+    )  # which would help
     encoder = Encoder(with_a_massive_activation(), precision="int8")
     with pytest.warns(RuntimeWarning, match="int8 changes the embeddings of 'random:llama'"):
         encoder.encode(TEXTS, "document")
