@@ -74,6 +74,32 @@ class Rows:
     scale_t: Tensor | None = None
 
 
+class Panels:
+    """Weights of a product as ``cpu_kernels.cpp`` takes them, and what becomes of its sums."""
+
+    def __init__(
+        self,
+        weights: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        activation: Activation | None,
+        *,
+        gated: bool,
+    ) -> None:
+        panels, steps, row_bytes = weights.shape[0], weights.shape[1], weights[0, 0].nbytes
+        self._kept = weights, bias, scale, zero
+        self.bytes = weights.nbytes
+        self.arguments = (
+            steps,
+            weights.data_ptr(),
+            panels * row_bytes // 4,
+            *map(_address, (bias, scale, zero)),
+            -1 if activation is None else _ACTIVATION[activation],
+            int(gated),
+        )
+
+
 class Kernels:
     """The loaded library."""
 
@@ -107,38 +133,17 @@ class Kernels:
             function = getattr(library, f"effir_{name}")
             function.restype, function.argtypes = None, types
 
-    def multiply(
-        self,
-        x: Rows,
-        panels: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        zero: Tensor | None,
-        activation: Activation | None,
-        *,
-        gated: bool,
-        width: int,
-        out: torch.dtype,
-    ) -> Tensor:
-        """activation(x W^T + bias), (t, width); see ``cpu_kernels.cpp`` for how weights lie.
-
-        ``out`` is the type of ``x``, or float32 or bfloat16 of bytes.
-        """
+    def multiply(self, x: Rows, weights: Panels, width: int, out: torch.dtype) -> Tensor:
+        """activation(x W^T + bias), (t, width). ``out``: the type of ``x``, of bytes float32 or bfloat16."""
         values = x.values
-        written = torch.empty(len(values), width, dtype=out)
+        t = values.shape[0]
+        written = torch.empty(t, width, dtype=out)
         self._library.effir_multiply(
             _KIND[values.dtype],
             values.data_ptr(),
             _address(x.scale_t),
-            len(values),
-            panels.shape[1],
-            panels.data_ptr(),
-            panels.shape[0] * self.panel,
-            _address(bias),
-            _address(scale),
-            _address(zero),
-            -1 if activation is None else _ACTIVATION[activation],
-            int(gated),
+            t,
+            *weights.arguments,
             written.data_ptr(),
             _KIND[out],
             width,
@@ -159,8 +164,9 @@ class Kernels:
         qkv: (t, (q + 2 k) d). bounds: (n + 1,) int32. rows_n: (n,) int64. rotation: cos and sin, (t, turned
         channels / 2).
         """
-        texts = len(bounds) - 1
-        out = qkv.new_empty(len(qkv) if rows_n is None else texts, heads.queries * heads.channels)
+        texts = bounds.shape[0] - 1
+        asking = qkv.shape[0] if rows_n is None else texts
+        out = torch.empty(asking, heads.queries * heads.channels, dtype=qkv.dtype)
         self._library.effir_attend(
             ctypes.addressof(heads),
             qkv.data_ptr(),

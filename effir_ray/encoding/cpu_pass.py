@@ -29,6 +29,7 @@ from effir_ray.encoding.cpu_kernels import (
     Heads,
     Kernels,
     NormFields,
+    Panels,
     Rows,
 )
 from effir_ray.encoding.padded import embed, pad
@@ -163,29 +164,26 @@ class PanelProduct:
 
     def __init__(self, linear: Linear, kernels: Kernels, computes: torch.dtype, quantized: bool) -> None:
         self._kernels, self._computes = kernels, computes
-        self._then, self._gated = linear.then, linear.gated
         weight, bias = linear.weight, linear.bias
-        self._scale: Tensor | None = None
-        self._zero: Tensor | None = None
+        scale = zero = None
         if quantized:
-            weight, self._scale, bias, zero = linear.bytes()
-            self._zero = zero * weight.sum(dim=1, dtype=torch.int32)
+            weight, scale, bias, zero_byte = linear.bytes()
+            zero = zero_byte * weight.sum(dim=1, dtype=torch.int32)
         else:
             weight = weight.to(computes)
-        halves = 2 if self._gated else 1
+        halves = 2 if linear.gated else 1
         # Inner neurons as the second product takes them; those that are filled in are zero.
-        self._width = _rounded_up(len(weight) // halves, _IN_ONE) if self._then else len(weight)
+        self._width = _rounded_up(len(weight) // halves, _IN_ONE) if linear.then else len(weight)
         inputs = _rounded_up(weight.shape[1], _IN_ONE)
         weight = F.pad(weight, (0, inputs - weight.shape[1]))
         panels = self._in_panels(weight, halves)  # (columns, inputs)
         together = 4 // weight.itemsize
         lying = panels.view(-1, kernels.panel, inputs // together, together).transpose(1, 2)
-        self._panels = lying.contiguous().flatten(2)  # (panels, steps, elements of a row)
-        self.bytes = self._panels.nbytes
-        rest = (bias, self._scale, self._zero)
-        self._bias, self._scale, self._zero = (
-            None if x is None else self._in_panels(x, halves) for x in rest
-        )
+        bias, scale, zero = (None if x is None else self._in_panels(x, halves) for x in (bias, scale, zero))
+        activation = None if linear.then is None else linear.then.activation
+        lying = lying.contiguous().flatten(2)
+        self._panels = Panels(lying, bias, scale, zero, activation, gated=linear.gated)
+        self.bytes = self._panels.bytes
 
     def _in_panels(self, x: Tensor, halves: int) -> Tensor:
         """(o, ...) in the order of panels, each with its part of both halves; filled up with zeros."""
@@ -197,17 +195,7 @@ class PanelProduct:
         return turned.reshape(-1, *x.shape[1:]).contiguous()
 
     def __call__(self, x: Rows) -> Tensor:
-        return self._kernels.multiply(
-            x,
-            self._panels,
-            self._bias,
-            self._scale,
-            self._zero,
-            None if self._then is None else self._then.activation,
-            gated=self._gated,
-            width=self._width,
-            out=self._computes,
-        )
+        return self._kernels.multiply(x, self._panels, self._width, self._computes)
 
 
 class AmxProduct:

@@ -245,19 +245,25 @@ class _Watched:
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.hooked = any(self._hooks)  # gates and statistics act in the model's own forward only
         self._hook_counts = [len(hooks) for hooks in self._hooks]
-        owners = [owner for m in self._modules for owner in (m._parameters, m._modules)]
-        self._sizes = [(owner, len(owner)) for owner in owners]
-        self._entries = [(owner, name, value) for owner in owners for name, value in owner.items()]
-        self._weights = [(p, p.data_ptr(), p._version) for p in model.parameters()]
+        self._owners = [owner for m in self._modules for owner in (m._parameters, m._modules)]
+        self._held = self._now_held()  # by identity, and alive as long as this is
+        self._kept = [value for owner in self._owners for value in owner.values()]
+        self._weights = list(model.parameters())
+        self._versions = self._now_versions()
 
     def unchanged(self) -> bool:
         """Whether hooks, modules and weights (in place or by replacement) are as they were."""
         return (
-            [len(hooks) for hooks in self._hooks] == self._hook_counts
-            and all(len(owner) == size for owner, size in self._sizes)
-            and all(owner.get(name) is value for owner, name, value in self._entries)
-            and all(p._version == version and p.data_ptr() == at for p, at, version in self._weights)
+            list(map(len, self._hooks)) == self._hook_counts
+            and self._now_held() == self._held
+            and self._now_versions() == self._versions
         )
+
+    def _now_held(self) -> list[int]:
+        return [id(value) for owner in self._owners for value in owner.values()]
+
+    def _now_versions(self) -> list[tuple[int, int]]:
+        return [(weight._version, weight.data_ptr()) for weight in self._weights]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
