@@ -3,9 +3,9 @@
     python benchmarks/evaluate.py DATA/scifact DATA/nfcorpus                 2 cores, MiniLM-L6: ten minutes
     python benchmarks/evaluate.py DATA/scifact --sample 50 500               one minute
 
-For every data set, in turn: effir-ray in float32 and in int8, and beir's exact search over a
-SentenceTransformer of the same weights, both from texts to nDCG@10, models loaded beforehand. One row each is
-written to OUT/evaluate.json.
+For every data set, in turn: effir-ray in float32, bfloat16 (where the processor has that) and int8, and
+beir's exact search over a SentenceTransformer of the same weights, all from texts to nDCG@10, models loaded
+beforehand. One row each is written to OUT/evaluate.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from encode import BATCH, sentence_transformers
 
 from effir_ray.data.datasets import Dataset, load_dataset
+from effir_ray.encoding.cpu_kernels import build
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError
 from effir_ray.evaluation.evaluate import evaluate
@@ -28,12 +29,18 @@ from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress
 
 
+def has_bfloat16() -> bool:
+    kernels = build().kernels
+    return kernels is not None and kernels.has_bfloat16
+
+
 def main() -> None:
     options = arguments()
     retriever = load_retriever(options.model)
     systems = {
-        "effir-ray float32": ours(Encoder(retriever)),
-        "effir-ray int8": ours(Encoder(retriever, quantize="int8")),
+        "effir-ray float32": ours(Encoder(retriever, precision="float32")),
+        **({"effir-ray bfloat16": ours(Encoder(retriever, precision="bfloat16"))} if has_bfloat16() else {}),
+        "effir-ray int8": ours(Encoder(retriever, precision="int8")),
         "sentence-transformers + beir": beir(sentence_transformers(retriever)),
     }
     rows = []

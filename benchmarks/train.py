@@ -2,10 +2,13 @@
 
     python benchmarks/train.py --dataset DATA/squad --blocks 8 --steps 5 --rounds 3  # 2 cores, ten minutes
     python benchmarks/train.py --dataset stdlib --blocks 6 --steps 3 --rounds 2      # a few minutes
+    python benchmarks/train.py --dataset DATA/squad --blocks 4 --steps 80 --curves 3 # bfloat16 beside float32
 
-Four systems: InfoNCE over the whole batch (ours, MultipleNegativesRankingLoss) and with a bound on memory
-(ours with a token budget, CachedMultipleNegativesRankingLoss). A round runs every system once, from the same
-weights and over the same batches; the median step of each round is kept. Losses are compared step by step.
+Systems: InfoNCE over the whole batch (ours, also in bfloat16 where the processor has it;
+MultipleNegativesRankingLoss) and with a bound on memory (ours with a token budget,
+CachedMultipleNegativesRankingLoss). A round runs every system once, from the same weights and over the same
+batches; the median step of each round is kept. Losses are compared step by step. ``--curves N`` trains with N
+seeds in both types instead and compares whole learning curves.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ from effir_ray.training.step.losses import build_objective
 RATE = 5e-5
 BUDGET = 2048  # tokens whose activations are held at once by the bounded systems
 
+BFLOAT16 = "effir-ray, bfloat16"
+
 Step = tuple[float, float]  # seconds, loss
 
 
@@ -50,7 +55,7 @@ def ours(model: Path, pairs: list[Pair], options: argparse.Namespace, budget: in
     dist.init_process_group("gloo", rank=0, world_size=1, init_method=group)
     config = train_config(options, budget)
     retriever = load_retriever(model)
-    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
+    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=options.bfloat16)
 
     def tokenize(texts: Any, kind: Any) -> list[list[int]]:
         return retriever.tokenize(texts, kind, max_length=options.max_length)
@@ -76,7 +81,8 @@ def train_config(options: argparse.Namespace, budget: int | None) -> TrainConfig
         zero_stage=2,
         lora=None,
         token_budget=budget,
-        precision="float32",
+        seed=options.seed,
+        precision="bfloat16" if options.bfloat16 else "float32",
     )
 
 
@@ -164,6 +170,7 @@ def our_order(pairs: list[Pair], options: argparse.Namespace) -> Iterator[list[t
 
 SYSTEMS: dict[str, tuple[Callable[..., list[Step]], int | None]] = {
     "effir-ray": (ours, None),
+    BFLOAT16: (ours, None),
     "MNRL": (sentence_transformers, None),
     "effir-ray, token budget": (ours, BUDGET),
     "CachedMNRL": (sentence_transformers, BUDGET),
@@ -179,10 +186,13 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, dest="max_length")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--curves", type=int, metavar="SEEDS", help="learning curves of both types instead")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--system", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.bfloat16 = options.system == BFLOAT16
     if options.system is not None:
         system, budget = SYSTEMS[options.system]
         pairs = distinct(load_pairs(options.dataset))
@@ -191,16 +201,43 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         save_checkpoint(load_retriever(options.backbone, first_blocks=options.blocks), model)
-        runs: dict[str, list[list[Step]]] = {name: [] for name in SYSTEMS}
+        if options.curves is not None:
+            curves(model, Path(scratch) / "steps.json", options)
+            return
+        systems = [name for name in SYSTEMS if name != BFLOAT16 or detect().precision == "bfloat16"]
+        runs: dict[str, list[list[Step]]] = {name: [] for name in systems}
         for _ in range(options.rounds):
-            for name in SYSTEMS:
+            for name in systems:
                 runs[name].append(in_own_process(name, model, Path(scratch) / "steps.json"))
     report(runs, options)
 
 
-def in_own_process(system: str, model: Path, out: Path) -> list[Step]:
+def curves(model: Path, scratch: Path, options: argparse.Namespace) -> None:
+    """Losses of every step in both types, a seed after the other; the table goes to ``--out``."""
+    rows = []
+    for seed in range(options.curves):
+        for system in ("effir-ray", BFLOAT16):
+            for step, (seconds, loss) in enumerate(in_own_process(system, model, scratch, seed)):
+                row = {"seed": seed, "precision": "bfloat16" if system == BFLOAT16 else "float32"}
+                rows.append(row | {"step": step, "seconds": round(seconds, 3), "loss": round(loss, 4)})
+            last = [row["loss"] for row in rows[-10:]]
+            print(
+                f"seed {seed}, {system}: mean loss of the last ten steps {statistics.mean(last):.4f}",
+                flush=True,
+            )
+    settings = {
+        name: getattr(options, name) for name in ("backbone", "blocks", "dataset", "batch", "max_length")
+    }
+    about = {"hardware": detect().name, **settings, "dataset": Path(options.dataset).name}
+    out = options.out or Path(f"results/training/precision-{options.backbone}-{options.blocks}-blocks.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "steps": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def in_own_process(system: str, model: Path, out: Path, seed: int = 0) -> list[Step]:
     """Steps of one system, started afresh with this script's own options."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--system", system, "--model", model, "--out", out]
+    own = ["--system", system, "--model", model, "--out", out, "--seed", seed]
+    command = [sys.executable, __file__, *sys.argv[1:], *own]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
@@ -243,6 +280,8 @@ def report(runs: dict[str, list[list[Step]]], options: argparse.Namespace) -> No
             "over CachedMNRL": seconds["CachedMNRL"] / seconds["effir-ray, token budget"],
         },
     }
+    if BFLOAT16 in seconds:
+        result["speedup"]["bfloat16 over float32"] = seconds["effir-ray"] / seconds[BFLOAT16]  # type: ignore[index]
     for name, ratio in result["speedup"].items():  # type: ignore[attr-defined]  # a mapping, as written above
         print(f"{ratio:.2f}x {name}")
     if options.out is not None:

@@ -10,8 +10,10 @@ import shutil
 from dataclasses import dataclass
 
 from effir_ray.caches import data_folder
+from effir_ray.encoding.cpu_kernels import build
+from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.evaluation.index import faiss_gpus
-from effir_ray.hardware import detect
+from effir_ray.hardware import Hardware, Precision, compiler, detect
 
 PACKAGES = (
     "effir-ray",
@@ -37,7 +39,8 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look at hardware, optional parts and versions. Starts nothing and writes nothing."""
+    """Look at hardware, optional parts and versions. Starts nothing, and writes nothing but the compiled
+    kernels of encoding, where they are not there yet."""
     return [*_hardware(), _faiss(), *_deepspeed(), _ray(), _memory_and_disk(), _data(), *_versions()]
 
 
@@ -50,6 +53,29 @@ def _hardware() -> list[Finding]:
     return [
         machine,
         *(Finding(subject=k, found=v, reason=hardware.reasons.get(k, "")) for k, v in values.items()),
+        *(_products(hardware) if hardware.device == "cpu" else []),
+    ]
+
+
+def _products(hardware: Hardware) -> list[Finding]:
+    """What this processor multiplies in, and how fast."""
+    built = build()
+    kinds: list[Precision] = ["float32"]
+    if built.kernels is not None:
+        kinds += ["bfloat16"] * built.kernels.has_bfloat16 + ["int8"] * built.kernels.has_bytes
+    peaks = [f"{kind} {gemm_peak('cpu', kind) / 1e9:,.0f}" for kind in kinds]
+    return [
+        Finding(
+            subject="compiled kernels",
+            found="none" if built.kernels is None else "yes",
+            reason=built.reason,
+            ok=built.kernels is not None,
+        ),
+        Finding(
+            subject="matrix products",
+            found=", ".join(peaks) + " GFLOP/s",
+            reason=f"measured now on {hardware.threads} threads; other work on the machine lowers them",
+        ),
     ]
 
 
@@ -79,7 +105,7 @@ def _deepspeed() -> list[Finding]:
         reason = "DeepSpeed is not installed: pip install deepspeed"
         return [Finding(subject="training engine", found="PyTorch DDP", reason=reason, ok=False)]
     version = importlib.metadata.version("deepspeed")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    command = compiler()
     return [
         Finding(
             subject="training engine",
@@ -88,10 +114,10 @@ def _deepspeed() -> list[Finding]:
         ),
         Finding(
             subject="C++ compiler",
-            found=compiler or "none",
-            reason="used by DeepSpeed's compiled operators"
-            if compiler
-            else "DeepSpeed's compiled operators are off; install g++ to have them",
+            found=command or "none",
+            reason="builds the kernels of encoding on CPUs and DeepSpeed's operators"
+            if command
+            else "encoding on CPUs is slower and DeepSpeed's operators are off; install g++ to have them",
         ),
     ]
 

@@ -225,7 +225,11 @@ def test_the_demonstration_as_json_is_its_front_and_report(
 
 def test_doctor_gives_a_reason_for_everything_it_found() -> None:
     findings = json.loads(run("doctor", "--json").stdout)
-    assert {"device", "threads", "exact search", "training engine", "Ray"} <= {f["subject"] for f in findings}
+    subjects = {finding["subject"] for finding in findings}
+    assert {"device", "precision", "threads", "exact search", "training engine", "Ray"} <= subjects
+    if "compiled kernels" in subjects:  # a CPU
+        (products,) = (f["found"] for f in findings if f["subject"] == "matrix products")
+        assert products.startswith("float32 ") and products.endswith(" GFLOP/s")
     assert all(finding["found"] and finding["reason"] for finding in findings)
 
 
@@ -235,11 +239,27 @@ def test_data_sets_are_listed_with_their_sizes() -> None:
     assert "stdlib" in listed
 
 
+@pytest.mark.filterwarnings("ignore:int8 changes")
+def test_precision_is_chosen_and_told(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    options = ("--model", "random:bert", "--dataset", tmp_path)
+    asked = json.loads(run("evaluate", *options, "--precision", "int8", "--json").stdout)
+    assert asked["precision"] == "int8"
+    assert json.loads(run("evaluate", *options, "--json").stdout)["precision"] == "float32"
+    assert "encoded in float32, searched in" in run("evaluate", *options).stdout
+    refused = run("evaluate", *options, "--precision", "int4")
+    assert refused.exit_code == 2 and "int4" in refused.output
+    run("encode", *options, "--out", tmp_path / "vectors", "--precision", "int8")
+    (shard,) = (tmp_path / "vectors" / "shards").glob("*.json")
+    assert json.loads(shard.read_text())["computed_in"] == "int8"
+
+
 def test_measured_models_stand_side_by_side(tmp_path: Path) -> None:
     write_data(tmp_path)
     options = ("--dataset", tmp_path, "--queries", 1, "--documents", 3, "--rounds", 1)
     found = json.loads(run("measure", "--model", "random:llama", *options, "--json").stdout)
     assert found["random:llama"]["document_speedup"] == 1 and found["random:llama"]["query_ms_p50"] > 0
+    assert found["random:llama"]["precision"] == "float32"
     table = run("measure", "--model", "random:llama", "--model", "random:bert", *options).stdout
     assert "random:bert" in table and "1.00x (1.00 to 1.00)" in table
 

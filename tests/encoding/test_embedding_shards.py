@@ -44,6 +44,17 @@ def fill(folder: ShardFolder, encoding: Encoding = ENCODING, shards=range(3)) ->
         folder.write_shard(record, [IDS[i] for i in rows], VECTORS[rows.start : rows.stop], encoding.dtype)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_folders_that_were_written_before_there_were_precisions(tmp_path, quantize):
+    fill(ShardFolder(tmp_path))
+    header = tmp_path / "encoding.json"
+    old = json.loads(header.read_text()) | {"format": 1, "quantize": quantize}
+    del old["precision"]
+    header.write_text(json.dumps(old))
+    read = CorpusEmbeddings(ShardFolder(tmp_path))
+    assert read.ids == IDS and ShardFolder(tmp_path).header().precision == quantize
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("uri", [False, True])
 def test_round_trip(tmp_path, dtype, uri):

@@ -215,14 +215,14 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     """
     import ray
 
+    wanted = detect().precision if config.precision == "auto" else config.precision
     if ray.get_gpu_ids() and torch.cuda.is_available():
         from ray.train.torch import get_device
 
-        wanted = detect().precision if config.precision == "auto" else config.precision
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
-    return torch.device("cpu"), config.precision == "bfloat16"
+    return torch.device("cpu"), wanted == "bfloat16"
 
 
 def hollow(retriever: Retriever) -> Retriever:
