@@ -61,8 +61,10 @@ def _products(hardware: Hardware) -> list[Finding]:
     """What this processor multiplies in, and how fast."""
     built = build()
     kinds: list[Precision] = ["float32"]
-    if built.kernels is not None:
-        kinds += ["bfloat16"] * built.kernels.has_bfloat16 + ["int8"] * built.kernels.has_bytes
+    if built.kernels is not None and built.kernels.has_bfloat16:
+        kinds.append("bfloat16")
+    if built.kernels is not None and built.kernels.has_bytes:
+        kinds.append("int8")
     peaks = [f"{kind} {gemm_peak('cpu', kind) / 1e9:,.0f}" for kind in kinds]
     return [
         Finding(

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -393,11 +394,30 @@ struct Heads {
   float norm_eps;
 };
 
+// The weights of a product, see effir_multiply.
+struct Weights {
+  int32_t kind, steps, columns, activation, gated, width;
+  const void *panels;
+  const float *bias, *scale;
+  const int32_t *zero;
+};
+
 struct Norm {
   int32_t kind;             // 0: none, 1: LayerNorm, 2: RMSNorm
   float eps;
   const float *weight;      // (h,) or null
   const float *bias;        // (h,) or null
+};
+
+// An attention or an MLP: two products, what lies between them, and the norms around.
+struct Sublayer {
+  int32_t attends, rotary;  // which of the rotations, -1: none
+  int32_t has_after;        // the norm ``after`` is of the stream itself (post-norm models)
+  float lowest;             // what is multiplied second is never further below zero, where it becomes bytes
+  const float *first_times, *second_times;
+  Heads heads;
+  Weights first, second;
+  Norm before, inner, after;
 };
 
 }  // extern "C"
@@ -769,6 +789,29 @@ void embed_row(const T *tokens, const T *places, const T *all, int64_t id, int64
     for (int c = 0; c < h; c++) out[c] += widen(all[c]);
 }
 
+// Memory that is kept from batch to batch: fresh pages would cost a quarter of a float32 pass.
+struct Buffer {
+  void *at = nullptr;
+  size_t bytes = 0;
+  Buffer() = default;
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  ~Buffer() { std::free(at); }
+  void *get(size_t wanted) {
+    if (wanted > bytes) {
+      std::free(at);
+      bytes = (wanted + 4095) / 4096 * 4096;
+      at = std::aligned_alloc(64, bytes);
+    }
+    return at;
+  }
+};
+
+inline void swap(Buffer &a, Buffer &b) {
+  std::swap(a.at, b.at);
+  std::swap(a.bytes, b.bytes);
+}
+
 }  // namespace
 
 extern "C" {
@@ -863,6 +906,64 @@ void effir_mean(const float *x, const int32_t *bounds, int64_t texts, int h, flo
       for (int c = 0; c < h; c++) to[c] += x[row * h + c];
     const float share = 1.0f / (bounds[text + 1] - bounds[text]);
     for (int c = 0; c < h; c++) to[c] *= share;
+  }
+}
+
+// A whole pass: out (t or n, h) is ``final`` of the stream (t, h) after all sublayers. ``kind``: of activations. rows:
+// the one token of each text that is asked for, or null; from the sublayer ``last`` on only those are computed. One
+// call for everything, since a query's products take microseconds each.
+void effir_pass(const Sublayer *sublayers, int count, int last, int kind, float *stream, int64_t t, int h,
+                const int32_t *bounds, int texts, const int64_t *rows, const float *const *cos, const float *const *sin,
+                const int32_t *turned, const Norm *final, float *out, int threads) {
+  static thread_local Buffer inputs, input_scales, first, between, between_scales, second, chosen;
+  const Norm none{0, 0.0f, nullptr, nullptr};
+  const size_t unit = kind == FLOAT ? 4 : 2;
+  auto room = [&](Buffer &buffer, int of_kind, long n, int width) {
+    return buffer.get(size_t(n) * width * (of_kind == BYTE ? 1 : of_kind == FLOAT ? 4 : 2));
+  };
+  float *x_scale = static_cast<float *>(input_scales.get(size_t(t) * 4));
+  void *x = out;
+  if (count) x = room(inputs, sublayers[0].first.kind, t, h);
+  effir_join(nullptr, FLOAT, stream, t, h, &none, count ? &sublayers[0].before : final, 0, x,
+             count ? sublayers[0].first.kind : FLOAT, x_scale, count ? sublayers[0].first_times : nullptr, threads);
+  for (int number = 0; number < count; number++) {
+    const Sublayer &s = sublayers[number];
+    void *y = first.get(size_t(t) * s.first.width * unit);
+    effir_multiply(s.first.kind, x, x_scale, t, s.first.steps, s.first.panels, s.first.columns, s.first.bias,
+                   s.first.scale, s.first.zero, s.first.activation, s.first.gated, y, kind, s.first.width, threads);
+    int width = s.first.width;
+    if (s.attends) {
+      const bool some = rows && number == last;
+      width = s.heads.queries * s.heads.channels;
+      void *z = between.get(size_t(t) * width * unit);
+      const bool turns = s.rotary >= 0;
+      effir_attend(&s.heads, y, kind, bounds, texts, some ? rows : nullptr, turns ? cos[s.rotary] : nullptr,
+                   turns ? sin[s.rotary] : nullptr, turns ? turned[s.rotary] : 0, z, threads);
+      swap(first, between);
+      y = z;
+      if (some) {
+        float *of_rows = static_cast<float *>(chosen.get(size_t(texts) * h * 4));
+        for (int text = 0; text < texts; text++)
+          std::memcpy(of_rows + long(text) * h, stream + rows[text] * h, size_t(h) * 4);
+        stream = of_rows;
+        t = texts;
+      }
+    }
+    float *y_scale = nullptr;
+    if (s.second.kind == BYTE) {
+      uint8_t *bytes = static_cast<uint8_t *>(between.get(size_t(t) * width));
+      y_scale = static_cast<float *>(between_scales.get(size_t(t) * 4));
+      effir_to_bytes(y, kind, t, width, s.lowest, s.second_times, bytes, y_scale, threads);
+      y = bytes;
+    }
+    void *added = second.get(size_t(t) * h * unit);
+    effir_multiply(s.second.kind, y, y_scale, t, s.second.steps, s.second.panels, s.second.columns, s.second.bias,
+                   s.second.scale, s.second.zero, s.second.activation, s.second.gated, added, kind, h, threads);
+    const Sublayer *next = number + 1 < count ? &sublayers[number + 1] : nullptr;
+    const int next_kind = next ? next->first.kind : int(FLOAT);
+    x = next ? room(inputs, next_kind, t, h) : out;
+    effir_join(added, kind, stream, t, h, &s.inner, s.has_after ? &s.after : next ? &next->before : final, s.has_after, x,
+               next_kind, x_scale, next ? next->first_times : nullptr, threads);
   }
 }
 

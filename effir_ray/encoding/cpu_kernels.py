@@ -14,7 +14,6 @@ import hashlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,6 @@ from effir_ray.hardware import compiler, cpu_features
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _ACTIVATION = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 LOWEST = {"gelu": 0.1700, "gelu_tanh": 0.1701, "silu": 0.2785, "relu": 0.0}
@@ -55,6 +53,23 @@ class Heads(ctypes.Structure):
     )
 
 
+class Weights(ctypes.Structure):
+    """The weights of a product, as they lie, and what becomes of its sums."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+    )
+
+
 class NormFields(ctypes.Structure):
     """A norm over the rows of a matrix: kind 0 none, 1 LayerNorm, 2 RMSNorm."""
 
@@ -66,38 +81,31 @@ class NormFields(ctypes.Structure):
     )
 
 
+class SublayerFields(ctypes.Structure):
+    """An attention or an MLP with all that it points at; ``cpu_kernels.cpp`` says what each field means."""
+
+    _fields_ = (
+        ("attends", ctypes.c_int32),
+        ("rotary", ctypes.c_int32),
+        ("has_after", ctypes.c_int32),
+        ("lowest", ctypes.c_float),
+        ("first_times", ctypes.c_void_p),
+        ("second_times", ctypes.c_void_p),
+        ("heads", Heads),
+        ("first", Weights),
+        ("second", Weights),
+        ("before", NormFields),
+        ("inner", NormFields),
+        ("after", NormFields),
+    )
+
+
 @dataclass(frozen=True)
 class Rows:
     """A matrix (t, i) as products take it: float32, bfloat16, or bytes with a scale a row."""
 
     values: Tensor
     scale_t: Tensor | None = None
-
-
-class Panels:
-    """Weights of a product as ``cpu_kernels.cpp`` takes them, and what becomes of its sums."""
-
-    def __init__(
-        self,
-        weights: Tensor,
-        bias: Tensor | None,
-        scale: Tensor | None,
-        zero: Tensor | None,
-        activation: Activation | None,
-        *,
-        gated: bool,
-    ) -> None:
-        panels, steps, row_bytes = weights.shape[0], weights.shape[1], weights[0, 0].nbytes
-        self._kept = weights, bias, scale, zero
-        self.bytes = weights.nbytes
-        self.arguments = (
-            steps,
-            weights.data_ptr(),
-            panels * row_bytes // 4,
-            *map(_address, (bias, scale, zero)),
-            -1 if activation is None else _ACTIVATION[activation],
-            int(gated),
-        )
 
 
 class Kernels:
@@ -127,26 +135,76 @@ class Kernels:
                 *(pointer, whole, pointer, pointer, pointer, pointer),
                 *(long, whole, real, pointer, whole),
             ],
+            "pass": [
+                *(pointer, whole, whole, whole, pointer, long, whole, pointer, whole, pointer),
+                *(pointer, pointer, pointer, pointer, pointer, whole),
+            ],
             "mean": [pointer, pointer, long, whole, pointer, whole],
         }
         for name, types in arguments.items():
             function = getattr(library, f"effir_{name}")
             function.restype, function.argtypes = None, types
 
-    def multiply(self, x: Rows, weights: Panels, width: int, out: torch.dtype) -> Tensor:
+    def run(
+        self,
+        sublayers: ctypes.Array[SublayerFields],
+        last: int,
+        activations: torch.dtype,
+        stream_th: Tensor,
+        bounds: Tensor,
+        rows_n: Tensor | None,
+        rotations: Sequence[tuple[Tensor, Tensor]],
+        final: NormFields,
+    ) -> Tensor:
+        """The whole pass: ``final`` of the stream after all sublayers, (t, h), or of the tokens at ``rows_n``
+        alone, which are all that is computed from sublayer ``last`` on, (n, h). Uses up ``stream_th``.
+        """
+        texts = bounds.shape[0] - 1
+        t, h = stream_th.shape
+        out = torch.empty(t if rows_n is None else texts, h)
+        tables = ctypes.c_void_p * max(1, len(rotations))
+        cos, sin = (tables(*(pair[part].data_ptr() for pair in rotations)) for part in (0, 1))
+        turned = (ctypes.c_int32 * max(1, len(rotations)))(*(pair[0].shape[-1] for pair in rotations))
+        self._library.effir_pass(
+            ctypes.addressof(sublayers),
+            len(sublayers),
+            last,
+            _KIND[activations],
+            stream_th.data_ptr(),
+            t,
+            h,
+            bounds.data_ptr(),
+            texts,
+            _address(rows_n),
+            ctypes.addressof(cos),
+            ctypes.addressof(sin),
+            ctypes.addressof(turned),
+            ctypes.addressof(final),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def multiply(self, x: Rows, weights: Weights, out: torch.dtype) -> Tensor:
         """activation(x W^T + bias), (t, width). ``out``: the type of ``x``, of bytes float32 or bfloat16."""
         values = x.values
-        t = values.shape[0]
-        written = torch.empty(t, width, dtype=out)
+        written = torch.empty(values.shape[0], weights.width, dtype=out)
         self._library.effir_multiply(
-            _KIND[values.dtype],
+            weights.kind,
             values.data_ptr(),
             _address(x.scale_t),
-            t,
-            *weights.arguments,
+            values.shape[0],
+            weights.steps,
+            weights.panels,
+            weights.columns,
+            weights.bias,
+            weights.scale,
+            weights.zero,
+            weights.activation,
+            weights.gated,
             written.data_ptr(),
             _KIND[out],
-            width,
+            weights.width,
             torch.get_num_threads(),
         )
         return written
@@ -273,6 +331,31 @@ class Kernels:
         return out
 
 
+def weights_of(
+    panels: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    activation: Activation | None,
+    *,
+    gated: bool,
+    width: int,
+) -> Weights:
+    """Fields that point at these tensors, which must outlive them. panels: (panels, steps, elements that one
+    step of one panel multiplies)."""
+    count, steps, _ = panels.shape
+    return Weights(
+        _KIND.get(panels.dtype, 2),  # signed bytes multiply unsigned ones
+        steps,
+        count * panels[0, 0].nbytes // 4,
+        -1 if activation is None else _ACTIVATION[activation],
+        int(gated),
+        width,
+        panels.data_ptr(),
+        *map(_address, (bias, scale, zero)),
+    )
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -295,7 +378,6 @@ def build() -> Build:
     found = compiler()
     if found is None:
         return Build(None, "no C++ compiler; install g++ for faster encoding")
-    _keep_freed_memory()
     try:
         version = _run([found, "--version"])
         identity = "\0".join((_SOURCE.read_text(), *_FLAGS, version, *sorted(cpu_features())))
@@ -306,16 +388,6 @@ def build() -> Build:
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return Build(None, f"{found} does not compile them: {output.strip().splitlines()[0][:200]}")
-
-
-def _keep_freed_memory() -> None:
-    """Activations of a batch are freed and asked for again hundreds of times a second. The C library would
-    give them back to the system and fault every page in again: a quarter of a float32 pass.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        library.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def compile_into(library: Path, command: str, *, march: str = "native") -> None:

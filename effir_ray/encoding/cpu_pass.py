@@ -29,8 +29,9 @@ from effir_ray.encoding.cpu_kernels import (
     Heads,
     Kernels,
     NormFields,
-    Panels,
     Rows,
+    SublayerFields,
+    weights_of,
 )
 from effir_ray.encoding.padded import embed, pad
 from effir_ray.encoding.probe import PROBE
@@ -173,7 +174,7 @@ class PanelProduct:
             weight = weight.to(computes)
         halves = 2 if linear.gated else 1
         # Inner neurons as the second product takes them; those that are filled in are zero.
-        self._width = _rounded_up(len(weight) // halves, _IN_ONE) if linear.then else len(weight)
+        width = _rounded_up(len(weight) // halves, _IN_ONE) if linear.then else len(weight)
         inputs = _rounded_up(weight.shape[1], _IN_ONE)
         weight = F.pad(weight, (0, inputs - weight.shape[1]))
         panels = self._in_panels(weight, halves)  # (columns, inputs)
@@ -182,8 +183,9 @@ class PanelProduct:
         bias, scale, zero = (None if x is None else self._in_panels(x, halves) for x in (bias, scale, zero))
         activation = None if linear.then is None else linear.then.activation
         lying = lying.contiguous().flatten(2)
-        self._panels = Panels(lying, bias, scale, zero, activation, gated=linear.gated)
-        self.bytes = self._panels.bytes
+        self.weights = weights_of(lying, bias, scale, zero, activation, gated=linear.gated, width=width)
+        self._kept = lying, bias, scale, zero
+        self.bytes = lying.nbytes
 
     def _in_panels(self, x: Tensor, halves: int) -> Tensor:
         """(o, ...) in the order of panels, each with its part of both halves; filled up with zeros."""
@@ -195,7 +197,7 @@ class PanelProduct:
         return turned.reshape(-1, *x.shape[1:]).contiguous()
 
     def __call__(self, x: Rows) -> Tensor:
-        return self._kernels.multiply(x, self._panels, self._width, self._computes)
+        return self._kernels.multiply(x, self.weights, self._computes)
 
 
 class AmxProduct:
@@ -328,19 +330,37 @@ class _Step:
     def _to_bytes(self, between: Tensor) -> Rows:
         return self._kernels.to_bytes(between, self._lowest, self._second_times)
 
+    def fields(self, before: NormFields, rotary: int) -> SublayerFields | None:
+        """All of it for a pass in one call; None where a product is not the kernels' own."""
+        if not (isinstance(self._first, PanelProduct) and isinstance(self._second, PanelProduct)):
+            return None
+        attends = isinstance(self.does, Attention)
+        return SublayerFields(
+            int(attends),
+            rotary,
+            int(self._after is not None),
+            self._lowest,
+            *(None if x is None else x.data_ptr() for x in (self.times, self._second_times)),
+            self._heads if attends else Heads(),
+            self._first.weights,
+            self._second.weights,
+            before,
+            self._inner,
+            self._after or _NO_NORM,
+        )
+
     def finish(
-        self, inside: Rows, stream_th: Tensor, following: NormFields, next_step: _Step | None, *, final: bool
+        self, inside: Rows, stream_th: Tensor, following: NormFields, next_step: _Step | None
     ) -> Rows | None:
         """Add to the stream; returns it normalised by ``following``, as ``next_step`` takes it, or in float32
-        where it is ``final``."""
-        out = next_step.takes if next_step else torch.float32 if final else None
+        after the last."""
         return self._kernels.join(
             self._second(inside),
             stream_th,
             self._inner,
             self._after or following,
             post=self._after is not None,
-            out=out,
+            out=next_step.takes if next_step else torch.float32,
             times=next_step.times if next_step else None,
         )
 
@@ -373,19 +393,34 @@ class CpuModel:
         )
         attentions = [part.does for part in parts if isinstance(part.does, Attention)]
         kinds = {attention.rotary for attention in attentions if attention.rotary is not None}
-        self._rotations = {kind: _Rotations(model.rotary_emb, kind) for kind in kinds}
+        self._rotations = {kind: _Rotations(model.rotary_emb, kind) for kind in sorted(kinds)}
+        fields = [
+            step.fields(before, self._rotary_of(step))
+            for step, before in zip(self._steps, self._before, strict=True)
+        ]
+        known = [each for each in fields if each is not None]
+        self._chain = (SublayerFields * len(known))(*known) if len(known) == len(fields) else None
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         """Last hidden states of all tokens, (t, h), or of those at ``rows_n`` alone, (n, h); float32."""
         stream = self._embed(ids_t, packing)
         if rows_n is not None and self._last_attention is None:
-            stream = stream[rows_n]
+            stream, rows_n = stream[rows_n], None
         rotations = {
             kind: rotations.at(packing.positions_t, max(packing.lengths))
             for kind, rotations in self._rotations.items()
         }
-        if not self._steps:
-            return self._end(None, stream)
+        if self._chain is not None:
+            return self._kernels.run(
+                self._chain,
+                -1 if self._last_attention is None else self._last_attention,
+                self._computes,
+                stream,
+                packing.bounds,
+                rows_n,
+                list(rotations.values()),
+                self._final_fields or _NO_NORM,
+            )
         first = self._steps[0]
         x = self._kernels.join(
             None, stream, _NO_NORM, self._before[0], post=False, out=first.takes, times=first.times
@@ -399,10 +434,16 @@ class CpuModel:
                 stream = stream[rows]
             if number + 1 < len(self._steps):
                 following = self._before[number + 1]
-                x = step.finish(inside, stream, following, self._steps[number + 1], final=False)
+                x = step.finish(inside, stream, following, self._steps[number + 1])
             else:
-                return self._end((step, inside), stream)
+                out = step.finish(inside, stream, self._final_fields or _NO_NORM, None)
+                return stream if out is None else out.values
         raise AssertionError("unreachable")
+
+    def _rotary_of(self, step: _Step) -> int:
+        """Which of the rotations, -1 for none."""
+        kind = step.does.rotary if isinstance(step.does, Attention) else None
+        return -1 if kind is None else list(self._rotations).index(kind)
 
     def mean_pool(self, hidden_th: Tensor, packing: Packing) -> Tensor:
         """(n, h): the mean over the tokens of each text."""
@@ -416,15 +457,6 @@ class CpuModel:
         if self._embedding_norm is not None:
             self._kernels.join(None, stream, _NO_NORM, self._embedding_norm, post=True, out=None)
         return stream
-
-    def _end(self, last: tuple[_Step, Rows] | None, stream_th: Tensor) -> Tensor:
-        """The stream after ``last`` and the final norm."""
-        final, out = self._final_fields or _NO_NORM, torch.float32 if self._final else None
-        if last is None:
-            normed = self._kernels.join(None, stream_th, _NO_NORM, final, post=False, out=out)
-        else:
-            normed = last[0].finish(last[1], stream_th, final, None, final=self._final is not None)
-        return stream_th if normed is None else normed.values
 
 
 class _Rotations:
