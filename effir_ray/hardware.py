@@ -61,7 +61,7 @@ def detect() -> Hardware:
                 "threads": f"{cores} cores are available to this process",
             },
         )
-    precision, why = (pinned, f"{PINNED} is set") if pinned else _cpu_precision()
+    precision, why = cpu_precision()
     return Hardware(
         device="cpu",
         dtype="float32",
@@ -74,6 +74,12 @@ def detect() -> Hardware:
             "threads": f"{cores} cores are available to this process",
         },
     )
+
+
+def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
+    """What to multiply in on this machine's CPU, whatever else it has, and why."""
+    pinned = pinned_precision()
+    return (pinned, f"{PINNED} is set") if pinned else _cpu_precision()
 
 
 def pinned_precision() -> Literal["float32", "bfloat16"] | None:

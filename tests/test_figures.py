@@ -66,19 +66,30 @@ def evaluation() -> Iterator[str]:
 
 
 def encoding() -> Iterator[str]:
-    cells = []
-    for model, contestants in (("minilm-l6", ("float32", "int8")), ("smollm2-135m", ("float32",))):
-        (file,) = (RESULTS / "encoding").glob(f"{model}-*.parquet")
-        found = [row for row in pq.read_table(file).to_pylist() if row["kind"] == "document"]
+    """Ratios within rounds, against sentence-transformers and against OpenVINO."""
+    seconds: dict[tuple[str, str, str], list[float]] = {}
+    for model in ("minilm-l6", "smollm2-135m"):
+        (file,) = (RESULTS / "encoding").glob(f"{model}-*-threads.parquet")
+        for row in pq.read_table(file).to_pylist():
+            seconds.setdefault((model, row["kind"], row["contestant"]), []).append(row["wall_seconds"])
 
-        seconds = {
-            name: [row["wall_seconds"] for row in found if row["contestant"] == name]
-            for name in dict.fromkeys(row["contestant"] for row in found)
-        }
-        for kind in contestants:
-            rounds = zip(seconds["sentence-transformers"], seconds[f"effir-ray {kind}"], strict=True)
-            cells.append(f"{statistics.median(peer / own for peer, own in rounds):.2f}x")
-    yield f"| {cells[0]}, {cells[2]} in float32; MiniLM in int8 {cells[1]} |"
+    def ratios(kind: str, peers: dict[str, str]) -> str:
+        parts = []
+        for precision, peer in peers.items():
+            cells = []
+            for model in ("minilm-l6", "smollm2-135m"):
+                both = zip(
+                    seconds[model, kind, peer], seconds[model, kind, f"effir-ray {precision}"], strict=True
+                )
+                cells.append(f"{statistics.median(theirs / own for theirs, own in both):.2f}x")
+            parts.append(f"{cells[0]}, {cells[1]} in {precision}")
+        return "; ".join(parts)
+
+    types = ("float32", "bfloat16", "int8")
+    yield f"| {ratios('document', dict.fromkeys(types, 'sentence-transformers'))} |"
+    openvino = dict(zip(types, ("openvino float32", "openvino", "openvino int8"), strict=True))
+    yield f"| {ratios('document', openvino)} |"
+    yield f"| {ratios('query', openvino)} |"
 
 
 def speedup() -> Iterator[str]:

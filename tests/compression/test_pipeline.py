@@ -127,7 +127,7 @@ def test_kept_weights_are_saved_as_they_were_stored(
     for stored, measured in (("float32", "bfloat16"), ("bfloat16", "float32")):
         original = load_retriever("random:llama", dtype=stored)
         save_checkpoint(original, tmp_path / stored)
-        fake = Hardware(device="cpu", dtype=measured, threads=1, name="test")
+        fake = Hardware(device="cpu", dtype=measured, precision="float32", threads=1, name="test")
         monkeypatch.setattr(hardware, "detect", lambda fake=fake: fake)
         made = compress(
             str(tmp_path / stored),

@@ -16,7 +16,7 @@ from effir_ray.compression.sparsity.sparsify import mask_gradients
 from effir_ray.config import parse
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import detect
+from effir_ray.hardware import cpu_precision, detect
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.stages import StageStore
@@ -215,13 +215,14 @@ def _device(config: TrainConfig) -> tuple[torch.device, bool]:
     """
     import ray
 
-    wanted = detect().precision if config.precision == "auto" else config.precision
     if ray.get_gpu_ids() and torch.cuda.is_available():
         from ray.train.torch import get_device
 
+        wanted = detect().precision if config.precision == "auto" else config.precision
         return get_device(), wanted == "bfloat16"
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise probes for accelerators at import
     torch.set_num_threads(max(1, round(config.cpus_per_worker)))
+    wanted = cpu_precision()[0] if config.precision == "auto" else config.precision
     return torch.device("cpu"), wanted == "bfloat16"
 
 

@@ -132,7 +132,7 @@ def test_a_stream_that_shrinks_while_it_is_read_is_said(
 
 
 def test_encoders_are_on_the_machines_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = Hardware(device="cpu", dtype="bfloat16", threads=1, name="test")
+    here = Hardware(device="cpu", dtype="bfloat16", precision="bfloat16", threads=1, name="test")
     for module in (hardware, encoder, resumable):
         monkeypatch.setattr(module, "detect", lambda: here, raising=False)
     loaded = resumable.load_encoder("random:llama")
