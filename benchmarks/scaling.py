@@ -80,7 +80,7 @@ def measured() -> Rates:
         for row in pq.read_table(file).to_pylist()
         if row["contestant"] == "effir-ray float32" and row["kind"] == "document"
     ]
-    with next((ROOT / "results" / "speedup").glob("*.csv")).open() as table:
+    with next((ROOT / "results" / "speedup").glob("*-float32.csv")).open() as table:
         compressed = next(row for row in csv.DictReader(table) if row["variant"] == "EffiR-16M-width-30")
     return Rates(
         hardware=rounds[0]["hardware"],

@@ -196,7 +196,7 @@ def main() -> None:
     shape = "Mistral-7B" + (
         f" shape, 1/{arguments.shrink} of its width" if arguments.shrink > 1 else " shape"
     )
-    stem = arguments.out / re.sub(r"\W+", "-", f"{shape} {hardware.name}").strip("-").lower()
+    stem = arguments.out / re.sub(r"\W+", "-", f"{shape} {hardware.name} {precision}").strip("-").lower()
     with Path(f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fieldnames=[*about, *rows[0]], lineterminator="\n")
         table.writeheader()

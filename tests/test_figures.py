@@ -55,14 +55,14 @@ def demo() -> Iterator[str]:
 
 def evaluation() -> Iterator[str]:
     found = json.loads((RESULTS / "evaluation" / "evaluate.json").read_text())
-    ratios: dict[str, list[str]] = {"effir-ray float32": [], "effir-ray int8": []}
+    ratios: dict[str, list[float]] = {f"effir-ray {kind}": [] for kind in ("float32", "bfloat16", "int8")}
     for dataset in ("scifact", "nfcorpus"):
         peer = one(found, dataset=dataset, system="sentence-transformers + beir")
         for system, cells in ratios.items():
-            cells.append(f"{peer['seconds'] / one(found, dataset=dataset, system=system)['seconds']:.3g}")
+            cells.append(peer["seconds"] / one(found, dataset=dataset, system=system)["seconds"])
         yield f"{one(found, dataset=dataset, system='effir-ray float32')['ndcg_at_10']:.4f} (published"
-    exact, fast = (tuple(float(cell) for cell in cells) for cells in ratios.values())
-    yield f"| {exact[0]:.2f}x, {exact[1]:.2f}x in float32; {fast[0]:.1f}x, {fast[1]:.1f}x in int8"
+    parts = [f"{a:.1f}x, {b:.1f}x in {name.split()[1]}" for name, (a, b) in ratios.items()]
+    yield f"| {'; '.join(parts)}"
 
 
 def encoding() -> Iterator[str]:
@@ -93,7 +93,7 @@ def encoding() -> Iterator[str]:
 
 
 def speedup() -> Iterator[str]:
-    (file,) = (RESULTS / "speedup").glob("*.csv")
+    (file,) = (RESULTS / "speedup").glob("*-float32.csv")
     (effir,) = (row for row in table(file) if "16M" in row["variant"] and "30" in row["variant"])
     got, bound = (
         [float(effir[f"{kind}_{what}"]) for kind in ("document", "query")]
