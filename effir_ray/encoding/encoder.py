@@ -140,7 +140,11 @@ class Encoder:
             self._use("float32", None)
         else:
             chosen = self._asked or detect().precision
-            self._use(chosen, packed_forward(self.retriever, chosen))
+            forward = packed_forward(self.retriever, chosen)
+            if forward is None and self._asked is None and chosen != "float32":  # no kernels
+                chosen = "float32"
+                forward = packed_forward(self.retriever, chosen)
+            self._use(chosen, forward)
             if self._asked is None and self.precision != "float32" and not self._stays_close():
                 self._use("float32", packed_forward(self.retriever, "float32"))
         if self._asked not in (None, self.precision):

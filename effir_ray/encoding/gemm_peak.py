@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from effir_ray.encoding.cpu_kernels import Rows, build
-from effir_ray.encoding.cpu_pass import Linear, make_product
+from effir_ray.encoding.cpu_products import Linear, make_product
 from effir_ray.encoding.projections import OneDnnProjection, has_one_dnn
 from effir_ray.hardware import Precision
 

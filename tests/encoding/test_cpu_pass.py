@@ -13,9 +13,11 @@ import torch.nn.functional as F
 
 from effir_ray.encoding import cpu_kernels
 from effir_ray.encoding.cpu_kernels import Heads, Kernels, Rows, build, compile_into
-from effir_ray.encoding.cpu_pass import AmxProduct, CpuModel, Gate, Linear, PanelProduct
+from effir_ray.encoding.cpu_pass import CpuModel
+from effir_ray.encoding.cpu_products import AmxProduct, Linear, PanelProduct
 from effir_ray.encoding.packed import PackedForward
 from effir_ray.encoding.padded import PaddedForward
+from effir_ray.encoding.sublayers import Gate
 from effir_ray.hardware import compiler
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever

@@ -256,6 +256,14 @@ def test_bfloat16_is_close_and_does_not_depend_on_the_batch(family):
     assert (got * one_by_one).sum(axis=1).min() > 0.99999
 
 
+def test_without_kernels_nothing_is_lost_but_speed(monkeypatch):
+    """A compiler that is there and compiles nothing."""
+    monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
+    monkeypatch.setattr(packed, "build", lambda: Build(None, "c++ does not compile them"))
+    encoder = Encoder(load_retriever("random:bert"))
+    assert encoder.precision == "float32" and not encoder._forward.padded
+
+
 @needs_bfloat16
 def test_bfloat16_is_chosen_where_it_changes_next_to_nothing(monkeypatch):
     monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
