@@ -158,7 +158,10 @@ class CpuModel:
     def __init__(self, retriever: Retriever, precision: Precision, kernels: Kernels) -> None:
         """Raises NotPlainError for layers that compute more than their weights say."""
         model: Any = retriever.model
-        self._embedding, parts, self._final = PARTS[retriever.family.name](retriever)
+        describe = PARTS.get(retriever.family.name)
+        if describe is None:
+            raise NotPlainError(f"family {retriever.family.name}")
+        self._embedding, parts, self._final = describe(retriever)
         quantized = precision == "int8"
         half = precision == "bfloat16" or (quantized and kernels.has_bfloat16)
         self._computes = torch.bfloat16 if half else torch.float32

@@ -256,6 +256,12 @@ def test_bfloat16_is_close_and_does_not_depend_on_the_batch(family):
     assert (got * one_by_one).sum(axis=1).min() > 0.99999
 
 
+def test_a_family_that_nobody_described_has_its_own_pass(monkeypatch):
+    monkeypatch.delitem(cpu_pass.PARTS, "gemma")
+    encoder = Encoder(load_retriever("random:gemma2"))
+    assert encoder.precision == "float32" and encoder._forward.padded
+
+
 def test_without_kernels_nothing_is_lost_but_speed(monkeypatch):
     """A compiler that is there and compiles nothing."""
     monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
