@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from effir_ray.caches import cache_folder
 from effir_ray.errors import InputError
+from effir_ray.files import write_whole
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """What an encoder multiplies in."""
@@ -84,18 +88,21 @@ def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
 
 def pinned_precision() -> Literal["float32", "bfloat16"] | None:
     """What ``EFFIR_RAY_PRECISION`` says. Raises InputError where it is neither of the two."""
-    pinned = os.environ.get(PINNED)
-    if not pinned:
-        return None
-    if pinned not in ("float32", "bfloat16"):
+    pinned = os.environ.get(PINNED, "")
+    known: dict[str, Literal["float32", "bfloat16"] | None] = {
+        "": None,
+        "float32": "float32",
+        "bfloat16": "bfloat16",
+    }
+    if pinned not in known:
         raise InputError(f"{PINNED} is '{pinned}'; expected float32 or bfloat16, or nothing")
-    return pinned  # type: ignore[return-value]  # mypy does not narrow strings to literals
+    return known[pinned]
 
 
 @lru_cache(maxsize=1)
 def _cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
     """By what instructions there are, and by a measurement of some milliseconds whether they are worth it."""
-    if not cpu_features() & {"avx512_bf16", "amx_bf16"}:
+    if "avx512_bf16" not in cpu_features():  # processors with AMX have it too
         return "float32", "the processor has no products of bfloat16 (AVX512_BF16 or AMX)"
     if compiler() is None:
         return "float32", "bfloat16 on CPUs needs a C++ compiler, and none is installed"
@@ -106,19 +113,42 @@ def _cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
 
 
 def _bfloat16_speed() -> float:
-    """How many times as fast as float32's its products are: the best of a few that take turns."""
+    """How many times as fast as float32's its products are on this kind of processor. Measured once and noted
+    in the user's cache: all processes must choose alike, whatever else the machine does then.
+    """
+    import torch
+
+    identity = "\0".join((torch.__version__, cpu_name(), *sorted(cpu_features())))
+    note = cache_folder() / "precision" / hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError, ValueError):
+        return float(note.read_text())
+    ratio = _measured_bfloat16_speed()
+    with suppress(OSError):  # a folder that cannot be written to: every process measures
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(note, f"{ratio:.3f}")
+    return ratio
+
+
+def _measured_bfloat16_speed() -> float:
+    """The best of a few products that take turns, on one thread and by its own time: no other work on the
+    machine, and no waiting of threads for each other, is counted.
+    """
     import torch
 
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    draw = torch.Generator().manual_seed(0)
-    with torch.inference_mode():
-        left, right = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
-        for _ in range(8):
-            for dtype in best:
-                x, y = left.to(dtype), right.to(dtype)
-                started = time.perf_counter()
-                x @ y
-                best[dtype] = min(best[dtype], time.perf_counter() - started)
+    draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            left, right = torch.randn(512, 384, generator=draw), torch.randn(384, 1536, generator=draw)
+            for _ in range(8):
+                for dtype in best:
+                    x, y = left.to(dtype), right.to(dtype)
+                    started = time.thread_time()
+                    x @ y
+                    best[dtype] = min(best[dtype], time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
     return best[torch.float32] / best[torch.bfloat16]
 
 

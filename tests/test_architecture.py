@@ -12,8 +12,10 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("errors", "provenance"),
-    ("files", "readers", "hardware", "progress", "contrastive", "pages"),
-    ("config", "caches", "storage", "stages", "cluster"),
+    ("files", "readers", "progress", "contrastive", "pages"),
+    ("caches",),
+    ("hardware",),
+    ("config", "storage", "stages", "cluster"),
     ("models", "data"),
     ("encoding", "results"),
     ("compression",),

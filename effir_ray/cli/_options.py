@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from effir_ray import hardware
 from effir_ray.errors import InputError
 from effir_ray.storage import is_uri
 
@@ -38,7 +39,7 @@ Dataset = Annotated[
 
 
 Precision = Annotated[
-    Literal["float32", "bfloat16", "int8"] | None,
+    hardware.Precision | None,
     typer.Option(
         help="What is multiplied in. Left out: bfloat16 on GPUs, and on CPUs that are faster in it for "
         "models whose embeddings it leaves as they are; else float32. int8 is for CPUs.",

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -124,7 +125,7 @@ enum Activation { NONE = -1, GELU = 0, GELU_TANH = 1, SILU = 2, RELU = 3 };
 
 template <int KIND, bool ROUGH> inline vf activate(vf x) {
   if (KIND == NONE) return x;
-  if (KIND == RELU) return x > 0.0f ? x : vf{};
+  if (KIND == RELU) return x < 0.0f ? vf{} : x;  // a NaN stays one
   if (KIND == SILU) return x * inverse<ROUGH>(1.0f + exp_of<ROUGH>(-x));
   if (KIND == GELU_TANH) return x * inverse<ROUGH>(1.0f + exp_of<ROUGH>(-1.5957691f * (x + 0.044715f * x * x * x)));
   if (ROUGH) {  // the normal distribution as a logistic one of a polynomial, fitted to 3e-5 of x Phi(x)
@@ -800,8 +801,11 @@ struct Buffer {
   void *get(size_t wanted) {
     if (wanted > bytes) {
       std::free(at);
-      bytes = (wanted + 4095) / 4096 * 4096;
-      at = std::aligned_alloc(64, bytes);
+      bytes = 0;
+      const size_t rounded = (wanted + 4095) / 4096 * 4096;
+      at = std::aligned_alloc(64, rounded);
+      if (!at) throw std::bad_alloc();
+      bytes = rounded;
     }
     return at;
   }
@@ -912,9 +916,10 @@ void effir_mean(const float *x, const int32_t *bounds, int64_t texts, int h, flo
 // A whole pass: out (t or n, h) is ``final`` of the stream (t, h) after all sublayers. ``kind``: of activations. rows:
 // the one token of each text that is asked for, or null; from the sublayer ``last`` on only those are computed. One
 // call for everything, since a query's products take microseconds each.
-void effir_pass(const Sublayer *sublayers, int count, int last, int kind, float *stream, int64_t t, int h,
-                const int32_t *bounds, int texts, const int64_t *rows, const float *const *cos, const float *const *sin,
-                const int32_t *turned, const Norm *final, float *out, int threads) {
+// Returns 1 where memory runs out, else 0.
+int effir_pass(const Sublayer *sublayers, int count, int last, int kind, float *stream, int64_t t, int h,
+               const int32_t *bounds, int texts, const int64_t *rows, const float *const *cos, const float *const *sin,
+               const int32_t *turned, const Norm *final, float *out, int threads) try {
   static thread_local Buffer inputs, input_scales, first, between, between_scales, second, chosen;
   const Norm none{0, 0.0f, nullptr, nullptr};
   const size_t unit = kind == FLOAT ? 4 : 2;
@@ -965,6 +970,9 @@ void effir_pass(const Sublayer *sublayers, int count, int last, int kind, float 
     effir_join(added, kind, stream, t, h, &s.inner, s.has_after ? &s.after : next ? &next->before : final, s.has_after, x,
                next_kind, x_scale, next ? next->first_times : nullptr, threads);
   }
+  return 0;
+} catch (const std::bad_alloc &) {
+  return 1;
 }
 
 int effir_panel() { return PANEL; }

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -29,6 +31,9 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+READABLE = (torch.float32, torch.bfloat16)
+"""Types of tables of embeddings."""
+
 _ACTIVATION = {"gelu": 0, "gelu_tanh": 1, "silu": 2, "relu": 3}
 LOWEST = {"gelu": 0.1700, "gelu_tanh": 0.1701, "silu": 0.2785, "relu": 0.0}
 """How far below zero an activation goes at most."""
@@ -143,7 +148,7 @@ class Kernels:
         }
         for name, types in arguments.items():
             function = getattr(library, f"effir_{name}")
-            function.restype, function.argtypes = None, types
+            function.restype, function.argtypes = ctypes.c_int if name == "pass" else None, types
 
     def run(
         self,
@@ -157,7 +162,8 @@ class Kernels:
         final: NormFields,
     ) -> Tensor:
         """The whole pass: ``final`` of the stream after all sublayers, (t, h), or of the tokens at ``rows_n``
-        alone, which are all that is computed from sublayer ``last`` on, (n, h). Uses up ``stream_th``.
+        alone, which are all that is computed from sublayer ``last`` on, (n, h). Uses up ``stream_th``. Raises
+        RuntimeError where memory runs out, in torch's words.
         """
         texts = bounds.shape[0] - 1
         t, h = stream_th.shape
@@ -165,7 +171,7 @@ class Kernels:
         tables = ctypes.c_void_p * max(1, len(rotations))
         cos, sin = (tables(*(pair[part].data_ptr() for pair in rotations)) for part in (0, 1))
         turned = (ctypes.c_int32 * max(1, len(rotations)))(*(pair[0].shape[-1] for pair in rotations))
-        self._library.effir_pass(
+        failed = self._library.effir_pass(
             ctypes.addressof(sublayers),
             len(sublayers),
             last,
@@ -175,7 +181,7 @@ class Kernels:
             h,
             bounds.data_ptr(),
             texts,
-            _address(rows_n),
+            address(rows_n),
             ctypes.addressof(cos),
             ctypes.addressof(sin),
             ctypes.addressof(turned),
@@ -183,6 +189,8 @@ class Kernels:
             out.data_ptr(),
             torch.get_num_threads(),
         )
+        if failed:
+            raise RuntimeError(f"can't allocate memory for the activations of {t} tokens")
         return out
 
     def multiply(self, x: Rows, weights: Weights, out: torch.dtype) -> Tensor:
@@ -192,7 +200,7 @@ class Kernels:
         self._library.effir_multiply(
             weights.kind,
             values.data_ptr(),
-            _address(x.scale_t),
+            address(x.scale_t),
             values.shape[0],
             weights.steps,
             weights.panels,
@@ -231,8 +239,8 @@ class Kernels:
             _KIND[qkv.dtype],
             bounds.data_ptr(),
             texts,
-            _address(rows_n),
-            *((None, None, 0) if rotation is None else (*map(_address, rotation), rotation[0].shape[-1])),
+            address(rows_n),
+            *((None, None, 0) if rotation is None else (*map(address, rotation), rotation[0].shape[-1])),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -255,7 +263,7 @@ class Kernels:
         t, h = stream_th.shape
         written = None if out is None else _empty(t, h, out)
         self._library.effir_join(
-            _address(added_th),
+            address(added_th),
             0 if added_th is None else _KIND[added_th.dtype],
             stream_th.data_ptr(),
             t,
@@ -265,8 +273,8 @@ class Kernels:
             int(post),
             None if written is None else written.values.data_ptr(),
             0 if out is None else _KIND[out],
-            None if written is None else _address(written.scale_t),
-            _address(times),
+            None if written is None else address(written.scale_t),
+            address(times),
             torch.get_num_threads(),
         )
         return written
@@ -283,9 +291,9 @@ class Kernels:
             t,
             columns,
             lowest,
-            _address(times),
+            address(times),
             written.values.data_ptr(),
-            _address(written.scale_t),
+            address(written.scale_t),
             torch.get_num_threads(),
         )
         return written
@@ -306,9 +314,9 @@ class Kernels:
             tokens.data_ptr(),
             _KIND[tokens.dtype],
             ids_t.data_ptr(),
-            _address(places),
+            address(places),
             positions_t.data_ptr(),
-            _address(everywhere),
+            address(everywhere),
             t,
             h,
             scale,
@@ -352,11 +360,12 @@ def weights_of(
         int(gated),
         width,
         panels.data_ptr(),
-        *map(_address, (bias, scale, zero)),
+        *map(address, (bias, scale, zero)),
     )
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """For a field that points at it, or at nothing; the tensor must outlive that."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -379,13 +388,17 @@ def build() -> Build:
     if found is None:
         return Build(None, "no C++ compiler; install g++ for faster encoding")
     try:
-        version = _run([found, "--version"])
+        version = _run([*shlex.split(found), "--version"])
         identity = "\0".join((_SOURCE.read_text(), *_FLAGS, version, *sorted(cpu_features())))
         library = cache_folder() / "kernels" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
         if not library.is_file():
             compile_into(library, found)
+        if library.stat().st_uid not in (os.getuid(), 0):  # it would run as this user
+            return Build(
+                None, f"{library} belongs to another user; set EFFIR_RAY_CACHE to a folder of your own"
+            )
         return Build(Kernels(ctypes.CDLL(str(library))), f"compiled by {found}")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return Build(None, f"{found} does not compile them: {output.strip().splitlines()[0][:200]}")
 
@@ -396,8 +409,10 @@ def compile_into(library: Path, command: str, *, march: str = "native") -> None:
     wide = ["-mprefer-vector-width=512"] if march == "native" and "avx512f" in cpu_features() else []
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         part, whole = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([command, *_FLAGS, f"-march={march}", *wide, "-c", "-o", part, _SOURCE])
-        _run([command, "-shared", "-o", whole, part])  # without -fopenmp: its symbols are torch's
+        _run([*shlex.split(command), *_FLAGS, f"-march={march}", *wide, "-c", "-o", part, _SOURCE])
+        _run(
+            [*shlex.split(command), "-shared", "-o", whole, part]
+        )  # without -fopenmp: its symbols are torch's
         whole.replace(library)
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effir_ray.encoding.cpu_kernels import LOWEST, Heads, Kernels, NormFields, Rows, SublayerFields
+from effir_ray.encoding.cpu_kernels import LOWEST, Heads, Kernels, NormFields, Rows, SublayerFields, address
 from effir_ray.encoding.cpu_products import IN_ONE, Linear, PanelProduct, make_product
 from effir_ray.encoding.padded import embed, pad
 from effir_ray.encoding.probe import PROBE
-from effir_ray.encoding.projections import NotPlainError
-from effir_ray.encoding.sublayers import PARTS, Attention, Sublayer, check_plain
+from effir_ray.encoding.projections import NotPlainError, check_plain
+from effir_ray.encoding.sublayers import PARTS, Attention, Sublayer
 from effir_ray.encoding.varlen_attention import Packing
 from effir_ray.hardware import Precision
 from effir_ray.models.retriever import Retriever
@@ -75,7 +75,7 @@ class _Step:
     def __init__(
         self, part: Sublayer, kernels: Kernels, computes: torch.dtype, in_bytes: bool, times: Times
     ) -> None:
-        check_plain([*part.first, part.second])
+        check_plain(*part.first, part.second)
         self.does, self._kernels = part.does, kernels
         self.takes = torch.uint8 if in_bytes else computes
         self._second_in_bytes = in_bytes
@@ -125,7 +125,7 @@ class _Step:
             rotary,
             int(self._after is not None),
             self._lowest,
-            *(None if x is None else x.data_ptr() for x in (self.times, self._second_times)),
+            *map(address, (self.times, self._second_times)),
             self._heads if attends else Heads(),
             self._first.weights,
             self._second.weights,
@@ -233,7 +233,7 @@ class CpuModel:
         kind = step.does.rotary if isinstance(step.does, Attention) else None
         return -1 if kind is None else list(self._rotations).index(kind)
 
-    def mean_pool(self, hidden_th: Tensor, packing: Packing) -> Tensor:
+    def mean(self, hidden_th: Tensor, packing: Packing) -> Tensor:
         """(n, h): the mean over the tokens of each text."""
         return self._kernels.mean(hidden_th, packing.bounds)
 
@@ -281,7 +281,7 @@ def _heads(does: Attention) -> tuple[Heads, list[Tensor]]:
         does.right,
         scale,
         does.cap,
-        *(None if weight is None else weight.data_ptr() for weight in (query_norm, key_norm)),
+        *map(address, (query_norm, key_norm)),
         does.query_norm.eps if does.query_norm else 0.0,
     )
     return heads, [x for x in (query_norm, key_norm) if x is not None]

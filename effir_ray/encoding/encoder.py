@@ -20,7 +20,7 @@ from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.probe import PROBE
 from effir_ray.encoding.varlen_attention import HALF
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import Precision, detect
+from effir_ray.hardware import PINNED, Precision, detect, pinned_precision
 from effir_ray.models.accounting import flops
 from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -41,8 +41,9 @@ class Encoder:
     """Embeds texts with one model; holds its own, faster copy of the weights.
 
     ``precision``: what is multiplied in. None chooses: on CPUs bfloat16 where ``hardware.detect`` finds it
-    faster and the embeddings keep a mean cosine of 0.9999 to float32's, else float32; on GPUs the model's own
-    type, which is all there is there. ``token_budget`` (tokens a batch) halves by itself when memory runs out
+    faster and the embeddings keep a mean cosine of 0.9999 to float32's, else float32, unless
+    ``EFFIR_RAY_PRECISION`` says it; on GPUs the model's own type, which is all there is there.
+    ``token_budget`` (tokens a batch) halves by itself when memory runs out
     and stays there. ``cosine``: how close embeddings come to the model's own, where it was looked at: a mean
     over the first texts encoded, or over those it was chosen by; else None. A RuntimeWarning says when it is
     lower than usual. Raises InputError for a precision that this model does not have here.
@@ -120,9 +121,10 @@ class Encoder:
             else nullcontext(Progress("", None, ""))
         )
         assert self._watched is not None
+        on_cpu = self.retriever.model.device.type == "cpu"
         with display as bar, torch.inference_mode(), self._watched.evaluating():
             for start, tokens in self._tokenised(texts, kind, max_length):
-                if self._asked not in (None, "float32") and self.cosine is None:
+                if self._asked not in (None, "float32") and self.cosine is None and on_cpu:
                     self._check(tokens[:_CHECKED])
                 self._encode_window(tokens, embeddings[start : start + len(tokens)], bar)
         return embeddings
@@ -141,11 +143,16 @@ class Encoder:
         else:
             chosen = self._asked or detect().precision
             forward = packed_forward(self.retriever, chosen)
+            pinned = pinned_precision()
             if forward is None and self._asked is None and chosen != "float32":  # no kernels
+                if pinned:
+                    reason = f"{PINNED} is {pinned}, and this computes in float32: kernels {build().reason}"
+                    warnings.warn(reason, RuntimeWarning, stacklevel=3)
                 chosen = "float32"
                 forward = packed_forward(self.retriever, chosen)
             self._use(chosen, forward)
-            if self._asked is None and self.precision != "float32" and not self._stays_close():
+            nobody = self._asked is None and pinned is None
+            if nobody and self.precision != "float32" and not self._stays_close():
                 self._use("float32", packed_forward(self.retriever, "float32"))
         if self._asked not in (None, self.precision):
             here = f"kernels {build().reason}" if model.device.type == "cpu" else f"loaded in {model.dtype}"

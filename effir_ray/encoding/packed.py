@@ -29,7 +29,7 @@ from effir_ray.encoding.cuda_graphs import SingleTextGraphs
 from effir_ray.encoding.fused_kernels import rotate
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.projections import GatedProjection, NotPlainError, Projection, Quantize, fuse
-from effir_ray.encoding.varlen_attention import HALF, Packing, attend, attend_once, pool
+from effir_ray.encoding.varlen_attention import HALF, Packing, attend, attend_once, mean_pool
 from effir_ray.hardware import Precision
 from effir_ray.models.retriever import Retriever
 
@@ -43,6 +43,9 @@ class _Model(Protocol):
 
     def hidden(self, ids_t: Tensor, packing: Packing, rows_n: Tensor | None) -> Tensor:
         """Last hidden states of all tokens, (t, h), or of those at ``rows_n`` alone, (n, h)."""
+
+    def mean(self, hidden_th: Tensor, packing: Packing) -> Tensor:
+        """(n, h): the mean over the tokens of each text."""
 
 
 class PackedForward:
@@ -77,14 +80,14 @@ class PackedForward:
 
     def _embed(self, ids_t: Tensor, packing: Packing) -> Tensor:
         spec = self._retriever.spec
-        # A causal model's first token sees itself alone: not what the last attention for `rows` computes.
-        if spec.pooling == "mean" or (spec.pooling == "cls" and self._retriever.family.causal):
-            hidden = self._model.hidden(ids_t, packing, None)
-            if spec.pooling == "mean" and isinstance(self._model, CpuModel):
-                pooled = self._model.mean_pool(hidden, packing)
-                return F.normalize(pooled, dim=-1) if spec.normalize else pooled
-            return pool(hidden, packing, spec)
-        pooled = self._model.hidden(ids_t, packing, packing.pooled_rows(spec.pooling))
+        rows = packing.pooled_rows(spec.pooling)
+        if rows is None:
+            pooled = self._model.mean(self._model.hidden(ids_t, packing, None), packing)
+        elif spec.pooling == "cls" and self._retriever.family.causal:
+            # Its first token sees itself alone: not what the last attention for `rows` computes.
+            pooled = self._model.hidden(ids_t, packing, None)[rows]
+        else:
+            pooled = self._model.hidden(ids_t, packing, rows)
         return F.normalize(pooled, dim=-1) if spec.normalize else pooled
 
 
@@ -126,6 +129,8 @@ def _has_plain_rope(config: Any) -> bool:
 
 class _Llama:
     """Pre-norm decoder: Llama, SmolLM2, Mistral, Qwen2, Qwen3."""
+
+    mean = staticmethod(mean_pool)
 
     def __init__(self, retriever: Retriever, quantize: Quantize) -> None:
         model: Any = retriever.model
@@ -221,6 +226,7 @@ def _window(config: Any) -> int | None:
 class _Bert:
     """Post-norm encoder: BERT, MiniLM, BGE, E5."""
 
+    mean = staticmethod(mean_pool)
     window: int | None = None
 
     def __init__(self, retriever: Retriever, quantize: Quantize) -> None:

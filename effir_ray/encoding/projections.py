@@ -44,7 +44,7 @@ def fuse(
     norm with weight g followed by W, without touching the activations once more. Raises NotPlainError for
     what is no ``nn.Linear`` itself.
     """
-    _check_plain(*linears)
+    check_plain(*linears)
     weight = torch.cat([linear.weight.detach() for linear in linears])  # (o, i)
     if scale is not None:
         weight = (weight.float() * scale.detach().float()).to(weight.dtype)
@@ -60,7 +60,7 @@ class GatedProjection:
     """silu(gate(x)) * up(x): the first half of a gated MLP."""
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, scale: Tensor, quantize: Quantize) -> None:
-        _check_plain(gate, up)
+        check_plain(gate, up)
         self._both: Projection | None = None
         if quantize or not has_one_dnn(gate.weight):
             self._both = fuse([gate, up], scale=scale, quantize=quantize)
@@ -78,7 +78,8 @@ class GatedProjection:
         return gated(self._both.project(x_ti))
 
 
-def _check_plain(*linears: nn.Module) -> None:
+def check_plain(*linears: nn.Module) -> None:
+    """Raises NotPlainError unless all are ``nn.Linear`` itself."""
     for linear in linears:
         if type(linear) is not nn.Linear:
             raise NotPlainError(f"{type(linear).__name__} instead of Linear")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from effir_ray.encoding.cpu_kernels import EVERYTHING, Activation, NormFields
-from effir_ray.encoding.projections import NotPlainError
+from effir_ray.encoding.cpu_kernels import EVERYTHING, READABLE, Activation, NormFields, address
+from effir_ray.encoding.projections import NotPlainError, check_plain
 from effir_ray.models.retriever import Retriever
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -37,9 +37,7 @@ class Norm:
 
     def fields(self) -> NormFields:
         kind = 1 if self.kind == "layer" else 2
-        return NormFields(
-            kind, self.eps, *(None if x is None else x.data_ptr() for x in (self.weight, self.bias))
-        )
+        return NormFields(kind, self.eps, address(self.weight), address(self.bias))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +88,6 @@ class Sublayer:
     after: Norm | None = None
 
 
-def check_plain(linears: Sequence[nn.Module]) -> None:
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise NotPlainError(f"{type(linear).__name__} instead of Linear")
-
-
 Parts = tuple[Embedding, list[Sublayer], Norm | None]  # the sublayers in order, and the final norm
 
 
@@ -108,7 +100,7 @@ def _llama(retriever: Retriever) -> Parts:
             parts.append(_rotary_attention(retriever, index, before=_rms(block.input_layernorm)))
         if retriever.family.mlp(layer) is not None:
             parts.append(_gated_mlp(block.mlp, before=_rms(block.post_attention_layernorm)))
-    return Embedding(tokens=model.embed_tokens.weight.detach()), parts, _rms(model.norm)
+    return Embedding(tokens=_table(model.embed_tokens)), parts, _rms(model.norm)
 
 
 def _gemma(retriever: Retriever) -> Parts:
@@ -127,14 +119,14 @@ def _gemma(retriever: Retriever) -> Parts:
     table = model.embed_tokens
     # Gemma 2 and 3 multiply by a number that is rounded to the type of the weights.
     scale = float(table.embed_scale.to(table.weight.dtype))
-    return Embedding(tokens=table.weight.detach(), scale=scale), parts, _rms(model.norm)
+    return Embedding(tokens=_table(table), scale=scale), parts, _rms(model.norm)
 
 
 def _rotary_attention(retriever: Retriever, index: int, *, before: Norm) -> Sublayer:
     module: Any = retriever.family.attention(retriever.family.layers(retriever.model)[index])
     config: Any = retriever.model.config
     linears = [module.q_proj, module.k_proj, module.v_proj]
-    check_plain(linears)
+    check_plain(*linears)
     queries, keys, _ = (linear.out_features // module.head_dim for linear in linears)
     causal = not getattr(config, "use_bidirectional_attention", None)
     left, right = _sight(retriever.family.window(config, index), causal)
@@ -197,7 +189,7 @@ def _modernbert(retriever: Retriever) -> Parts:
             before = _layer_norm(block.mlp_norm)
             parts.append(Sublayer(does=gate, first=[block.mlp.Wi], second=block.mlp.Wo, before=before))
     tables = model.embeddings
-    embedding = Embedding(tokens=tables.tok_embeddings.weight.detach(), norm=_layer_norm(tables.norm))
+    embedding = Embedding(tokens=_table(tables.tok_embeddings), norm=_layer_norm(tables.norm))
     return embedding, parts, _layer_norm(model.final_norm)
 
 
@@ -226,9 +218,9 @@ def _bert(retriever: Retriever) -> Parts:
             parts.append(Sublayer(does=gate, first=[inner.dense], second=output.dense, after=after))
     tables: Any = retriever.model.embeddings
     embedding = Embedding(
-        tokens=tables.word_embeddings.weight.detach(),
-        positions=tables.position_embeddings.weight.detach(),
-        everywhere=tables.token_type_embeddings.weight.detach(),
+        tokens=_table(tables.word_embeddings),
+        positions=_table(tables.position_embeddings),
+        everywhere=_table(tables.token_type_embeddings),
         norm=_layer_norm(tables.LayerNorm),
     )
     return embedding, parts, None
@@ -240,6 +232,12 @@ PARTS: dict[str, Callable[[Retriever], Parts]] = {
     "modernbert": _modernbert,
     "bert": _bert,
 }
+
+
+def _table(embedding: nn.Embedding) -> Tensor:
+    """Its rows, in a type that the kernels read."""
+    weight = embedding.weight.detach()
+    return weight if weight.dtype in READABLE else weight.float()
 
 
 def _sight(window: int | None, causal: bool) -> tuple[int, int]:

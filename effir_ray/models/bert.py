@@ -25,6 +25,7 @@ FAMILY = Family(
     gate_name=None,
     down_name="output.dense",
     post_norm=True,
+    learned_positions=True,
     head_prefixes=("cls.", "pooler.", "embeddings.position_ids"),
     packing="post-norm",
     # The pooler serves next-sentence prediction; a retriever pools by itself.

@@ -45,8 +45,9 @@ class Family:
     post_norm: the norm follows the sum, so that a sublayer's last module gives the whole new stream.
     gate is None for an ungated MLP; gate == up when both are fused into one Linear (act rows first).
     first_block_differs: no other block of the architecture can stand in the first one's place.
-    packing: which pass without padding computes the blocks (``encoding/packed.py``); None where attention has
-    logit caps or layers of different windows.
+    learned_positions: position embeddings are a table, of ``max_position_embeddings`` rows.
+    packing: which pass of torch operators without padding computes the blocks (``encoding/packed.py``); None
+    where attention has logit caps or layers of different windows, which the kernels of CPUs know and it not.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     down_name: str
     post_norm: bool = False
     first_block_differs: bool = False
+    learned_positions: bool = False
     packing: Literal["pre-norm", "post-norm"] | None = None
     window: Callable[[PreTrainedConfig, int], int | None] = sliding_window
     # Arguments of the model class beside its configuration.

@@ -46,7 +46,8 @@ class Retriever:
         """Token ids of each text: prompt + text, cut so that special tokens (EOS) stay; no padding.
 
         Never empty: a text without any token, as an empty document of a model that appends none, is one EOS.
-        Raises InputError for a token that the model does not know.
+        Raises InputError for a token that the model does not know, and for a text that is longer than its
+        table of positions.
         """
         prompt = self.spec.query_prompt if kind == "query" else self.spec.document_prompt
         if not texts:
@@ -65,6 +66,12 @@ class Retriever:
             raise InputError(
                 f"{self.name}: its tokenizer gives token {largest}, and the model has embeddings of {known}; "
                 "expected the tokenizer that belongs to the model"
+            )
+        longest, positions = max(map(len, tokens)), self.model.config.max_position_embeddings
+        if self.family.learned_positions and longest > positions:
+            raise InputError(
+                f"{self.name}: a text has {longest} tokens, and the model has positions for {positions}; "
+                f"expected a max_length of at most {positions}"
             )
         return tokens
 

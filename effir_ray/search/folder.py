@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
-from effir_ray.hardware import Hardware, available_cores, detect
+from effir_ray.hardware import PINNED, Hardware, available_cores, detect
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
@@ -121,9 +121,15 @@ def claim(
         )
         write_whole(out / STUDY_FILE, record.model_dump_json(indent=1) + "\n")
     elif record.computes not in ("", computes):
+        device, _, precision = record.computes.partition(", ")
         raise InputError(
             f"{out}: the study computes on {record.computes}, and here it would on {computes}: its scores "
             "would stand on one front; go on where it was started, or choose another --out"
+            + (
+                f"; {PINNED}={precision} computes as there"
+                if (device, precision) == (here.device, "float32")
+                else ""
+            )
         )
     elif record.space != space:
         record = record.model_copy(update={"space": space})

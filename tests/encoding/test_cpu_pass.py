@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from effir_ray.encoding.cpu_products import AmxProduct, Linear, PanelProduct
 from effir_ray.encoding.packed import PackedForward
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.sublayers import Gate
-from effir_ray.hardware import compiler
+from effir_ray.hardware import compiler, cpu_features
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import load_retriever
 
@@ -33,15 +36,16 @@ def same_numbers() -> None:
     DRAW.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=["native", "x86-64-v3", "x86-64"])
+@pytest.fixture(scope="module", params=["native", "alderlake", "x86-64-v3", "x86-64"])
 def kernels(request, tmp_path_factory) -> Kernels:
-    """Vectors of 16 numbers where there is AVX-512, of 8, and what a compiler makes of 8 without AVX."""
+    """Vectors of 16 numbers where there is AVX-512, of 8 with and without products of bytes, and what a
+    compiler makes of 8 without AVX."""
     if request.param == "native":
         found = build().kernels
         assert found is not None, build().reason
         return found
-    if not ON_X86:
-        pytest.skip("for x86-64")
+    if not ON_X86 or (request.param == "alderlake" and "avx_vnni" not in cpu_features()):
+        pytest.skip("for x86-64 (and its AVX-VNNI)")
     library = tmp_path_factory.mktemp(request.param) / "kernels.so"
     compile_into(library, str(compiler()), march=request.param)
     return Kernels(ctypes.CDLL(str(library)))
@@ -218,6 +222,44 @@ def test_compiled_once(monkeypatch, tmp_path):
     build.cache_clear()
     monkeypatch.setattr(cpu_kernels, "compile_into", None)
     assert build().kernels is not None
+    build.cache_clear()
+
+
+def test_memory_that_runs_out_is_an_error_of_torch_s_words():
+    """An encoder then halves its batches."""
+    script = """
+import resource, torch
+from effir_ray.encoding.cpu_kernels import build
+from effir_ray.encoding.cpu_pass import CpuModel
+from effir_ray.encoding.packed import PackedForward
+from effir_ray.models.retriever import load_retriever
+retriever = load_retriever("random:llama")
+forward = PackedForward(retriever, CpuModel(retriever, "float32", build().kernels))
+texts = [[5] * 400] * 1500
+with torch.inference_mode():
+    forward([[5]])
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 500 * 2**20, -1))
+    try:
+        forward(texts)
+    except RuntimeError as error:
+        print("can't allocate memory" in str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+
+
+def test_a_library_of_another_user_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("EFFIR_RAY_CACHE", str(tmp_path))
+    build.cache_clear()
+    assert build().kernels is not None
+    build.cache_clear()
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    (library,) = tmp_path.rglob("*.so")
+    if library.stat().st_uid == 0:  # root's are anyone's: give it to another
+        os.chown(library, owner + 2, -1)
+    assert build().kernels is None and "belongs to another user" in build().reason
     build.cache_clear()
 
 

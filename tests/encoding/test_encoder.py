@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import csv
+import datetime
+import decimal
+import heapq
+import random
+import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -264,14 +273,53 @@ def test_a_family_that_nobody_described_has_its_own_pass(monkeypatch):
 
 def test_without_kernels_nothing_is_lost_but_speed(monkeypatch):
     """A compiler that is there and compiles nothing."""
+    monkeypatch.delenv(hardware.PINNED)
     monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
     monkeypatch.setattr(packed, "build", lambda: Build(None, "c++ does not compile them"))
     encoder = Encoder(load_retriever("random:bert"))
     assert encoder.precision == "float32" and not encoder._forward.padded
+    monkeypatch.setenv(hardware.PINNED, "bfloat16")
+    monkeypatch.setattr(encoder_module, "build", packed.build)
+    with pytest.warns(RuntimeWarning, match=r"PRECISION is bfloat16, .* float32: kernels c\+\+ does not"):
+        Encoder(load_retriever("random:bert"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_in_half_precision_on_a_cpu(dtype):
+    exact = Encoder(load_retriever("random:llama")).encode(TEXTS, "document")
+    got = Encoder(load_retriever("random:llama", dtype=dtype)).encode(TEXTS, "document")
+    assert (got * exact).sum(axis=1).min() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_nan_of_weights_comes_out_as_one(family, precision):
+    retriever = load_retriever(f"random:{family}")
+    with torch.no_grad():
+        layer = retriever.family.layers(retriever.model)[1]
+        retriever.family.up(retriever.family.mlp(layer)).weight[3, 5] = float("nan")
+    try:
+        encoder = Encoder(retriever, precision=precision)
+    except InputError:
+        pytest.skip("not on this processor")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not np.isfinite(encoder.encode(TEXTS, "document")).any()
+
+
+def test_a_text_longer_than_the_table_of_positions():
+    """Kernels read what lies at an address: nothing may ask for what is not there."""
+    encoder = Encoder(load_retriever("random:bert"))
+    with pytest.raises(
+        InputError, match="a text has 1000 tokens, and the model has positions for 512; expec"
+    ):
+        encoder.encode(["of the data " * 2000], "document", max_length=1000)
+    assert np.isfinite(encoder.encode(["of the data " * 2000], "document", max_length=512)).all()
 
 
 @needs_bfloat16
 def test_bfloat16_is_chosen_where_it_changes_next_to_nothing(monkeypatch):
+    monkeypatch.delenv(hardware.PINNED)
     monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
     monkeypatch.setattr(
         encoder_module, "_CHOSEN", 0.999
@@ -346,3 +394,27 @@ def test_one_text_that_does_not_fit_is_the_models_failure():
 def test_bad_budget():
     with pytest.raises(InputError, match="token_budget"):
         Encoder(load_retriever("random:llama"), token_budget=0)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("model", "bfloat16", "int8"), [("minilm-l6", 0.9999, 0.998), ("smollm2-135m", 0.9998, 0.99)]
+)
+def test_real_weights_on_real_text(model, bfloat16, int8, monkeypatch):
+    """Trained models have the channels that random ones lack."""
+    retriever = load_retriever(model)
+    texts = [str(module.__doc__) for module in (argparse, asyncio, csv, datetime, decimal, heapq, random, re)]
+    exact = PaddedForward(retriever)
+    with torch.inference_mode():
+        want = torch.cat([exact([ids]) for ids in retriever.tokenize(texts, "document")]).numpy()
+    got = Encoder(retriever).encode(texts, "document")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    kernels = build().kernels
+    least = {"bfloat16": bfloat16, "int8": int8}
+    for precision, there in (("bfloat16", kernels.has_bfloat16), ("int8", kernels.has_bytes)):
+        if there:
+            encoder = Encoder(retriever, precision=precision)
+            cosines = (encoder.encode(texts, "document") * want).sum(axis=1)
+            assert cosines.mean() > least[precision], precision
+    monkeypatch.delenv(hardware.PINNED)
+    assert Encoder(retriever).precision == hardware.detect().precision
