@@ -18,7 +18,10 @@ from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 
 Precision = Literal["float32", "bfloat16", "int8"]
-"""What an encoder multiplies in."""
+"""What an encoder can be asked to multiply in."""
+
+Computed = Precision | Literal["float16"]
+"""What products may have been multiplied in: float16 is a GPU's, where a model was loaded so."""
 
 
 PINNED = "EFFIR_RAY_PRECISION"

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from effir_ray import hardware
 from effir_ray.compression.calibration import draw_examples
@@ -35,7 +36,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.encoding.padded import PaddedTexts, embed, pad
 from effir_ray.errors import InputError
 from effir_ray.evaluation.bm25 import bm25_scores
-from effir_ray.evaluation.efficiency import PRECISION, measure_efficiency
+from effir_ray.evaluation.efficiency import MARGIN, measure_efficiency
 from effir_ray.evaluation.evaluate import evaluate
 from effir_ray.evaluation.index import exact_search
 from effir_ray.files import write_whole
@@ -364,7 +365,7 @@ class _Run:
             [pair.query for pair in held[:_TIMED]],
             [pair.positives[0] for pair in held[:_TIMED]],
             rounds=_MOST_ROUNDS,
-            precision=PRECISION,
+            margin=MARGIN,
             reference="full",
         )["small"]
         plans = full.retriever.plan, student.retriever.plan
@@ -412,10 +413,12 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def _learn_once(student: Retriever, batches: Sequence[PaddedTexts]) -> None:
-    """As much work as one step of training."""
+    """As much work as one step of training, in the type that it will choose."""
     student.model.zero_grad()
-    for batch in batches:
-        embed(student, batch).sum().backward()  # type: ignore[no-untyped-call]
+    device, faster = student.model.device.type, hardware.detect().precision == "bfloat16"
+    with torch.autocast(device, torch.bfloat16, enabled=faster):
+        for batch in batches:
+            embed(student, batch).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _scored(full: Encoder, small: Encoder, dataset: Dataset) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from effir_ray.encoding.embedding_shards import (
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import PINNED, Precision, available_cores, detect
+from effir_ray.hardware import Computed, Precision, available_cores, detect
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
 
@@ -224,7 +224,7 @@ def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[in
             bar.advance(int(row["documents"]), **figures)
 
 
-def _computed_in(folder: ShardFolder) -> str | None:
+def _computed_in(folder: ShardFolder) -> Computed | None:
     """The type that the shards so far were computed in; all have the same."""
     return next((folder.record(shard).computed_in for shard in sorted(folder.finished())), None)
 
@@ -281,7 +281,7 @@ def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
 
 
 @cache
-def _peak_of_this_process(device: torch.device, precision: Precision) -> float:
+def _peak_of_this_process(device: torch.device, precision: Computed) -> float:
     """Measured once: a study's processes encode for one trial after the other."""
     return gemm_peak(device, precision)
 
@@ -295,7 +295,7 @@ class _ShardEncoder:
         encoding: Encoding,
         path: Path,
         workers_a_node: int,
-        computed_in: str | None,
+        computed_in: Computed | None,
     ) -> None:
         self._folder, self._encoding, self._path = folder, encoding, path
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
@@ -305,13 +305,13 @@ class _ShardEncoder:
         """Made at the first shard, not with the actor: there an InputError would end as a dead actor."""
         asked, begun = self._encoding.precision, self._computed_in
         torch.set_num_threads(max(1, available_cores() // self._workers_a_node))
-        encoder = as_encoder(self._encoding.model, precision=asked)
+        going_on = None if begun == "float16" else begun  # a GPU's, which nobody can ask for
+        encoder = as_encoder(self._encoding.model, precision=asked or going_on)
         if begun in (None, encoder.precision):
             return encoder
         raise InputError(
             f"{self._folder.location}: its shards so far were computed in {begun}, this worker "
-            f"({detect().name}) computes in {encoder.precision}; resume on the same kind of machine, with "
-            f"precision {begun} or {PINNED}={begun}, or choose another output folder"
+            f"({detect().name}) computes in {encoder.precision}; choose another output folder"
         )
 
     @cached_property

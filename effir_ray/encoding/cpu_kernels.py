@@ -150,6 +150,10 @@ class Kernels:
             function = getattr(library, f"effir_{name}")
             function.restype, function.argtypes = ctypes.c_int if name == "pass" else None, types
 
+    def multiplies(self, precision: str) -> bool:
+        """Whether this processor has products of that type."""
+        return {"float32": True, "bfloat16": self.has_bfloat16, "int8": self.has_bytes}.get(precision, False)
+
     def run(
         self,
         sublayers: ctypes.Array[SublayerFields],

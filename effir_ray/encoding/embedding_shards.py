@@ -24,7 +24,7 @@ from pydantic import model_validator
 from effir_ray import storage
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
-from effir_ray.hardware import Precision
+from effir_ray.hardware import Computed, Precision
 from effir_ray.readers import json_object, parse_json
 
 StoredType = Literal["float32", "float16"]
@@ -77,7 +77,7 @@ class ShardRecord:
     tokens: int
     seconds: float
     peak_bytes: int
-    computed_in: str
+    computed_in: Computed
 
 
 class ShardFolder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,9 +18,8 @@ from effir_ray.encoding.cpu_kernels import build
 from effir_ray.encoding.packed import PackedForward, packed_forward
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.encoding.probe import PROBE
-from effir_ray.encoding.varlen_attention import HALF
 from effir_ray.errors import InputError, TrialFailure
-from effir_ray.hardware import PINNED, Precision, detect, pinned_precision
+from effir_ray.hardware import PINNED, Computed, Precision, detect, pinned_precision
 from effir_ray.models.accounting import flops
 from effir_ray.models.folder import TextKind
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -63,13 +62,18 @@ class Encoder:
         self.retriever = retriever
         self.token_budget = token_budget or _BUDGET[retriever.model.device.type]
         self._asked = precision
-        self.precision: Precision
+        self.precision: Computed
         self.cosine: float | None = None
         self.tokens_seen = 0  # over all calls
         self._lengths_seen: Counter[int] = Counter()  # texts by their number of tokens
         self._forward: PackedForward | PaddedForward
         self._watched: _Watched | None = None
         self._refresh()
+
+    @property
+    def chosen(self) -> bool:
+        """Whether nobody asked for its precision."""
+        return self._asked is None
 
     @property
     def dimension(self) -> int:
@@ -79,7 +83,7 @@ class Encoder:
     @property
     def warning(self) -> str:
         """What there is to say when embeddings are far from the model's own; else ''."""
-        usual = _CLOSE[self.precision]
+        usual = _CLOSE.get(self.precision, 0.0)
         if self.cosine is None or self.cosine >= usual:
             return ""
         return (
@@ -135,25 +139,14 @@ class Encoder:
             return
         model = self.retriever.model
         self._watched, self.cosine = _Watched(model), None
-        if model.device.type != "cpu":
-            own: Precision = "bfloat16" if model.dtype in HALF else "float32"
-            self._use(own, None if self._watched.hooked else packed_forward(self.retriever, own))
-        elif self._watched.hooked:
+        if self._watched.hooked:
             self._use("float32", None)
+        elif model.device.type != "cpu":
+            self._use("float32", packed_forward(self.retriever, "float32"))
+        elif self._asked is not None:
+            self._use(self._asked, packed_forward(self.retriever, self._asked))
         else:
-            chosen = self._asked or detect().precision
-            forward = packed_forward(self.retriever, chosen)
-            pinned = pinned_precision()
-            if forward is None and self._asked is None and chosen != "float32":  # no kernels
-                if pinned:
-                    reason = f"{PINNED} is {pinned}, and this computes in float32: kernels {build().reason}"
-                    warnings.warn(reason, RuntimeWarning, stacklevel=3)
-                chosen = "float32"
-                forward = packed_forward(self.retriever, chosen)
-            self._use(chosen, forward)
-            nobody = self._asked is None and pinned is None
-            if nobody and self.precision != "float32" and not self._stays_close():
-                self._use("float32", packed_forward(self.retriever, "float32"))
+            self._choose()
         if self._asked not in (None, self.precision):
             here = f"kernels {build().reason}" if model.device.type == "cpu" else f"loaded in {model.dtype}"
             raise InputError(
@@ -161,12 +154,27 @@ class Encoder:
                 f"'{self.retriever.name}' is a {model.config.model_type} on {model.device.type}, {here}"
             )
 
+    def _choose(self) -> None:
+        """What this CPU is fast in, where it changes next to nothing or the environment says so."""
+        fastest, pinned = detect().precision, pinned_precision()
+        if fastest != "float32":
+            forward = packed_forward(self.retriever, fastest)
+            if forward is not None:
+                self._use(fastest, forward)
+                if pinned or self._stays_close():
+                    return
+            elif pinned:
+                reason = f"{PINNED} is {pinned}, and this computes in float32: kernels {build().reason}"
+                warnings.warn(reason, RuntimeWarning, stacklevel=4)
+        self._use("float32", packed_forward(self.retriever, "float32"))
+
     def _use(self, precision: Precision, forward: PackedForward | None) -> None:
-        """``forward``, or the model's own, which knows no other type than its weights'."""
-        self.precision = precision if forward else "float32"
+        """``forward``, or the model's own, which multiplies in its weights' type, as all do on GPUs."""
+        own: dict[torch.dtype, Computed] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        on_cpu = self.retriever.model.device.type == "cpu"
+        of_weights = own.get(self.retriever.model.dtype, "float32")
+        self.precision = precision if forward and on_cpu else of_weights
         self._forward = forward or PaddedForward(self.retriever)
-        if forward is None and self.retriever.model.dtype in HALF:
-            self.precision = "bfloat16"
 
     def _stays_close(self) -> bool:
         """Whether what nobody asked for changes next to nothing."""
@@ -302,7 +310,18 @@ def as_encoder(model: str | Path | Retriever | Encoder, *, precision: Precision 
     if isinstance(model, Retriever):
         return Encoder(model, precision=precision)
     hardware = detect()
-    loaded_in = (
-        precision if precision and precision != "int8" and hardware.device == "cuda" else hardware.dtype
-    )
+    by_weights = hardware.device == "cuda" and precision in ("float32", "bfloat16")
+    loaded_in = precision if by_weights and precision else hardware.dtype
     return Encoder(load_retriever(model, dtype=loaded_in, device=hardware.device), precision=precision)
+
+
+def comparable(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
+    """The same, but where some chose another precision than others, all that chose compute in float32: a
+    model would seem twice as fast as one that differs from it by a block.
+    """
+    if len({encoder.precision for encoder in encoders.values() if encoder.chosen}) <= 1:
+        return dict(encoders)
+    return {
+        name: Encoder(encoder.retriever, precision="float32") if encoder.chosen else encoder
+        for name, encoder in encoders.items()
+    }

@@ -105,9 +105,7 @@ def packed_forward(retriever: Retriever, precision: Precision) -> PackedForward 
     try:
         if device == "cpu":
             kernels = build().kernels
-            if kernels and (
-                kernels.has_bytes if quantize else kernels.has_bfloat16 or precision == "float32"
-            ):
+            if kernels and kernels.multiplies(precision):
                 return PackedForward(retriever, CpuModel(retriever, precision, kernels))
             if precision == "bfloat16":
                 return None

@@ -22,16 +22,16 @@ import psutil
 
 from effir_ray.config import Config
 from effir_ray.data.datasets import Dataset, load_dataset
-from effir_ray.encoding.encoder import Encoder, as_encoder
+from effir_ray.encoding.encoder import Encoder, as_encoder, comparable
 from effir_ray.encoding.gemm_peak import gemm_peak, seconds_of
 from effir_ray.errors import InputError
 from effir_ray.evaluation.index import exact_search
-from effir_ray.hardware import Precision
+from effir_ray.hardware import Computed, Precision
 from effir_ray.models.accounting import flops
 from effir_ray.progress import progress
 
 _SEARCH_DEPTH = 100
-PRECISION = 0.03  # of a speed-up, to both sides: enough to tell models a block apart
+MARGIN = 0.03  # of a speed-up, to both sides: enough to tell models a block apart
 FEWEST_ROUNDS = 6  # whose range holds the median with 95 % confidence
 
 
@@ -62,7 +62,7 @@ class Efficiency(Config):
     isotropy: float | None
     other_load: float
     rounds: int
-    precision: Precision
+    precision: Computed
 
 
 def measure(
@@ -99,7 +99,7 @@ def measure_efficiency(
     documents: Sequence[str],
     *,
     rounds: int = 5,
-    precision: float = 0.0,
+    margin: float = 0.0,
     reference: str,
     query_max_length: int | None = None,
     document_max_length: int | None = None,
@@ -107,7 +107,8 @@ def measure_efficiency(
     """Figures of every model, by name; ``reference`` names the one that speed-ups are relative to.
 
     There are ``rounds`` rounds, or fewer (six at least) once every speed-up's interval is no wider than
-    ``precision`` to both sides, as a share of it.
+    ``margin`` to both sides, as a share of it.
+    Encoders whose precision nobody asked for all compute in one, see ``comparable``.
     Texts are cut to ``*_max_length`` tokens, by default to what each model's own settings say.
     Raises InputError for a reference that is not among the models and for empty inputs.
     """
@@ -116,7 +117,7 @@ def measure_efficiency(
     if not queries or not documents or rounds < 1:
         raise InputError("measuring needs at least one query, one document and one round")
     cut = {"query": query_max_length, "document": document_max_length}
-    runs = {name: _Meter(encoder, queries, documents, cut) for name, encoder in models.items()}
+    runs = {name: _Meter(own, queries, documents, cut) for name, own in comparable(models).items()}
     names = list(runs)
     load = _OtherLoad()
     with progress("Measuring", total=rounds * len(names), unit="passes") as bar:
@@ -126,7 +127,7 @@ def measure_efficiency(
                 runs[name].round()
                 bar.advance()
             if number + 1 >= FEWEST_ROUNDS and all(
-                run.uncertainty(runs[reference]) <= precision for run in runs.values()
+                run.uncertainty(runs[reference]) <= margin for run in runs.values()
             ):
                 break
     other = load.share()

@@ -24,7 +24,7 @@ from effir_ray.evaluation.index import Backend, Floats
 from effir_ray.evaluation.metrics import Run, Scores, check_cutoffs, score_run
 from effir_ray.evaluation.trec import write_run
 from effir_ray.files import write_whole
-from effir_ray.hardware import Precision
+from effir_ray.hardware import Computed, Precision
 from effir_ray.models.retriever import Retriever
 
 _CHUNK = 16_384  # documents whose texts and embeddings are in memory at once
@@ -47,7 +47,7 @@ class Evaluation:
     seconds: float
     search_ms: float
     feedback: Feedback | None
-    precision: Precision | None  # of queries; None for BM25
+    precision: Computed | None  # of queries; None for BM25
     warnings: tuple[str, ...]
 
     def summary(self) -> dict[str, Any]:
@@ -146,9 +146,8 @@ def evaluate(
                 precision=precision,
                 address=address,
             )
-            encoder = as_encoder(
-                model, precision=precision
-            )  # not before: what encoded has a copy of its own on the same GPU
+            # Not before: what encoded has a copy of its own on the same GPU.
+            encoder = as_encoder(model, precision=precision)
         else:
             encoder = as_encoder(model, precision=precision)
             corpus = _encode_here(encoder, dataset.corpus, Path(scratch), document_max_length)
@@ -181,7 +180,7 @@ def _scored(
     searching: float,
     feedback: Feedback | None,
     cutoffs: Sequence[int],
-    precision: Precision | None,
+    precision: Computed | None,
 ) -> Evaluation:
     """``started``, ``searching``: ``perf_counter`` when the evaluation and its search began."""
     now, qrels = time.perf_counter(), dataset.qrels(split)

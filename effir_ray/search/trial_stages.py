@@ -39,7 +39,7 @@ from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.corpus_search import search_corpus
-from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, PRECISION, isotropy, measure_efficiency
+from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, MARGIN, isotropy, measure_efficiency
 from effir_ray.evaluation.metrics import Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
@@ -271,7 +271,7 @@ def _speed(task: StageTask, model: Path) -> dict[str, Any]:
             list(dataset.queries("dev").values())[: config.timing.queries],
             dataset.corpus.texts(dataset.corpus.ids[: config.timing.documents]),
             rounds=config.timing.rounds,
-            precision=PRECISION,
+            margin=MARGIN,
             reference="full",
             query_max_length=config.query_max_length,
             document_max_length=config.document_max_length,

@@ -98,9 +98,12 @@ def test_a_worker_writes_its_shard_and_returns_what_is_wrong_as_a_value(
     figures = _ShardEncoder(folder, unsuitable, dataset.corpus.path, 1, None)(rows)
     assert "int8 is for" in figures["problem"][0]
     assert folder.record(2).computed_in == "float32"
-    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, computed_in="bfloat16")(rows)
-    assert "were computed in bfloat16" in figures["problem"][0]
+    in_bytes = encoding.model_copy(update={"precision": "int8"})
+    figures = _ShardEncoder(folder, in_bytes, dataset.corpus.path, 1, computed_in="float32")(rows)
+    assert "were computed in float32, this worker" in figures["problem"][0]
     assert figures["error"] == ["InputError"]
+    figures = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, computed_in="int8")(rows)
+    assert figures["precision"] == ["int8"]  # what was begun in one type goes on in it
 
     worker = _ShardEncoder(folder, encoding, dataset.corpus.path, 1, None)
     monkeypatch.setattr(worker._encoder, "_forward", no_memory)

@@ -23,7 +23,8 @@ from effir_ray.compression.surgery import apply_plan
 from effir_ray.encoding import cpu_pass, packed
 from effir_ray.encoding import encoder as encoder_module
 from effir_ray.encoding.cpu_kernels import Build, build
-from effir_ray.encoding.encoder import Encoder
+from effir_ray.encoding.encoder import Encoder, comparable
+from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.encoding.padded import PaddedForward
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.models.folder import RetrieverSpec
@@ -63,6 +64,7 @@ def kernels(request, monkeypatch):
     """What lies between products on CPUs: the compiled kernels, or torch where there is no compiler."""
     if request.param == "torch":
         monkeypatch.setattr(packed, "build", lambda: Build(None, "no C++ compiler"))
+        monkeypatch.setattr("effir_ray.encoding.gemm_peak.build", packed.build)
     return request.param
 
 
@@ -271,6 +273,20 @@ def test_a_family_that_nobody_described_has_its_own_pass(monkeypatch):
     assert encoder.precision == "float32" and encoder._forward.padded
 
 
+@needs_bfloat16
+def test_models_that_are_compared_compute_alike(monkeypatch):
+    monkeypatch.delenv(hardware.PINNED)
+    monkeypatch.setattr(encoder_module, "detect", lambda: replace(hardware.detect(), precision="bfloat16"))
+    monkeypatch.setattr(encoder_module, "_CHOSEN", 0.5)
+    fast = Encoder(load_retriever("random:bert"))
+    asked = Encoder(load_retriever("random:bert"), precision="int8")
+    monkeypatch.setattr(encoder_module, "_CHOSEN", 1.1)
+    slow = Encoder(load_retriever("random:llama"))
+    assert [e.precision for e in comparable({"a": fast, "b": asked}).values()] == ["bfloat16", "int8"]
+    together = comparable({"a": fast, "b": asked, "c": slow})
+    assert [encoder.precision for encoder in together.values()] == ["float32", "int8", "float32"]
+
+
 def test_without_kernels_nothing_is_lost_but_speed(monkeypatch):
     """A compiler that is there and compiles nothing."""
     monkeypatch.delenv(hardware.PINNED)
@@ -282,6 +298,12 @@ def test_without_kernels_nothing_is_lost_but_speed(monkeypatch):
     monkeypatch.setattr(encoder_module, "build", packed.build)
     with pytest.warns(RuntimeWarning, match=r"PRECISION is bfloat16, .* float32: kernels c\+\+ does not"):
         Encoder(load_retriever("random:bert"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_every_type_has_a_peak(precision, kernels):
+    """Also where the processor has no such products of its own: something computes in it all the same."""
+    assert 1e7 < gemm_peak("cpu", precision) < 1e14
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

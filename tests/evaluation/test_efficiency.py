@@ -48,11 +48,11 @@ def test_rounds_end_when_the_speed_up_is_known_well_enough(monkeypatch):
         "full": Encoder(load_retriever("random:llama")),
         "same": Encoder(load_retriever("random:llama")),
     }
-    for precision, expected in ((1e9, 6), (0.0, 8)):
+    for margin, expected in ((1e9, 6), (0.0, 8)):
         rounds.clear()
-        figures = measure_efficiency(
-            models, TEXTS[:1], TEXTS[:2], rounds=8, precision=precision, reference="full"
-        )["same"]
+        figures = measure_efficiency(models, TEXTS[:1], TEXTS[:2], rounds=8, margin=margin, reference="full")[
+            "same"
+        ]
         assert len(rounds) == 2 * expected
         assert 0 <= figures.other_load <= 1
 
