@@ -6,7 +6,7 @@ Shapes: h hidden, q query heads, k key-value heads, d channels a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -91,39 +91,53 @@ class Sublayer:
 Parts = tuple[Embedding, list[Sublayer], Norm | None]  # the sublayers in order, and the final norm
 
 
+def _chain(
+    retriever: Retriever, attention: Callable[[int, Any], Sublayer], mlp: Callable[[Any], Sublayer]
+) -> list[Sublayer]:
+    """What is left of every block, as ``attention`` (of its number and itself) and ``mlp`` describe it."""
+    parts = []
+    for index, layer in enumerate(retriever.family.layers(retriever.model)):
+        if retriever.family.attention(layer) is not None:
+            parts.append(attention(index, layer))
+        if retriever.family.mlp(layer) is not None:
+            parts.append(mlp(layer))
+    return parts
+
+
 def _llama(retriever: Retriever) -> Parts:
     model: Any = retriever.model
-    parts = []
-    for index, layer in enumerate(retriever.family.layers(model)):
-        block: Any = layer
-        if retriever.family.attention(layer) is not None:
-            parts.append(_rotary_attention(retriever, index, before=_rms(block.input_layernorm)))
-        if retriever.family.mlp(layer) is not None:
-            parts.append(_gated_mlp(block.mlp, before=_rms(block.post_attention_layernorm)))
-    return Embedding(tokens=_table(model.embed_tokens)), parts, _rms(model.norm)
+
+    def attention(index: int, block: Any) -> Sublayer:
+        return _rotary_attention(retriever, index, block, before=_rms(block.input_layernorm))
+
+    def mlp(block: Any) -> Sublayer:
+        return _gated_mlp(block.mlp, before=_rms(block.post_attention_layernorm))
+
+    embedding = Embedding(tokens=_table(model.embed_tokens))
+    return embedding, _chain(retriever, attention, mlp), _rms(model.norm)
 
 
 def _gemma(retriever: Retriever) -> Parts:
     model: Any = retriever.model
-    parts = []
-    for index, layer in enumerate(retriever.family.layers(model)):
-        block: Any = layer
-        if retriever.family.attention(layer) is not None:
-            inner = _rms(block.post_attention_layernorm)
-            before = _rms(block.input_layernorm)
-            parts.append(replace(_rotary_attention(retriever, index, before=before), inner=inner))
-        if retriever.family.mlp(layer) is not None:
-            inner = _rms(block.post_feedforward_layernorm)
-            before = _rms(block.pre_feedforward_layernorm)
-            parts.append(replace(_gated_mlp(block.mlp, before=before), inner=inner))
+
+    def attention(index: int, block: Any) -> Sublayer:
+        before, inner = _rms(block.input_layernorm), _rms(block.post_attention_layernorm)
+        return _rotary_attention(retriever, index, block, before=before, inner=inner)
+
+    def mlp(block: Any) -> Sublayer:
+        before, inner = _rms(block.pre_feedforward_layernorm), _rms(block.post_feedforward_layernorm)
+        return _gated_mlp(block.mlp, before=before, inner=inner)
+
     table = model.embed_tokens
     # Gemma 2 and 3 multiply by a number that is rounded to the type of the weights.
-    scale = float(table.embed_scale.to(table.weight.dtype))
-    return Embedding(tokens=_table(table), scale=scale), parts, _rms(model.norm)
+    embedding = Embedding(tokens=_table(table), scale=float(table.embed_scale.to(table.weight.dtype)))
+    return embedding, _chain(retriever, attention, mlp), _rms(model.norm)
 
 
-def _rotary_attention(retriever: Retriever, index: int, *, before: Norm) -> Sublayer:
-    module: Any = retriever.family.attention(retriever.family.layers(retriever.model)[index])
+def _rotary_attention(
+    retriever: Retriever, index: int, block: Any, *, before: Norm, inner: Norm | None = None
+) -> Sublayer:
+    module = block.self_attn
     config: Any = retriever.model.config
     linears = [module.q_proj, module.k_proj, module.v_proj]
     check_plain(*linears)
@@ -146,7 +160,7 @@ def _rotary_attention(retriever: Retriever, index: int, *, before: Norm) -> Subl
         rotary=_rotary_kind(retriever, index),
         **norms,
     )
-    return Sublayer(does=does, first=linears, second=module.o_proj, before=before)
+    return Sublayer(does=does, first=linears, second=module.o_proj, before=before, inner=inner)
 
 
 def _rotary_kind(retriever: Retriever, index: int) -> str:
@@ -156,66 +170,61 @@ def _rotary_kind(retriever: Retriever, index: int) -> str:
     return str(model.config.layer_types[index]) if by_kind else "all"
 
 
-def _gated_mlp(mlp: Any, *, before: Norm) -> Sublayer:
-    does = Gate(activation=_activation(mlp.act_fn), gated=True)
-    return Sublayer(does=does, first=[mlp.gate_proj, mlp.up_proj], second=mlp.down_proj, before=before)
+def _gated_mlp(mlp: Any, *, before: Norm, inner: Norm | None = None) -> Sublayer:
+    does, first = Gate(activation=_activation(mlp.act_fn), gated=True), [mlp.gate_proj, mlp.up_proj]
+    return Sublayer(does=does, first=first, second=mlp.down_proj, before=before, inner=inner)
 
 
 def _modernbert(retriever: Retriever) -> Parts:
     model: Any = retriever.model
-    config = model.config
-    parts = []
-    for index, layer in enumerate(retriever.family.layers(model)):
-        block: Any = layer
-        attention = retriever.family.attention(layer)
-        if attention is not None:
-            module: Any = attention
-            heads = config.num_attention_heads
-            left, right = _sight(retriever.family.window(config, index), causal=False)
-            does = Attention(
-                queries=heads,
-                keys=heads,
-                channels=module.head_dim,
-                left=left,
-                right=right,
-                scale=module.head_dim**-0.5,
-                rotary=_rotary_kind(retriever, index),
-            )
-            norm = block.attn_norm
-            before = None if isinstance(norm, nn.Identity) else _layer_norm(norm)
-            parts.append(Sublayer(does=does, first=[module.Wqkv], second=module.Wo, before=before))
-        if retriever.family.mlp(layer) is not None:
-            gate = Gate(activation=_activation(block.mlp.act), gated=True)
-            before = _layer_norm(block.mlp_norm)
-            parts.append(Sublayer(does=gate, first=[block.mlp.Wi], second=block.mlp.Wo, before=before))
+    heads = model.config.num_attention_heads
+
+    def attention(index: int, block: Any) -> Sublayer:
+        module, norm = block.attn, block.attn_norm
+        left, right = _sight(retriever.family.window(model.config, index), causal=False)
+        does = Attention(
+            queries=heads,
+            keys=heads,
+            channels=module.head_dim,
+            left=left,
+            right=right,
+            scale=module.head_dim**-0.5,
+            rotary=_rotary_kind(retriever, index),
+        )
+        before = None if isinstance(norm, nn.Identity) else _layer_norm(norm)
+        return Sublayer(does=does, first=[module.Wqkv], second=module.Wo, before=before)
+
+    def mlp(block: Any) -> Sublayer:
+        gate = Gate(activation=_activation(block.mlp.act), gated=True)
+        before = _layer_norm(block.mlp_norm)
+        return Sublayer(does=gate, first=[block.mlp.Wi], second=block.mlp.Wo, before=before)
+
     tables = model.embeddings
     embedding = Embedding(tokens=_table(tables.tok_embeddings), norm=_layer_norm(tables.norm))
-    return embedding, parts, _layer_norm(model.final_norm)
+    return embedding, _chain(retriever, attention, mlp), _layer_norm(model.final_norm)
 
 
 def _bert(retriever: Retriever) -> Parts:
-    parts = []
-    for layer in retriever.family.layers(retriever.model):
-        block: Any = layer
-        if retriever.family.attention(layer) is not None:
-            module, output = block.attention.self, block.attention.output
-            heads, channels = module.num_attention_heads, module.attention_head_size
-            does = Attention(
-                queries=heads,
-                keys=heads,
-                channels=channels,
-                left=EVERYTHING,
-                right=EVERYTHING,
-                scale=channels**-0.5,
-            )
-            first = [module.query, module.key, module.value]
-            after = _layer_norm(output.LayerNorm)
-            parts.append(Sublayer(does=does, first=first, second=output.dense, after=after))
-        if retriever.family.mlp(layer) is not None:
-            inner, output = block.intermediate, block.output
-            gate = Gate(activation=_activation(inner.intermediate_act_fn), gated=False)
-            after = _layer_norm(output.LayerNorm)
-            parts.append(Sublayer(does=gate, first=[inner.dense], second=output.dense, after=after))
+    def attention(index: int, block: Any) -> Sublayer:
+        module, output = block.attention.self, block.attention.output
+        heads, channels = module.num_attention_heads, module.attention_head_size
+        does = Attention(
+            queries=heads,
+            keys=heads,
+            channels=channels,
+            left=EVERYTHING,
+            right=EVERYTHING,
+            scale=channels**-0.5,
+        )
+        first, after = [module.query, module.key, module.value], _layer_norm(output.LayerNorm)
+        return Sublayer(does=does, first=first, second=output.dense, after=after)
+
+    def mlp(block: Any) -> Sublayer:
+        inner, output = block.intermediate, block.output
+        gate = Gate(activation=_activation(inner.intermediate_act_fn), gated=False)
+        after = _layer_norm(output.LayerNorm)
+        return Sublayer(does=gate, first=[inner.dense], second=output.dense, after=after)
+
     tables: Any = retriever.model.embeddings
     embedding = Embedding(
         tokens=_table(tables.word_embeddings),
@@ -223,7 +232,7 @@ def _bert(retriever: Retriever) -> Parts:
         everywhere=_table(tables.token_type_embeddings),
         norm=_layer_norm(tables.LayerNorm),
     )
-    return embedding, parts, None
+    return embedding, _chain(retriever, attention, mlp), None
 
 
 PARTS: dict[str, Callable[[Retriever], Parts]] = {
