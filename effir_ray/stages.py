@@ -7,18 +7,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from effir_ray.errors import InputError, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
+from effir_ray.leases import Lease, Waiting, lease
 from effir_ray.provenance import __version__
 
 _FREED = "freed.json"
 _LOCKS = "locks"
-_ASIDE = ".tmp"  # of a folder that is being built
+_ASIDE = ".tmp"  # in the name of a folder that is being built
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -26,8 +26,9 @@ _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 class StageStore:
     """Runs each stage once; shared by trials, processes and (on a shared file system) nodes.
 
-    A stage is built in the folder ``<its name>.tmp`` beside its place and renamed when complete, so a killed
-    run leaves nothing that a later one mistakes for a result. ``root/runs.log`` holds one line a build, for
+    A stage is built in a folder ``<its name>.tmp...`` beside its place and renamed when complete, so a killed
+    run leaves nothing that a later one mistakes for a result. Who builds holds a lease: a builder that was
+    cut off and comes back can finish nothing any more. ``root/runs.log`` holds one line a build, for
     audits. Of a stage that was ``free``d only the small files are left: it is built again when it is needed.
     """
 
@@ -46,14 +47,12 @@ class StageStore:
     def finished(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The folder and the inputs of every finished stage of a kind, freed ones too."""
         for record in sorted(self.root.glob(f"{stage}/*/stage.json")):
-            if record.parent.suffix != _ASIDE:
+            if _ASIDE not in record.parent.name:
                 yield record.parent, json.loads(record.read_text(encoding="utf-8"))["inputs"]
 
-    def lock(self, name: str) -> Path:
-        """The file to lock for what only one process at a time may do."""
-        place = self.root / _LOCKS / f"{name}.lock"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        return place
+    def lease(self, name: str, waiting: Waiting) -> AbstractContextManager[Lease]:
+        """To be held for what only one process at a time may do."""
+        return lease(self.root / _LOCKS, name, waiting=waiting)
 
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
@@ -81,22 +80,24 @@ class StageStore:
         *,
         version: int = 1,
         resumable: bool = False,
+        waiting: Waiting = lambda owner, seconds: None,
     ) -> Path:
         """The stage's folder, built by ``build(folder)`` unless it is there already.
 
         ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
         raised when the stage's code changes what it writes. Two callers that need the same stage at once
-        share one build: the second waits for a file lock. A ``resumable`` build finds in its folder what an
-        interrupted one had written; one that ended with an InputError or a TrialFailure leaves nothing.
+        share one build: the second waits, and ``waiting`` hears for whom. A ``resumable`` build finds in its
+        folder what an interrupted one had written; one that ended with an InputError or a TrialFailure leaves
+        nothing. Raises LostProcess when another process took the stage over meanwhile.
         """
         place = self.path(stage, inputs, version=version)
         if self.has(place):
             return place
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.lock(f"{stage}-{place.name}")):
+            with self.lease(f"{stage}-{place.name}", waiting) as mine:
                 if not self.has(place):
-                    self._build(stage, inputs, build, version, place, resumable)
+                    self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
             if is_disk_full(error):
                 raise InputError(
@@ -113,12 +114,16 @@ class StageStore:
         version: int,
         place: Path,
         resumable: bool,
+        mine: Lease,
     ) -> None:
-        """Called with the stage's lock held."""
+        """Called with the stage's lease held."""
         shutil.rmtree(place, ignore_errors=True)
-        aside = place.with_name(place.name + _ASIDE)
-        if not resumable:
-            shutil.rmtree(aside, ignore_errors=True)
+        # What is begun records its own paths; what is not continued must not meet what a builder that was
+        # cut off still writes.
+        aside = place.with_name(f"{place.name}{_ASIDE}" + ("" if resumable else str(mine.generation)))
+        for interrupted in place.parent.glob(f"{place.name}{_ASIDE}*"):
+            if not (resumable and interrupted == aside):
+                shutil.rmtree(interrupted, ignore_errors=True)
         aside.mkdir(exist_ok=True)
         started = time.perf_counter()
         try:
@@ -131,6 +136,7 @@ class StageStore:
                 "effir_ray": __version__,
             }
             (aside / "stage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            mine.check()
             aside.rename(place)
         except BaseException as error:
             if not resumable or isinstance(error, InputError | TrialFailure):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "provenance"),
     ("files", "readers", "progress", "contrastive", "pages"),
-    ("caches",),
+    ("caches", "leases"),
     ("hardware",),
     ("config", "storage", "stages", "cluster"),
     ("models", "data"),

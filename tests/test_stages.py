@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.stages import StageStore, fingerprint
 
 
@@ -73,14 +73,14 @@ def test_a_killed_build_is_not_mistaken_for_a_result(tmp_path: Path) -> None:
     worker = SPAWN.Process(target=_slow_build, args=(tmp_path, 60))
     worker.start()
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("slow/*.tmp/half")):
+    while not list(tmp_path.glob("slow/*.tmp*/half")):
         assert worker.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(worker.pid or 0, signal.SIGKILL)
     worker.join(60)
     place = StageStore(tmp_path).run("slow", {}, _write)
     assert sorted(item.name for item in place.iterdir()) == ["stage.json", "value"]
-    assert not list(tmp_path.glob("slow/*.tmp"))
+    assert not list(tmp_path.glob("slow/*.tmp*"))
 
 
 def test_a_resumable_build_goes_on_in_its_folder(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_resumable_build_that_cannot_go_on_begins_anew(tmp_path: Path, error: 
 
     with pytest.raises(type(error)):
         StageStore(tmp_path).run("train", {}, fails, resumable=True)
-    assert not list(tmp_path.glob("train/*.tmp"))
+    assert not list(tmp_path.glob("train/*.tmp*"))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("(os error 28)")])
@@ -130,3 +130,31 @@ def test_fingerprint_sees_names_and_bytes(tmp_path: Path) -> None:
     changed = fingerprint(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({before, changed, fingerprint(tmp_path)}) == 3
+
+
+def test_a_build_that_another_process_took_over_finishes_nothing(tmp_path: Path) -> None:
+    store = StageStore(tmp_path)
+
+    def cut_off(folder: Path) -> None:
+        (folder / "value").write_text("of the first")
+        (holder,) = (tmp_path / "locks").glob("s-*.1")
+        holder.with_suffix(".2").write_text("{}")
+
+    with pytest.raises(LostProcess, match="took this work over"):
+        store.run("s", {}, cut_off)
+    assert not list(tmp_path.glob("s/*"))
+
+
+def test_who_waits_hears_for_whom(tmp_path: Path) -> None:
+    heard: set[int] = set()
+    worker = SPAWN.Process(target=_slow_build, args=(tmp_path, 1.0))
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("slow/*.tmp*/half")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    StageStore(tmp_path).run(
+        "slow", {}, _write, waiting=lambda owner, seconds: heard.add(owner.pid if owner else 0)
+    )
+    assert heard == {worker.pid}
+    worker.join(60)

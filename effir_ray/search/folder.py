@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.compute as pc
-from filelock import FileLock, Timeout
 
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import PINNED, Hardware, available_cores, detect
+from effir_ray.leases import EXPIRY, Held, Lease, Owner, lease
+from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
@@ -30,6 +31,7 @@ from effir_ray.search.space import SearchSpace
 
 STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
+_LEASES = ".leases"
 
 
 _NOT_IDENTITY = (
@@ -138,17 +140,30 @@ def claim(
 
 
 @contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Only one search works in a folder. The system frees the lock of a killed one."""
-    lock = FileLock(out / ".lock")
+def exclusive(out: Path) -> Iterator[Lease]:
+    """Only one search works in a folder. That of a killed one is taken over: at once on its own machine,
+    after ``EXPIRY`` seconds elsewhere."""
+    said = False
+
+    def waiting(owner: Owner | None, seconds: float) -> None:
+        nonlocal said
+        stream = progress_stream()
+        if stream is not None and not said:
+            said = True
+            print(
+                f"{out}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to see "
+                "whether it still lives.",
+                file=stream,
+            )
+
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{out}: another search is running in this folder; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        with lease(out / _LEASES, "search", waiting=waiting, wait=False) as mine:
+            yield mine
+    except Held as held:
+        raise InputError(
+            f"{out}: another search is running in this folder ({held.owner or 'starting'}); wait for it or "
+            "stop it"
+        ) from None
 
 
 def finished_rows(out: Path, space: SearchSpace) -> list[TrialRow]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
@@ -20,7 +19,9 @@ from effir_ray.cluster.devices import machine, on_device
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row, mean_columns
+from effir_ray.leases import Owner
 from effir_ray.models.names import backbone_fingerprint
+from effir_ray.progress import duration, progress_stream
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
@@ -34,6 +35,8 @@ from effir_ray.stages import StageStore
 from effir_ray.training.identity import training_identity
 
 Listener = Callable[[str], None]
+
+_SAY_WAITING, _SAY_AGAIN = 2.0, 10.0  # seconds of waiting for another process
 
 
 def run_trial(
@@ -49,7 +52,7 @@ def run_trial(
 ) -> list[TrialRow]:
     """Score ``config`` on ``split``: its row; of several data sets the row of the means, then one for each.
 
-    ``listener`` hears the name of every stage that is really run. Scores of single queries go to the study's
+    ``listener`` hears the name of every stage that is really run, or waited for. Scores of single queries go to the study's
     folder ``out``, before anyone writes the rows: none lacks them.
     ``here``: what stages compute on, where that is known.
 
@@ -109,6 +112,7 @@ class StageRunner:
     def __init__(self, config: TrialConfig, split: Split, store: StageStore, listener: Listener) -> None:
         self.config, self.split, self.store, self.listener = config, split, store, listener
         self.device_seconds = 0.0
+        self._said = 0.0  # into a wait, when it was last said
 
     def make(self, keyed: KeyedStage) -> Path:
         """The folder of the stage, built if it is not there."""
@@ -120,7 +124,12 @@ class StageRunner:
         stage = keyed.stage
         build = partial(self._build, keyed)
         return self.store.run(
-            stage.name, keyed.inputs, build, version=stage.version, resumable=stage.resumable
+            stage.name,
+            keyed.inputs,
+            build,
+            version=stage.version,
+            resumable=stage.resumable,
+            waiting=partial(self._waits, keyed.name),
         )
 
     def task(self, keyed: KeyedStage, out: Path) -> StageTask:
@@ -153,8 +162,21 @@ class StageRunner:
         if not stage.exclusive:
             yield
             return
-        with FileLock(self.store.lock(platform.node())):
+        with self.store.lease(platform.node(), partial(self._waits, stage.name)):
             yield
+
+    def _waits(self, stage: str, owner: Owner | None, seconds: float) -> None:
+        """Another trial, maybe of another node, makes it or has the machine."""
+        said = self._said if seconds > self._said else 0.0  # this may be another wait
+        if seconds - said < (_SAY_AGAIN if said else _SAY_WAITING):
+            return
+        if not said:
+            self.listener(stage)
+        self._said = seconds
+        stream = progress_stream()
+        if stream is not None:
+            held_by = f", which {owner} has" if owner else ""
+            print(f"waiting {duration(seconds)} for it{held_by}", file=stream)
 
 
 def failed_row(
