@@ -58,7 +58,9 @@ class Owner:
     def here(cls) -> Self:
         """This process."""
         pid = os.getpid()
-        return cls(host=platform.node(), machine=_machine(), pid=pid, started=psutil.Process(pid).create_time())
+        return cls(
+            host=platform.node(), machine=_machine(), pid=pid, started=psutil.Process(pid).create_time()
+        )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
