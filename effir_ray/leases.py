@@ -57,10 +57,8 @@ class Owner:
     @classmethod
     def here(cls) -> Self:
         """This process."""
-        pid = os.getpid()
-        return cls(
-            host=platform.node(), machine=_machine(), pid=pid, started=psutil.Process(pid).create_time()
-        )
+        process = psutil.Process()
+        return cls(host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -75,7 +73,7 @@ class Owner:
         """Only of a nearby one; a process that got the same number soon after it may be taken for it."""
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _CLOCK_STEP
+            same: bool = abs(process.create_time() - self.started) < _CLOCK_STEP
             return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
@@ -229,9 +227,10 @@ def _highest(place: Path, name: str) -> int:
 def _machine() -> str:
     """The same for processes that see each other's process ids, and for no others."""
     parts = [platform.node()]
-    for file in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with suppress(OSError):
-            parts.append(os.readlink(file) if os.path.islink(file) else Path(file).read_text().strip())
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
     return " ".join(parts)
 
 

@@ -151,8 +151,8 @@ def exclusive(out: Path) -> Iterator[Lease]:
         if stream is not None and not said:
             said = True
             print(
-                f"{out}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to see "
-                "whether it still lives.",
+                f"{out}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to "
+                "see whether it still lives.",
                 file=stream,
             )
 

@@ -52,8 +52,8 @@ def run_trial(
 ) -> list[TrialRow]:
     """Score ``config`` on ``split``: its row; of several data sets the row of the means, then one for each.
 
-    ``listener`` hears the name of every stage that is really run, or waited for. Scores of single queries go to the study's
-    folder ``out``, before anyone writes the rows: none lacks them.
+    ``listener`` hears the name of every stage that is really run, or waited for. Scores of single queries go
+    to the study's folder ``out``, before anyone writes the rows: none lacks them.
     ``here``: what stages compute on, where that is known.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
