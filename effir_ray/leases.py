@@ -2,7 +2,7 @@
 
 File locks of a network file system end with neither their process nor its machine, or do nothing at all. A
 lease is a file that its holder touches: whoever waits sees by a clock of its own that nobody touches it any
-more, whatever the clocks of others say. Only an exclusive creation is asked of the file system.
+more, whatever the clocks of others say.
 
 A name's files are ``NAME.<generation>``; the highest counts. It holds who has the lease, or says that it is
 free; who takes it next, from a holder that let go or from a dead one, makes the next generation. Of two that
@@ -17,18 +17,19 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import psutil
 
+from effir_ray import storage
 from effir_ray.errors import LostProcess
 from effir_ray.files import write_whole
-from effir_ray.progress import duration
 
 _HEARTBEAT = 5.0
 """Seconds between two touches."""
@@ -40,7 +41,10 @@ another machine did up to a minute late."""
 _CLOCK_STEP = 60.0
 """Seconds by which a clock that is set may change when a process seems to have begun."""
 
-_FREE = "free"
+_SETTLING = 2.5
+"""Seconds after which all that tried at the same moment are seen in an object store, whose times are whole
+seconds."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two looks
 
 
@@ -58,7 +62,9 @@ class Owner:
     def here(cls) -> Self:
         """This process."""
         process = psutil.Process()
-        return cls(host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time())
+        return cls(
+            host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time()
+        )
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -79,24 +85,49 @@ class Owner:
             return False
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One generation: ``key`` is its file, ``touched`` when its holder last did so (or made it), in ns by the
+    clock of whoever keeps the file."""
+
+    generation: int
+    key: str
+    touched: int
+    free: bool = False
+
+
+class _Place(Protocol):
+    """Where leases lie."""
+
+    def last(self, name: str) -> _Entry | None:
+        """The highest generation."""
+
+    def create(self, name: str, generation: int, owner: str) -> str | None:
+        """The key of a new generation; None when another process was faster. Older ones go."""
+
+    def owner(self, key: str) -> str | None: ...
+
+    def touch(self, key: str) -> None: ...
+
+    def free(self, key: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Lease:
     """What this process holds."""
 
-    place: Path
+    place: _Place
     name: str
     generation: int
+    key: str
 
     def check(self) -> None:
         """Raise LostProcess when another process has taken it over: what was done since does not count."""
-        if _highest(self.place, self.name) != self.generation or not self.file.exists():
+        last = self.place.last(self.name)
+        if last is None or last.generation != self.generation:
             raise LostProcess(
                 f"{self.name}: another process took this work over while this one was stopped or cut off"
             )
-
-    @property
-    def file(self) -> Path:
-        return _file(self.place, self.name, self.generation)
 
 
 class Held(Exception):
@@ -113,37 +144,40 @@ Waiting = Callable[[Owner | None, float], None]
 
 @contextmanager
 def lease(
-    place: Path, name: str, *, waiting: Waiting = lambda owner, seconds: None, wait: bool = True
+    place: Path | str, name: str, *, waiting: Waiting = lambda owner, seconds: None, wait: bool = True
 ) -> Iterator[Lease]:
-    """Hold ``name`` of the folder ``place``, after everybody who had it before.
+    """Hold ``name`` of ``place``, a folder or a URI, after everybody who had it before.
 
     Without ``wait`` raises Held as soon as it is known that another process has it and lives, which takes up
     to ``EXPIRY`` seconds for one on another machine. A dead holder's lease is taken over.
     """
-    place.mkdir(parents=True, exist_ok=True)
-    mine = _acquire(place, name, waiting, wait)
+    mine = _acquire(_place(place), name, waiting, wait)
     _beating.add(mine)
     try:
         yield mine
     finally:
         _beating.remove(mine)
-        with suppress(FileNotFoundError):
-            if mine.file.stat() and _highest(place, name) == mine.generation:
-                write_whole(mine.file, _FREE)
+        last = mine.place.last(name)
+        if last is not None and last.generation == mine.generation:
+            mine.place.free(mine.key)
 
 
-def _acquire(place: Path, name: str, waiting: Waiting, wait: bool) -> Lease:
+def _place(place: Path | str) -> _Place:
+    return _Objects(str(place)) if storage.is_uri(place) else _Files(Path(place))
+
+
+def _acquire(place: _Place, name: str, waiting: Waiting, wait: bool) -> Lease:
     watched = _Watched()
     begun, pause = time.monotonic(), _FIRST_PAUSE
     while True:
-        generation = _highest(place, name)
-        taken = _owner(_file(place, name, generation)) if generation else _FREE
-        if taken == _FREE or watched.is_dead(_file(place, name, generation), taken):
-            mine = _create(place, name, generation + 1)
-            if mine is not None:
-                return mine
+        last = place.last(name)
+        owner = None if last is None or last.free else _read_owner(place.owner(last.key))
+        if last is None or last.free or watched.is_dead(last, owner):
+            generation = 1 if last is None else last.generation + 1
+            key = place.create(name, generation, json.dumps(asdict(Owner.here())))
+            if key is not None:
+                return Lease(place, name, generation, key)
             continue  # another was faster
-        owner = taken if isinstance(taken, Owner) else None
         if not wait and watched.lives:
             raise Held(owner)
         waiting(owner, time.monotonic() - begun)
@@ -153,74 +187,158 @@ def _acquire(place: Path, name: str, waiting: Waiting, wait: bool) -> Lease:
 
 @dataclass
 class _Watched:
-    """What a process that waits has seen of the holder's file."""
+    """What a process that waits has seen of the holder."""
 
-    seen: tuple[Path, int] | None = None  # file, and when it was touched by its file system's clock
+    seen: tuple[str, int] | None = None  # its file, and when it was touched
     since: float = 0.0  # by this process's clock
     lives: bool = False
 
-    def is_dead(self, file: Path, owner: Owner | str | None) -> bool:
-        """``owner``: what the file says; None where it is empty or gone."""
-        if isinstance(owner, Owner) and owner.nearby:
+    def is_dead(self, last: _Entry, owner: Owner | None) -> bool:
+        """``owner``: None where it has not said who it is."""
+        if owner is not None and owner.nearby:
             self.lives = owner.lives
             if not self.lives:
                 return True
-        try:
-            now = (file, file.stat().st_mtime_ns)
-        except FileNotFoundError:
-            return False  # look again
+        now = (last.key, last.touched)
         if now != self.seen:
             self.lives = self.lives or (self.seen is not None and now[0] == self.seen[0])
             self.seen, self.since = now, time.monotonic()
         return time.monotonic() - self.since > EXPIRY
 
 
-def _create(place: Path, name: str, generation: int) -> Lease | None:
-    """The lease, unless another process was faster."""
-    file = _file(place, name, generation)
+def _read_owner(text: str | None) -> Owner | None:
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return None
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(json.dumps(asdict(Owner.here())))
-    known = _generations(place, name)
-    if max(known) > generation:  # this generation had come and gone since one looked
-        file.unlink()
-        return None
-    for old in known:
-        if old < generation:
-            _file(place, name, old).unlink(missing_ok=True)
-    return Lease(place, name, generation)
-
-
-def _owner(file: Path) -> Owner | str | None:
-    """Who holds it; ``_FREE``; or None for a file that is being written or was just replaced."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    if text == _FREE:
-        return _FREE
-    try:
-        return Owner(**json.loads(text))
-    except (ValueError, TypeError):
+        return Owner(**json.loads(text or ""))
+    except (ValueError, TypeError):  # it is being written
         return None
 
 
-def _file(place: Path, name: str, generation: int) -> Path:
-    return place / f"{name}.{generation}"
+@dataclass(frozen=True)
+class _Files:
+    """In a folder: ``NAME.<generation>``, of which the file system lets one process create each.
+
+    A free one stays, as what the next generation is counted from.
+    """
+
+    folder: Path
+
+    def last(self, name: str) -> _Entry | None:
+        generation = max(self._generations(name), default=0)
+        file = self.folder / f"{name}.{generation}"
+        try:
+            status = file.stat()
+            free = status.st_size == len(_FREE) and file.read_text() == _FREE
+        except FileNotFoundError:  # none, or it has just made way for the next
+            return self.last(name) if generation else None
+        return _Entry(generation=generation, key=file.name, touched=status.st_mtime_ns, free=free)
+
+    def create(self, name: str, generation: int, owner: str) -> str | None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{name}.{generation}"
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return None
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(owner)
+        known = self._generations(name)
+        if max(known) > generation:  # this generation had come and gone since one looked
+            file.unlink()
+            return None
+        for old in known:
+            if old < generation:
+                (self.folder / f"{name}.{old}").unlink(missing_ok=True)
+        return file.name
+
+    def owner(self, key: str) -> str | None:
+        try:
+            return (self.folder / key).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def touch(self, key: str) -> None:
+        os.utime(self.folder / key)
+
+    def free(self, key: str) -> None:
+        write_whole(self.folder / key, _FREE)
+
+    def _generations(self, name: str) -> list[int]:
+        try:
+            with os.scandir(self.folder) as found:
+                names = [entry.name for entry in found if entry.name.startswith(f"{name}.")]
+        except FileNotFoundError:
+            return []
+        numbers = [each[len(name) + 1 :] for each in names]
+        return [int(number) for number in numbers if number.isdigit()]
 
 
-def _generations(place: Path, name: str) -> list[int]:
-    with os.scandir(place) as entries:
-        names = [entry.name for entry in entries if entry.name.startswith(f"{name}.")]
-    numbers = [found[len(name) + 1 :] for found in names]
-    return [int(number) for number in numbers if number.isdigit()]
+_FREE = "free"
 
 
-def _highest(place: Path, name: str) -> int:
-    return max(_generations(place, name), default=0)
+@dataclass(frozen=True)
+class _Objects:
+    """In an object store, which lets everybody write everything, but shows at once what was written.
+
+    Who wants a generation puts ``NAME@<generation>@<token>`` and looks again after ``_SETTLING`` seconds: the
+    earliest of that generation has it, by the store's own clock, then by token. That object is not written
+    again; its holder touches ``...@beat``, and ``...@free`` says that it let go.
+    """
+
+    uri: str
+
+    def last(self, name: str) -> _Entry | None:
+        found = self._found(name)
+        return max(found, key=lambda entry: entry.generation) if found else None
+
+    def create(self, name: str, generation: int, owner: str) -> str | None:
+        key = f"{name}@{generation}@{uuid.uuid4().hex[:12]}"
+        storage.put(storage.join(self.uri, key), owner.encode())
+        time.sleep(_SETTLING)
+        found = self._found(name)
+        first = max(found, key=lambda entry: entry.generation)
+        if first.key != key:
+            self._remove(key)
+            return None
+        for old in found:
+            if old.generation < generation:
+                self._remove(old.key)
+        return key
+
+    def owner(self, key: str) -> str | None:
+        content = storage.get(storage.join(self.uri, key))
+        return None if content is None else content.decode()
+
+    def touch(self, key: str) -> None:
+        storage.put(storage.join(self.uri, f"{key}{_BEAT}"), b"")
+
+    def free(self, key: str) -> None:
+        storage.put(storage.join(self.uri, f"{key}{_LET_GO}"), b"")
+
+    def _remove(self, key: str) -> None:
+        for each in (key, f"{key}{_BEAT}", f"{key}{_LET_GO}"):
+            storage.discard(storage.join(self.uri, each))
+
+    def _found(self, name: str) -> list[_Entry]:
+        """The first of each generation."""
+        objects = storage.entries(self.uri)
+        first: dict[int, tuple[int, str]] = {}
+        for key, written in objects.items():
+            parts = key.rsplit("@", 2)
+            if len(parts) == 3 and parts[0] == name and parts[1].isdigit():
+                generation = int(parts[1])
+                first[generation] = min(first.get(generation, (written, key)), (written, key))
+        return [
+            _Entry(
+                generation=generation,
+                key=key,
+                touched=objects.get(f"{key}{_BEAT}", written),
+                free=f"{key}{_LET_GO}" in objects,
+            )
+            for generation, (written, key) in first.items()
+        ]
+
+
+_BEAT, _LET_GO = "@beat", "@free"
 
 
 @cache
@@ -262,13 +380,8 @@ class _Heart:
                     self.thread = None
                     return
             for lease in held:
-                with suppress(OSError):  # gone, or a file system that is away for a moment
-                    os.utime(lease.file)
+                with suppress(OSError, LostProcess):  # gone, or a file system that is away for a moment
+                    lease.place.touch(lease.key)
 
 
 _beating = _Heart()
-
-
-def waiting_for(what: str, owner: Owner | None, seconds: float) -> str:
-    """``waiting 1 min 12 s for embeddings, which process 123 on node-4 is making``."""
-    return f"waiting {duration(seconds)} for {what}, which {owner or 'another process'} is making"

@@ -11,14 +11,23 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from effir_ray import storage
 from effir_ray.errors import InputError, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
 from effir_ray.leases import Lease, Waiting, lease
 from effir_ray.provenance import __version__
 
+_RECORD = "stage.json"
 _FREED = "freed.json"
+_FREED_HERE = "freed"  # notes of what this machine freed in an object store
+_SMALL = "small"  # single files of stages that are whole only in an object store
 _LOCKS = "locks"
 _ASIDE = ".tmp"  # in the name of a folder that is being built
+
+_CHECKPOINTS = "checkpoints"
+_LISTED_FOR = 5.0  # seconds that a listing of an object store is good for
+
+GONE = ".gone"  # at the end of the name of a folder that is being deleted
 
 _KEY_LENGTH = 16  # hex digits of the hash in a folder name: 64 bits
 
@@ -28,12 +37,17 @@ class StageStore:
 
     A stage is built in a folder ``<its name>.tmp...`` beside its place and renamed when complete, so a killed
     run leaves nothing that a later one mistakes for a result. Who builds holds a lease: a builder that was
-    cut off and comes back can finish nothing any more. ``root/runs.log`` holds one line a build, for
+    cut off and comes back can finish nothing any more.
+
+    With ``remote``, a URI, the stages of all machines are kept there, with the same names; ``root`` holds
+    those that this machine built or needed, in the same folder on each. ``root/runs.log`` holds one line a build, for
     audits. Of a stage that was ``free``d only the small files are left: it is built again when it is needed.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Path, remote: str = "") -> None:
+        self.root, self.remote = Path(root), remote
+        self._records: dict[str, dict[str, Any]] = {}  # of stages that are in the object store
+        self._listed: dict[str, tuple[float, set[str]]] = {}  # kind -> when it was listed, names
 
     def path(self, stage: str, inputs: Mapping[str, Any], *, version: int = 1) -> Path:
         """Where the stage lies or would lie."""
@@ -41,35 +55,151 @@ class StageStore:
         return self.root / stage / _digest(identity)[:_KEY_LENGTH]
 
     def has(self, place: Path) -> bool:
-        """Whether the stage at ``place`` is there with everything it holds."""
-        return (place / "stage.json").exists() and not (place / _FREED).exists()
+        """Whether the stage at ``place`` exists with everything it holds, here or in the object store."""
+        if self.remote:
+            there = self._at(place)
+            return storage.there(storage.join(there, _RECORD)) and not storage.there(
+                storage.join(there, _FREED)
+            )
+        return _whole(place)
+
+    def bring(self, place: Path) -> Path:
+        """The stage at ``place``, which exists, on this machine's disk."""
+        if self.remote and not _whole(place):
+            shutil.rmtree(place, ignore_errors=True)
+            storage.bring(self._at(place), place)
+        return place
+
+    @property
+    def checkpoints(self) -> str:
+        """Where trainings of a store on several machines keep theirs."""
+        return storage.join(self.remote, _CHECKPOINTS)
+
+    def local(self, name: str) -> str:
+        """``name``; where it is a path in a stage of this store, of which this machine has then a copy."""
+        if self.remote and Path(name).is_relative_to(self.root):
+            kind, key, *_ = Path(name).relative_to(self.root).parts
+            self.bring(self.root / kind / key)
+        return name
+
+    def target(self, aside: Path, name: str) -> str:
+        """Where workers of all machines can write the part ``name`` of the stage that is built in ``aside``:
+        there, or in the object store."""
+        return storage.join(self._at(_place_of(aside)), name) if self.remote else str(aside / name)
+
+    def small(self, place: Path, name: str) -> Path:
+        """A small file of the stage at ``place``, on this machine's disk."""
+        if not self.remote or _whole(place):
+            return place / name
+        file = self.root / _SMALL / self._key(place) / name
+        if not file.exists():
+            content = storage.get(storage.join(self._at(place), name))
+            if content is not None:
+                write_whole(_made(file.parent) / name, content)
+        return file
+
+    def send(self, aside: Path) -> None:
+        """What was built in ``aside`` to the object store, where it counts when its record follows."""
+        place = _place_of(aside)
+        for entry in aside.iterdir():
+            if entry.name != _RECORD:
+                storage.send(entry, storage.join(self._at(place), entry.name))
+
+    def record(self, place: Path) -> dict[str, Any] | None:
+        """What ``stage.json`` says of a finished stage, freed or not; None for one that does not exist. Of
+        an object store it may be some seconds old."""
+        if not self.remote:
+            file = place / _RECORD
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        key = self._key(place)
+        if key not in self._records and place.name in self._names(place.parent.name):
+            content = storage.get(storage.join(self._at(place), _RECORD))
+            if content is not None:
+                self._records[key] = json.loads(content)
+        return self._records.get(key)
 
     def finished(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         """The folder and the inputs of every finished stage of a kind, freed ones too."""
-        for record in sorted(self.root.glob(f"{stage}/*/stage.json")):
-            if _ASIDE not in record.parent.name:
-                yield record.parent, json.loads(record.read_text(encoding="utf-8"))["inputs"]
+        names = self._names(stage) if self.remote else {each.name for each in self.root.glob(f"{stage}/*")}
+        for name in sorted(names):
+            if _ASIDE not in name and (found := self.record(self.root / stage / name)) is not None:
+                yield self.root / stage / name, found["inputs"]
+
+    def holds(self, place: Path, part: str) -> bool:
+        """Whether the folder ``part`` of the stage at ``place`` is there."""
+        if self.remote:
+            found = storage.entries(self._at(place))
+            return part in found and f"{part}{GONE}" not in found
+        return (place / part).exists()
+
+    def drop(self, place: Path, part: str) -> None:
+        """Delete the folder ``part`` of a stage that is whole without it."""
+        gone = f"{part}{GONE}"  # first: a kill in between leaves nothing that looks whole
+        if self.remote:
+            there = self._at(place)
+            storage.put(storage.join(there, gone), b"")
+            storage.discard(storage.join(there, part))
+            storage.discard(storage.join(there, gone))
+        if (place / part).exists():
+            (place / part).rename(place / gone)
+        shutil.rmtree(place / gone, ignore_errors=True)
+
+    def bytes_of(self, place: Path, part: str) -> int:
+        """Of the folder ``part``, where it is there."""
+        if self.remote:
+            return storage.bytes_at(storage.join(self._at(place), part))
+        return size_on_disk(place / part) if (place / part).exists() else 0
+
+    def _key(self, place: Path) -> str:
+        return place.relative_to(self.root).as_posix()
+
+    def _at(self, place: Path) -> str:
+        return storage.join(self.remote, self._key(place))
+
+    def _names(self, stage: str) -> set[str]:
+        """Of the folders of a kind in the object store, which may be finished, some seconds ago."""
+        listed, names = self._listed.get(stage, (-_LISTED_FOR, set()))
+        if time.monotonic() - listed >= _LISTED_FOR:
+            names = set(storage.entries(storage.join(self.remote, stage)))
+            self._listed[stage] = (time.monotonic(), names)
+        return names
 
     def lease(self, name: str, waiting: Waiting) -> AbstractContextManager[Lease]:
         """To be held for what only one process at a time may do."""
-        return lease(self.root / _LOCKS, name, waiting=waiting)
+        place = storage.join(self.remote, _LOCKS) if self.remote else self.root / _LOCKS
+        return lease(place, name, waiting=waiting)
 
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
+        if self.remote:
+            storage.discard(storage.join(self.remote, _LOCKS))
         shutil.rmtree(self.root / _LOCKS, ignore_errors=True)
 
     def free(self, place: Path, part: str) -> None:
         """Delete the folder ``part`` of the stage at ``place``, and note how many bytes it had."""
+        if self.remote:
+            self._free_remote(place, part)
+            return
         bulk = place / part
-        if not (place / "stage.json").exists() or bulk.is_symlink() or not bulk.exists():
+        if not (place / _RECORD).exists() or bulk.is_symlink() or not bulk.exists():
             return
         if self.has(place):  # noted first: a kill in between leaves nothing that looks whole
             write_whole(place / _FREED, json.dumps({"part": part, "bytes": size_on_disk(bulk)}))
         shutil.rmtree(bulk, ignore_errors=True)
 
+    def _free_remote(self, place: Path, part: str) -> None:
+        there = self._at(place)
+        if not self.holds(place, part) or self.record(place) is None:
+            return
+        note = json.dumps({"part": part, "bytes": self.bytes_of(place, part)})
+        storage.put(storage.join(there, _FREED), note.encode())
+        storage.discard(storage.join(there, part))
+        shutil.rmtree(place, ignore_errors=True)
+        write_whole(_made(self.root / _FREED_HERE) / f"{place.parent.name}-{place.name}.json", note)
+
     def freed_bytes(self) -> int:
-        """What was freed and not built again since."""
-        notes = self.root.glob(f"*/*/{_FREED}")
+        """What was freed and not built again since; of an object store what this machine freed."""
+        notes = self.root.glob(f"{_FREED_HERE}/*" if self.remote else f"*/*/{_FREED}")
         return sum(int(json.loads(note.read_text(encoding="utf-8"))["bytes"]) for note in notes)
 
     def run(
@@ -92,11 +222,13 @@ class StageStore:
         """
         place = self.path(stage, inputs, version=version)
         if self.has(place):
-            return place
+            return self.bring(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with self.lease(f"{stage}-{place.name}", waiting) as mine:
-                if not self.has(place):
+                if self.has(place):
+                    self.bring(place)
+                else:
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
             if is_disk_full(error):
@@ -116,8 +248,11 @@ class StageStore:
         resumable: bool,
         mine: Lease,
     ) -> None:
-        """Called with the stage's lease held."""
+        """Called with the stage's lease held. ``build`` may do so on another machine and ``send`` it from
+        there."""
         shutil.rmtree(place, ignore_errors=True)
+        if self.remote and not resumable:
+            storage.discard(self._at(place))
         # What is begun records its own paths; what is not continued must not meet what a builder that was
         # cut off still writes.
         aside = place.with_name(f"{place.name}{_ASIDE}" + ("" if resumable else str(mine.generation)))
@@ -128,6 +263,7 @@ class StageStore:
         started = time.perf_counter()
         try:
             build(aside)
+            elsewhere = self.remote and not any(aside.iterdir())  # on another machine, which has sent it
             record = {
                 "stage": stage,
                 "version": version,
@@ -135,15 +271,36 @@ class StageStore:
                 "seconds": round(time.perf_counter() - started, 3),
                 "effir_ray": __version__,
             }
-            (aside / "stage.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            (aside / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+            if self.remote and not elsewhere:
+                self.send(aside)
             mine.check()
-            aside.rename(place)
+            if self.remote:
+                storage.put(storage.join(self._at(place), _RECORD), (aside / _RECORD).read_bytes())
+                storage.discard(storage.join(self._at(place), _FREED))
+            if elsewhere:
+                shutil.rmtree(aside)
+            else:
+                aside.rename(place)
         except BaseException as error:
             if not resumable or isinstance(error, InputError | TrialFailure):
                 shutil.rmtree(aside, ignore_errors=True)
             raise
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def _place_of(aside: Path) -> Path:
+    return aside.with_name(aside.name.partition(_ASIDE)[0])
+
+
+def _whole(place: Path) -> bool:
+    return (place / _RECORD).exists() and not (place / _FREED).exists()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def size_on_disk(place: Path) -> int:

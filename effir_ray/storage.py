@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, LostProcess
 from effir_ray.files import write_whole
 from effir_ray.readers import parse_json
+
+T = TypeVar("T")
+
+_TRIES, _LONGEST_PAUSE = 7, 10.0
+"""An object store that fails is asked again for about half a minute."""
 
 
 def is_uri(place: str | Path) -> bool:
@@ -159,6 +165,114 @@ def write_json(target: str, value: Any) -> None:
         system.create_dir(path.rpartition("/")[0], recursive=True)
         with system.open_output_stream(path) as stream:
             stream.write(text.encode())
+
+
+# -- what goes on where an object store fails for a moment -------------------------------------------
+
+
+def put(target: str, content: bytes) -> None:
+    """The object at the URI ``target``: whole or not there. Raises LostProcess as the others here do, for a
+    store that does not answer for half a minute."""
+    system, path = locate(target)
+
+    def attempt() -> None:
+        with system.open_output_stream(path) as stream:
+            stream.write(content)
+
+    _steadily(target, attempt)
+
+
+def get(source: str) -> bytes | None:
+    """What ``put`` wrote; None where there is no object."""
+    system, path = locate(source)
+
+    def attempt() -> bytes | None:
+        try:
+            with system.open_input_stream(path) as stream:
+                content: bytes = stream.read()
+        except FileNotFoundError:
+            return None
+        return content
+
+    return _steadily(source, attempt)
+
+
+def entries(folder: str) -> dict[str, int]:
+    """Names directly in the folder at a URI, and when each was written in ns (0 for folders)."""
+    from pyarrow import fs
+
+    system, path = locate(folder)
+
+    def attempt() -> dict[str, int]:
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return {info.base_name: info.mtime_ns or 0 for info in found}
+
+    return _steadily(folder, attempt)
+
+
+def there(place: str) -> bool:
+    """Whether an object is at the URI."""
+    from pyarrow import fs
+
+    system, path = locate(place)
+    return _steadily(place, lambda: bool(system.get_file_info(path).type == fs.FileType.File))
+
+
+def send(source: Path, target: str) -> None:
+    """Copy the file or folder ``source`` to a URI; what links lead to is copied too."""
+    from pyarrow import fs
+
+    system, path = locate(target)
+
+    def attempt() -> None:
+        if not source.is_dir():
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+        fs.copy_files(str(source), path, destination_filesystem=system)
+
+    _steadily(target, attempt)
+
+
+def bring(source: str, target: Path) -> None:
+    """Copy the folder at a URI to ``target``, which is complete or not there; one that is there stays."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        new = Path(scratch) / "new"
+
+        def attempt() -> None:
+            shutil.rmtree(new, ignore_errors=True)
+            _copy(source, new)
+
+        _steadily(source, attempt)
+        if not target.exists():
+            new.rename(target)
+
+
+def discard(place: str) -> None:
+    """Delete the object or folder at a URI; nothing happens when there is none."""
+    _steadily(place, lambda: remove(place))
+
+
+def bytes_at(folder: str) -> int:
+    """Of all objects below a URI."""
+    from pyarrow import fs
+
+    system, path = locate(folder)
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+    return _steadily(folder, lambda: sum(info.size or 0 for info in system.get_file_info(selector)))
+
+
+def _steadily(place: str, attempt: Callable[[], T]) -> T:
+    for failures in range(_TRIES - 1):
+        try:
+            return attempt()
+        except (OSError, ValueError, InputError) as error:  # pyarrow's own errors are ValueErrors
+            if isinstance(error, FileNotFoundError):
+                raise
+            time.sleep(min(0.25 * 2**failures, _LONGEST_PAUSE))
+    try:
+        return attempt()
+    except (OSError, ValueError, InputError) as error:
+        raise LostProcess(f"{place} does not answer any more: {_reason(error)}") from error
 
 
 def read_json(source: str) -> Any:

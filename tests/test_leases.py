@@ -127,9 +127,10 @@ def test_holders_are_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(leases, "_HEARTBEAT", 0.05)
     monkeypatch.setattr(leases, "_beating", leases._Heart())
     with lease(tmp_path, "x") as mine:
-        os.utime(mine.file, (1, 1))
+        file = tmp_path / mine.key
+        os.utime(file, (1, 1))
         deadline = time.monotonic() + 10
-        while mine.file.stat().st_mtime < 100:
+        while file.stat().st_mtime < 100:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
@@ -146,7 +147,7 @@ def test_what_was_taken_over_does_not_count(tmp_path: Path) -> None:
 def test_a_generation_that_came_and_went_is_not_used_again(tmp_path: Path) -> None:
     """Between looking and creating a whole life of another holder may pass."""
     (tmp_path / "x.3").write_text("free")
-    assert leases._create(tmp_path, "x", 2) is None
+    assert leases._Files(tmp_path).create("x", 2, "") is None
     assert [file.name for file in tmp_path.glob("x.*")] == ["x.3"]
 
 

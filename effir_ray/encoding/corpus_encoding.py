@@ -43,6 +43,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
+from effir_ray.stages import StageStore
 
 SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
@@ -62,13 +63,15 @@ def encode_corpus(
     dtype: StoredType = "float32",
     precision: Precision | None = None,
     address: str | None = None,
+    stages: StageStore | None = None,
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
     ``precision``: what is multiplied in, see ``Encoder``; chosen by the machine without one.
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
-    one worker without an address is this process. A second call returns what is there, without Ray and
+    one worker without an address is this process. ``stages``: the store that a stage's ``model`` lies in, from
+    which workers of other machines get it. A second call returns what is there, without Ray and
     without loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
     embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
     memory.
@@ -94,7 +97,7 @@ def encode_corpus(
         with _only_writer(folder):
             _prepare(folder, encoding)
             missing = sorted(set(range(encoding.shards)) - folder.finished())
-            _encode_missing(folder, encoding, data.corpus, missing, workers, address)
+            _encode_missing(folder, encoding, data.corpus, missing, workers, address, stages)
     return CorpusEmbeddings(folder)
 
 
@@ -151,6 +154,7 @@ def _encode_missing(
     missing: list[int],
     workers: int,
     address: str | None,
+    stages: StageStore | None,
 ) -> None:
     if not missing:
         return
@@ -178,6 +182,7 @@ def _encode_missing(
             "path": corpus.path,
             "workers_a_node": _workers_a_node(workers, resources),
             "computed_in": _computed_in(folder),
+            "stages": stages,
         },
         **resources,
     )
@@ -296,7 +301,9 @@ class _ShardEncoder:
         path: Path,
         workers_a_node: int,
         computed_in: Computed | None,
+        stages: StageStore | None = None,
     ) -> None:
+        self._stages = stages
         self._folder, self._encoding, self._path = folder, encoding, path
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
@@ -306,7 +313,9 @@ class _ShardEncoder:
         asked, begun = self._encoding.precision, self._computed_in
         torch.set_num_threads(max(1, available_cores() // self._workers_a_node))
         going_on = None if begun == "float16" else begun  # a GPU's, which nobody can ask for
-        encoder = as_encoder(self._encoding.model, precision=asked or going_on)
+        model = self._encoding.model
+        model = self._stages.local(model) if self._stages else model
+        encoder = as_encoder(model, precision=asked or going_on)
         if begun in (None, encoder.precision):
             return encoder
         raise InputError(

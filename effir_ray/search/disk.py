@@ -7,15 +7,13 @@ it is built anew, to the same bits.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split
 from effir_ray.search.trial_stages import trial_stages
-from effir_ray.stages import StageStore, size_on_disk
+from effir_ray.stages import GONE, StageStore
 from effir_ray.training.config import STATE
 
 _SPLITS: tuple[Split, ...] = ("dev", "test")
@@ -41,20 +39,22 @@ class Collector:
 
     def _collect_states(self) -> None:
         """What stopped trainings would go on from, where they do not: their models are whole without."""
-        there = [place for place, _ in self.store.finished("recovered") if list(place.glob(f"{STATE}*"))]
+        parts = (STATE, f"{STATE}{GONE}")
+        trained = [place for place, _ in self.store.finished("recovered")]
+        there = [place for place in trained if any(self.store.holds(place, part) for part in parts)]
         if not there:
             return
         rungs, going_on = self.proposals.space.rungs, self._to_come()
-        parts = [stage for config in going_on for part in rungs(config) for stage in self._of(part, "dev")]
-        kept = {stage.path(self.store) for stage in parts}
+        stages = [stage for config in going_on for part in rungs(config) for stage in self._of(part, "dev")]
+        kept = {stage.path(self.store) for stage in stages}
         for place in there:
             if place not in kept:
-                _remove(place / STATE)
+                self.store.drop(place, STATE)
 
     def kept_bytes(self) -> int:
         """Of the models and embeddings of trials that are there."""
-        places = {stage.path(self.store) / stage.stage.bulk for stage in self._finished() if stage.stage.bulk}
-        return sum(size_on_disk(place) for place in places if place.exists())
+        places = {(stage.path(self.store), stage.stage.bulk) for stage in self._finished()}
+        return sum(self.store.bytes_of(place, bulk) for place, bulk in places if bulk)
 
     def _finished(self) -> Iterator[KeyedStage]:
         for (_, split), row in [*list(self.proposals.rows.items()), *list(self.proposals.repeated.items())]:
@@ -85,11 +85,3 @@ class Collector:
         if key not in self._stages:
             self._stages[key] = trial_stages(config, self.sources[config.backbone], split)
         return self._stages[key]
-
-
-def _remove(folder: Path) -> None:
-    """Under another name first: a kill in between leaves nothing that looks whole."""
-    gone = folder.with_name(f"{folder.name}.gone")
-    if folder.exists():
-        folder.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,9 +77,8 @@ class TimeEstimate:
 
     def _observe(self, stages: Iterable[KeyedStage]) -> None:
         for stage in stages:
-            record = stage.path(self.store) / "stage.json"
-            if stage.key not in self.actual and record.exists():
-                self.actual[stage.key] = float(json.loads(record.read_text())["seconds"])
+            if stage.key not in self.actual and (record := self.store.record(stage.path(self.store))):
+                self.actual[stage.key] = float(record["seconds"])
 
     def _predict(self, name: str, guess: float) -> float:
         """The first guess, scaled as the guesses for finished stages of this kind had to be; without any, as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,12 +50,13 @@ def run_trial(
     listener: Listener = lambda stage: None,
     out: Path | None = None,
     here: hardware.Hardware | None = None,
+    wrote: Callable[[Path], None] = lambda file: None,
 ) -> list[TrialRow]:
     """Score ``config`` on ``split``: its row; of several data sets the row of the means, then one for each.
 
     ``listener`` hears the name of every stage that is really run, or waited for. Scores of single queries go
     to the study's folder ``out``, before anyone writes the rows: none lacks them.
-    ``here``: what stages compute on, where that is known.
+    ``here``: what stages compute on, where that is known. ``wrote`` hears of files of scores.
 
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
@@ -67,7 +69,7 @@ def run_trial(
     by_query: dict[str, QueryScores] = {}
     for keyed in trial_stages(config, sources, split):
         if keyed.stage.columns is not None:  # an end; it pulls in the rest
-            runner.make(keyed)
+            stages.bring(runner.make(keyed))
             task = runner.task(keyed, keyed.path(stages))
             columns = keyed.stage.columns(task)
             for name in [keyed.config.dataset] if keyed.stage.each_dataset else config.dataset_names:
@@ -90,7 +92,7 @@ def run_trial(
     ]
     if out is not None:
         for one in apart or [row]:
-            query_scores.append(out, one, by_query[one.dataset])
+            wrote(query_scores.append(out, one, by_query[one.dataset]))
     return [row, *apart]
 
 
@@ -101,9 +103,17 @@ def _settle(config: TrialConfig) -> None:
 
 
 def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
-    """``build`` in whatever process it runs in."""
+    """``build`` in whatever process it runs in, of a study in an object store on whatever machine."""
     _settle(task.config)
+    for parent in task.parents.values():
+        task.store.bring(parent)
+    elsewhere = bool(task.store.remote) and not task.out.exists()
+    if elsewhere:
+        task.out.mkdir(parents=True)
     build(task)
+    if elsewhere:
+        task.store.send(task.out)
+        shutil.rmtree(task.out)
 
 
 class StageRunner:
@@ -152,7 +162,7 @@ class StageRunner:
                 seconds = on_device(_build, stage.build, task).seconds
             else:
                 started = time.monotonic()
-                stage.build(task)
+                _build(stage.build, task)
                 seconds = time.monotonic() - started
         self.device_seconds += seconds * stage.workers(self.config)
 

@@ -97,6 +97,8 @@ def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[Sta
         assert training is not None
         if "teacher" in task.parents:
             training = _taught_by(training, task.parents["teacher"] / CHECKPOINT)
+        if task.store.remote and training.storage_path is None:  # workers of other machines reach it
+            training = training.model_copy(update={"storage_path": task.store.checkpoints})
         train(
             task.parents["model"] / CHECKPOINT,
             training,
@@ -117,9 +119,9 @@ def _begun(task: StageTask) -> Path | None:
         wanted = settings.get("stop_after") or settings["steps"]
         steps = other["settings"].get("stop_after", 0)
         same = other == {**task.inputs, "settings": settings | {"stop_after": steps}}
-        if same and longest < steps < wanted and (place / STATE).exists():
+        if same and longest < steps < wanted and task.store.holds(place, STATE):
             longest, found = steps, place
-    return found
+    return found and task.store.bring(found)
 
 
 def _taught_by(training: TrainConfig, teacher: Path) -> TrainConfig:
@@ -194,18 +196,25 @@ def read_plan(model: Path) -> Plan:
     return Plan.model_validate_json((model / PLAN).read_text())
 
 
+def _plan_of(task: StageTask, model: Path) -> Plan:
+    """The same where the model itself need not be on this machine."""
+    return Plan.model_validate_json(task.store.small(model, PLAN).read_text())
+
+
 # -- measurements -------------------------------------------------------------------------------------
 
 
 def _embeddings(task: StageTask) -> None:
     from effir_ray.encoding.corpus_encoding import encode_corpus
 
+    several = task.config.encoding_workers > 1
     encode_corpus(
         task.parents["model"] / CHECKPOINT,
         _sampled(task.config, task.split),
-        task.out / SHARDS,
+        task.store.target(task.out, SHARDS) if several else task.out / SHARDS,
         workers=task.config.encoding_workers,
         max_length=task.config.document_max_length,
+        stages=task.store,
     )
 
 
@@ -235,7 +244,7 @@ def _score_columns(task: StageTask) -> dict[str, Any]:
     return {
         **score_columns(_read_scores(task)),
         "isotropy": json.loads((task.out / ISOTROPY).read_text()),
-        **size_columns(backbone, read_plan(model), document_tokens=config.document_max_length),
+        **size_columns(backbone, _plan_of(task, model), document_tokens=config.document_max_length),
         "model": (model / CHECKPOINT).relative_to(task.store.root.parent).as_posix(),
     }
 
@@ -321,7 +330,7 @@ def _timing_columns(task: StageTask) -> dict[str, Any]:
     interval = timing["document_speedup_interval"] if timing["rounds"] >= FEWEST_ROUNDS else (None, None)
     query_ms = full["query_ms_p50"] / timing["query_speedup"]
     return {
-        "bytes": accounting.model_bytes(backbone, read_plan(task.parents["model"]), timing["dtype"]),
+        "bytes": accounting.model_bytes(backbone, _plan_of(task, task.parents["model"]), timing["dtype"]),
         "document_speedup_low": interval[0],
         "document_speedup_high": interval[1],
         "document_ms": full["document_ms"] / timing["document_speedup"],

@@ -54,11 +54,13 @@ class Worker:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
-        self.run, self.saved, self.begun = str(job["run"]), str(job["saved"]), job["begun"]
+        self.run, self.saved = str(job["run"]), str(job["saved"])
+        stages = StageStore(Path(job["stages"]), job["remote_stages"])
+        self.begun = job["begun"] and stages.local(job["begun"])
         device, bfloat16 = _device(config)
         # Frozen weights need no float32 copy; trained ones do, DeepSpeed keeps it.
         dtype = "bfloat16" if bfloat16 and config.lora is not None else "float32"
-        self.retriever = load_retriever(job["model"], dtype=dtype, device=device)
+        self.retriever = load_retriever(stages.local(job["model"]), dtype=dtype, device=device)
         self.retriever.spec = self.retriever.spec.with_prompts(config.prompts)
         self.skeleton = hollow(self.retriever)
         self.utilization = Utilization(
@@ -74,7 +76,7 @@ class Worker:
         )
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = fault_tolerance.halved_budget(self.run)
-        teacher = embeddings_for(config, pairs, StageStore(Path(job["stages"])), job["teacher_dtype"])
+        teacher = embeddings_for(config, pairs, stages, job["teacher_dtype"])
         self.step = self._step(teacher)
         self.dev_score = self._dev(dev)
 

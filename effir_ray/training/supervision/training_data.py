@@ -41,6 +41,7 @@ def prepare(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
         "held_out": held_out,
         "survey": survey_stream(pairs, held_out),
         "stages": str(stages.root),
+        "remote_stages": stages.remote,
         "teacher_dtype": dtype,
     }
 
