@@ -62,9 +62,7 @@ class Owner:
     def here(cls) -> Self:
         """This process."""
         process = psutil.Process()
-        return cls(
-            host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time()
-        )
+        return cls(host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"

@@ -15,6 +15,8 @@ from effir_ray import storage
 from effir_ray.caches import cache_folder
 from effir_ray.files import whole
 
+_LISTINGS = 5  # a folder that is compacted that often while it is read is no study's
+
 
 @dataclass(frozen=True)
 class Mirror:
@@ -30,6 +32,12 @@ class Mirror:
             return cls(Path(place))
         digest = hashlib.sha256(str(place).encode()).hexdigest()[:16]
         return cls(cache_folder() / "studies" / digest, str(place))
+
+    @classmethod
+    def to_read(cls, uri: str) -> Self:
+        """Of a study that perhaps runs, on this machine too, for who only looks at its tables."""
+        study = cls.of(uri)
+        return cls(study.folder.with_name(f"{study.folder.name}-read"), study.uri)
 
     def __str__(self) -> str:
         """What the user called it."""
@@ -55,12 +63,15 @@ class Mirror:
         """Files directly in a folder, each written once: those that are missing come, others go."""
         if not self.uri:
             return
-        there = {each for each in storage.entries(self.at(name)) if not each.startswith(".")}
-        here = {file.name for file in (self.folder / name).glob("*")}
-        for each in here - there:
-            (self.folder / name / each).unlink(missing_ok=True)
-        for each in sorted(there - here):
-            self.pull_file(f"{name}/{each}")
+        for _ in range(_LISTINGS):
+            there = {each for each in storage.entries(self.at(name)) if not each.startswith(".")}
+            here = {file.name for file in (self.folder / name).glob("*")}
+            for each in here - there:
+                (self.folder / name / each).unlink(missing_ok=True)
+            for each in sorted(there - here):
+                self.pull_file(f"{name}/{each}")
+            if all((self.folder / name / each).exists() for each in there):
+                return  # none was compacted meanwhile
 
     def push(self, file: Path) -> None:
         """A file below ``folder`` to the store."""

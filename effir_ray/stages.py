@@ -40,8 +40,9 @@ class StageStore:
     cut off and comes back can finish nothing any more.
 
     With ``remote``, a URI, the stages of all machines are kept there, with the same names; ``root`` holds
-    those that this machine built or needed, in the same folder on each. ``root/runs.log`` holds one line a build, for
-    audits. Of a stage that was ``free``d only the small files are left: it is built again when it is needed.
+    those that this machine built or needed, in the same folder on each. ``root/runs.log`` holds one line a
+    build, for audits. Of a stage that was ``free``d only the small files are left: it is built again when it
+    is needed.
     """
 
     def __init__(self, root: Path, remote: str = "") -> None:

@@ -22,6 +22,11 @@ def local_path(value: str) -> Path:
     return Path(value)
 
 
+def study_place(value: str) -> Path | str:
+    """``value`` as a path, or the URI that it is."""
+    return value if is_uri(value) else Path(value)
+
+
 Backbone = Annotated[
     str,
     typer.Option(
@@ -48,6 +53,11 @@ Precision = Annotated[
 ]
 
 
+def study_option(what: str) -> Any:
+    """The option --out of a command whose study may lie in an object store."""
+    return typer.Option(help=what, parser=study_place, metavar="PATH|URI", show_default=False)
+
+
 def out_option(what: str) -> Any:
     """The option --out of a command that writes ``what`` to a local (or mounted) disk."""
     return typer.Option(help=what, parser=local_path, metavar="PATH", show_default=False)
@@ -56,7 +66,12 @@ def out_option(what: str) -> Any:
 Out = Annotated[Path, out_option("Folder to write to.")]
 Results = Annotated[
     list[Path],
-    typer.Argument(metavar="DIR", help="Folders (or Parquet files) of results.", show_default=False),
+    typer.Argument(
+        metavar="DIR",
+        parser=study_place,
+        help="Folders (or Parquet files) of results; of studies also s3:// and other URIs.",
+        show_default=False,
+    ),
 ]
 Address = Annotated[
     str | None,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import AsJson, Results, SkipDamaged, out_option
+from effir_ray.cli._options import AsJson, Results, SkipDamaged, out_option, study_place
 from effir_ray.cli._output import Format, quantity, say, show_as, show_json, show_table, warn
 from effir_ray.errors import InputError
+from effir_ray.storage import is_uri
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -289,7 +290,8 @@ def report(
     from effir_ray import report as run
 
     first = results[0]
-    target = out or (first.parent if first.is_file() else first) / "report.html"
+    place = Path() if is_uri(first) else first
+    target = out or (place.parent if place.is_file() else place) / "report.html"
     written = run(results, target, damaged=_damaged(skip_damaged))
     if as_json:
         show_json({"file": written})
@@ -298,7 +300,12 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a study.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", parser=study_place, help="Folder or URI of a study.", show_default=False
+        ),
+    ],
     out: Annotated[Path, out_option("New folder for the model.")],
     trial: Annotated[
         str | None, typer.Option(help="Trial id, may be shortened.", metavar="ID", show_default=False)

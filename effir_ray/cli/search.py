@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effir_ray.cli._options import Address, AsJson, Results, out_option
+from effir_ray.cli._options import Address, AsJson, Results, out_option, study_option, study_place
 from effir_ray.cli._output import quantity, say, show_json, show_table
 from effir_ray.errors import InputError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def search(
     space: Annotated[Path, typer.Argument(help="YAML of a search space; see search_spaces/.")],
-    out: Annotated[Path | None, out_option("Folder of the study.")] = None,
+    out: Annotated[Path | None, study_option("Folder of the study, or its URI in an object store.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show every schedule's stages and size; load no weights.")
@@ -40,6 +40,7 @@ def search(
     effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2
     effir-ray search search_spaces/smollm2-135m.yaml --out runs/smollm2 --resume
     effir-ray search search_spaces/mistral-7b.yaml --out /shared/mistral --address auto
+    effir-ray search search_spaces/mistral-7b.yaml --out s3://bucket/mistral --address auto
     """
     from effir_ray import run_search
     from effir_ray.progress import show_progress
@@ -174,7 +175,12 @@ class Keep(StrEnum):
 
 
 def clean(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a study.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", parser=study_place, help="Folder or URI of a study.", show_default=False
+        ),
+    ],
     keep: Annotated[
         Keep, typer.Option(help="Whose models stay: those of the front, or nobody's.")
     ] = Keep.front,

@@ -70,9 +70,9 @@ def encode_corpus(
     ``precision``: what is multiplied in, see ``Encoder``; chosen by the machine without one.
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
-    one worker without an address is this process. ``stages``: the store that a stage's ``model`` lies in, from
-    which workers of other machines get it. A second call returns what is there, without Ray and
-    without loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
+    one worker without an address is this process. ``stages``: the store that a stage's ``model`` lies in,
+    from which workers of other machines get it. A second call returns what is there, without Ray and without
+    loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
     embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
     memory.
     """

@@ -13,7 +13,9 @@ from typing import Any
 import pyarrow.compute as pc
 from jinja2 import Environment, StrictUndefined
 
+from effir_ray import storage
 from effir_ray.errors import InputError
+from effir_ray.mirrors import Mirror
 from effir_ray.models import family as families
 from effir_ray.models.folder import REMOTE_CODE, read_spec
 from effir_ray.models.loading import load_config
@@ -61,7 +63,7 @@ def export(
     Raises InputError when the study has no such trial or has not kept its model, ``out`` is there already,
     the hub does not accept the token, or what is sent.
     """
-    folder, target = Path(run), Path(out)
+    target = Path(out)
     if (trial is None) == (pick is None):
         raise InputError("export needs one of --trial ID and --pick knee|CONDITIONS")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -69,12 +71,12 @@ def export(
     if repo is not None:
         check_hub(repo)  # before the work, not after
     if trial is None:
-        trial = pareto(folder, pick=pick)["trial_id"][0].as_py()
-    table = store.latest(store.read(folder))
+        trial = pareto(run, pick=pick)["trial_id"][0].as_py()
+    table = store.latest(store.read(run))
     rows = [row for row in rows_of_trial(table, trial) if row.status == "ok"]
     if not rows:
         raise InputError(f"trial {trial} failed: there is no model")
-    model = _kept(folder, rows[0])
+    model = _kept(run, rows[0])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         new = Path(scratch) / "model"
@@ -160,8 +162,13 @@ def _max_length(model: Path) -> int:
     return read_spec(model, families.get(load_config(model).model_type)).max_length
 
 
-def _kept(run: Path, row: TrialRow) -> Path:
-    model = run / row.model
+def _kept(run: Path | str, row: TrialRow) -> Path:
+    model = Mirror.of(run).folder / row.model
+    if row.model and storage.is_uri(run):
+        model = Mirror.to_read(str(run)).folder / row.model
+        there = storage.join(str(run), row.model)
+        if storage.there(storage.join(there, "config.json")):
+            storage.bring(there, model)
     if not row.model or not (model / "config.json").is_file():
         raise InputError(
             f"{run}: the model of trial {row.trial_id} is not there (a study keeps those of its front, see "

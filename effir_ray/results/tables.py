@@ -7,6 +7,7 @@ names those it replaces: whoever reads while both are there counts every row onc
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from effir_ray import storage
 from effir_ray.errors import InputError, is_disk_full
 from effir_ray.files import whole
+from effir_ray.mirrors import Mirror
 from effir_ray.readers import json_object, parse_json, quoted
 
 Folders = Path | str | Iterable[Path | str]
-"""One study folder, ``rows`` folder or Parquet file, or several."""
+"""One study folder (a path or a URI), ``rows`` folder or Parquet file, or several."""
 
 Damaged = Callable[[str], None]
 """Hears what is wrong with a file that is left out."""
@@ -175,7 +178,38 @@ def files_of(folders: Folders, kind: TableKind) -> list[Path]:
 
 
 def as_places(folders: Folders) -> list[Path]:
-    return [Path(place) for place in ([folders] if isinstance(folders, Path | str) else folders)]
+    """Of an object store's this machine has a copy then."""
+    places = [folders] if isinstance(folders, Path | str) else folders
+    return [_copied(str(place)) if storage.is_uri(place) else Path(place) for place in places]
+
+
+def _copied(uri: str) -> Path:
+    """The tables of the study at ``uri``, and what its stages say of importance and of trainings."""
+    mirror = Mirror.to_read(uri)
+    when = _copies.get(uri, -_COPIED_FOR)
+    if time.monotonic() - when < _COPIED_FOR:
+        return mirror.folder
+    storage.list_files(uri)  # an InputError where nothing can be reached
+    for name in _TABLES:
+        mirror.pull_files(name)
+    for kind, files in _OF_STAGES.items():
+        for key in storage.entries(mirror.at(f"stages/{kind}")):
+            for file in files:
+                if not (mirror.folder / "stages" / kind / key / file).exists():
+                    mirror.pull_file(f"stages/{kind}/{key}/{file}")
+    _copies[uri] = time.monotonic()
+    return mirror.folder
+
+
+_copies: dict[str, float] = {}
+_COPIED_FOR = 20.0  # seconds: a report asks many times
+_TABLES = ("rows", "query_scores")
+_OF_STAGES = {
+    "importance": ("importance.json", "stage.json"),
+    "base": ("history.jsonl", "stage.json"),
+    "recovered": ("history.jsonl", "stage.json"),
+}
+"""Kinds of stages, and the small files in them that tables are made of."""
 
 
 def _files(place: Path, kind: TableKind) -> list[Path]:

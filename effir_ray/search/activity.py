@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+from effir_ray import storage
 from effir_ray.files import write_whole
+from effir_ray.mirrors import Mirror
 from effir_ray.progress import show_progress
 
 FOLDER = "activity"
@@ -37,43 +39,49 @@ class Activity:
 class ActivityWriter:
     """The trial's side: call it with the name of each stage that begins."""
 
-    def __init__(self, file: Path, trial: str, split: str) -> None:
+    def __init__(self, study: Mirror, file: Path, trial: str, split: str) -> None:
         """``trial`` is what people read."""
-        self.file, self.trial, self.split = file, trial, split
+        self.study, self.file, self.trial, self.split = study, file, trial, split
 
     def __call__(self, stage: str) -> None:
         activity = Activity(trial=self.trial, split=self.split, stage=stage, since=time.time())
         write_whole(self.file, json.dumps(asdict(activity)))
         self.file.with_suffix(".log").write_text("")
+        self.study.push(self.file)
 
 
 @contextmanager
-def reporting(out: Path, trial_id: str, trial: str, split: str) -> Iterator[ActivityWriter]:
+def reporting(study: Mirror, trial_id: str, trial: str, split: str) -> Iterator[ActivityWriter]:
     """Within this context the trial's progress lines go to its file; afterwards the files are gone.
 
     They belong to the trial, not to the process: one that is killed leaves them to its successor.
     """
-    file = out / FOLDER / f"{trial_id}-{split}.json"
+    file = study.folder / FOLDER / f"{trial_id}-{split}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     log = file.with_suffix(".log")
     log.unlink(missing_ok=True)
     try:
         with log.open("a", buffering=1) as stream, show_progress(stream):
-            yield ActivityWriter(file, trial, split)
+            yield ActivityWriter(study, file, trial, split)
     finally:
         file.unlink(missing_ok=True)
+        if study.uri:
+            storage.discard(study.at(f"{FOLDER}/{file.name}"))
         log.unlink(missing_ok=True)
 
 
-def remove_leftovers(out: Path) -> None:
+def remove_leftovers(study: Mirror) -> None:
     """Remove what killed processes left."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    shutil.rmtree(study.folder / FOLDER, ignore_errors=True)
+    if study.uri:
+        storage.discard(study.at(FOLDER))
 
 
-def current(out: Path) -> list[Activity]:
-    """The driver's side: everything that runs now, oldest first."""
-    found = []
-    for file in sorted((out / FOLDER).glob("*.json")):
+def current(study: Mirror) -> list[Activity]:
+    """The driver's side: everything that runs now, oldest first. Of other machines than this, where a study
+    lies in an object store, only which stage runs, some seconds late."""
+    found = _elsewhere(study) if study.uri else []
+    for file in sorted((study.folder / FOLDER).glob("*.json")):
         try:
             activity = Activity(**json.loads(file.read_text()))
             with file.with_suffix(".log").open("rb") as log:
@@ -82,6 +90,21 @@ def current(out: Path) -> list[Activity]:
             continue
         found.append(Activity(**{**asdict(activity), "detail": detail}))
     return sorted(found, key=lambda activity: activity.since)
+
+
+_asked: dict[str, tuple[float, list[Activity]]] = {}
+_ASK_AGAIN = 5.0  # seconds
+
+
+def _elsewhere(study: Mirror) -> list[Activity]:
+    when, found = _asked.get(study.uri, (-_ASK_AGAIN, []))
+    if time.monotonic() - when >= _ASK_AGAIN:
+        here = {file.name for file in (study.folder / FOLDER).glob("*.json")}
+        names = storage.entries(study.at(FOLDER)).keys() - here
+        texts = [storage.get(study.at(f"{FOLDER}/{name}")) for name in sorted(names)]
+        found = [Activity(**json.loads(text)) for text in texts if text]
+        _asked[study.uri] = (time.monotonic(), found)
+    return list(found)
 
 
 def _last_line(log: IO[bytes]) -> str:

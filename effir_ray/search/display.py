@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effir_ray.mirrors import Mirror
 from effir_ray.progress import duration, progress_stream
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.activity import Activity, current
@@ -31,8 +31,8 @@ _IDLE = "starting a trial process"
 class StudyDisplay:
     """``with display:`` shows the study on the stream chosen by ``show_progress``; nothing without one."""
 
-    def __init__(self, proposals: Proposals, estimate: TimeEstimate, out: Path) -> None:
-        self.proposals, self.estimate, self.out = proposals, estimate, out
+    def __init__(self, proposals: Proposals, estimate: TimeEstimate, study: Mirror) -> None:
+        self.proposals, self.estimate, self.study = proposals, estimate, study
         self.stream = progress_stream()
         self.started = time.monotonic()
         self.rows: deque[TrialRow] = deque(maxlen=_LATEST_ROWS)
@@ -78,7 +78,7 @@ class StudyDisplay:
         shown: set[tuple[str, str, float]] = set()
         last = -_LINE_INTERVAL
         while not self._stop.wait(_LIVE_INTERVAL):
-            running = current(self.out)
+            running = current(self.study)
             now = {(activity.trial, activity.stage, activity.since) for activity in running}
             if now - shown or time.monotonic() - last >= _LINE_INTERVAL:
                 for line in [_activity_line(activity) for activity in running] or [_IDLE]:
@@ -104,7 +104,7 @@ class StudyDisplay:
 
     def _seconds_left(self) -> float:
         known, unknown, tests = self.proposals.to_come()
-        running = [(activity.stage, activity.since) for activity in current(self.out)]
+        running = [(activity.stage, activity.since) for activity in current(self.study)]
         return self.estimate.seconds_left(known, unknown, tests, running)
 
     def _title(self, row: TrialRow) -> str:
@@ -120,7 +120,7 @@ class StudyDisplay:
         for row in list(self.rows):
             table.add_row(self._title(row), row.split, *_cells(row))
         bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
-        lines = [_activity_line(activity) for activity in current(self.out)] or [_IDLE]
+        lines = [_activity_line(activity) for activity in current(self.study)] or [_IDLE]
         running = [Text(line, style="cyan") for line in lines]
         return Group(Text(self._headline(), style="bold"), bar, *running, table)
 

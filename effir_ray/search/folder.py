@@ -6,6 +6,8 @@ OUT/query_scores/   what every query scored, in the same way
 OUT/stages/         every step of work, by content; shared by all trials
 OUT/optuna.db       what the sampler knows; ``optuna-dashboard sqlite:///OUT/optuna.db`` shows it
 OUT/tune/           Ray Tune's own logs
+
+OUT may be a URI: then each machine works in a folder of its cache, and puts what is finished there.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import PINNED, Hardware, available_cores, detect
 from effir_ray.leases import EXPIRY, Held, Lease, Owner, lease
+from effir_ray.mirrors import Mirror
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
+from effir_ray.results.query_scores import QUERY_SCORES
 from effir_ray.results.schema import TrialRow
+from effir_ray.search.optuna_study import STORAGE
 from effir_ray.search.space import SearchSpace
+from effir_ray.stages import StageStore
 
 STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
@@ -139,8 +145,25 @@ def claim(
     return record
 
 
+def pull(study: Mirror) -> None:
+    """What an object store has of a study that began, for who goes on with it."""
+    study.pull_file(STUDY_FILE)
+    study.pull_file(STORAGE)
+    pull_rows(study)
+
+
+def pull_rows(study: Mirror) -> None:
+    for kind in (QUERY_SCORES.name, store.ROWS_FOLDER):
+        study.pull_files(kind)
+
+
+def stages_of(study: Mirror) -> StageStore:
+    """Every step of work of a study."""
+    return StageStore(study.folder / STAGES_FOLDER, study.at(STAGES_FOLDER))
+
+
 @contextmanager
-def exclusive(out: Path) -> Iterator[Lease]:
+def exclusive(study: Mirror) -> Iterator[Lease]:
     """Only one search works in a folder. That of a killed one is taken over: at once on its own machine,
     after ``EXPIRY`` seconds elsewhere."""
     said = False
@@ -151,17 +174,18 @@ def exclusive(out: Path) -> Iterator[Lease]:
         if stream is not None and not said:
             said = True
             print(
-                f"{out}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to "
+                f"{study}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to "
                 "see whether it still lives.",
                 file=stream,
             )
 
     try:
-        with lease(out / _LEASES, "search", waiting=waiting, wait=False) as mine:
+        place = study.at(_LEASES) or study.folder / _LEASES
+        with lease(place, "search", waiting=waiting, wait=False) as mine:
             yield mine
     except Held as held:
         raise InputError(
-            f"{out}: another search is running in this folder ({held.owner or 'starting'}); wait for it or "
+            f"{study}: another search is running in this folder ({held.owner or 'starting'}); wait for it or "
             "stop it"
         ) from None
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from effir_ray import storage
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine
 from effir_ray.cluster.jobs import submit
@@ -19,6 +20,7 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.mirrors import Mirror
 from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
@@ -32,12 +34,16 @@ from effir_ray.search.display import StudyDisplay
 from effir_ray.search.dry_run import dry_run, load_backbones
 from effir_ray.search.folder import (
     STAGES_FOLDER,
+    STUDY_FILE,
     StudyRecord,
     claim,
     exclusive,
     find,
     finished_rows,
+    pull,
+    pull_rows,
     record_of,
+    stages_of,
 )
 from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.optuna_study import STORAGE, readable, write_all_trials
@@ -46,7 +52,7 @@ from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
-from effir_ray.stages import StageStore, size_on_disk
+from effir_ray.stages import size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
@@ -64,7 +70,7 @@ class StudyResult(Config):
     ``kept_bytes`` of models and embeddings of trials are on disk, ``freed_bytes`` were deleted (the space's
     ``keep``)."""
 
-    out: Path
+    out: Path | str
     study: str
     trials: int
     failed: int
@@ -85,40 +91,47 @@ def search(
     TrialFailure when the full model cannot be measured.
     """
     space = space if isinstance(space, SearchSpace) else load_yaml(Path(space), SearchSpace)
-    folder = Path(out).resolve()
+    study = _study_at(out)
+    folder = study.folder
     _check_address(address)
     preview = dry_run(space)
     sources = _checked_sources(space)
     need = Footprint(peak=preview.peak_bytes, end=preview.end_bytes)
     check_space(folder, need, size_on_disk(folder / STAGES_FOLDER))
     contents = study_contents(sources)
+    storage.check(study.uri)
+    pull(study)
     find(folder, space, contents, resume=resume)
     given = _ray_runs()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     here = machine()
     record = claim(folder, space, contents, resume=resume, here=here)
+    study.push(folder / STUDY_FILE)
     _say_other_version(record)
     space = space.model_copy(update={"threads": record.threads})
     sources = {
         name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
-    with exclusive(folder):
-        remove_leftovers(folder)
+    with exclusive(study):
+        remove_leftovers(study)
         backbones = load_backbones(space)
         proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
-        stages = StageStore(folder / STAGES_FOLDER)
+        stages = stages_of(study)
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, folder, estimate, collector, here, address, restart=not given)
-        remove_leftovers(folder)
+        _work(proposals, study, estimate, collector, here, address, restart=not given)
+        remove_leftovers(study)
         stages.remove_locks()
+        pull_rows(study)
         for kind in (store.ROWS, QUERY_SCORES):
             compact(folder, kind)
+            study.push_files(kind.name)
         with readable(folder / STORAGE):
             write_all_trials(space, folder, _all_rows(proposals))
-        return _result(proposals, folder, collector)
+        study.push(folder / STORAGE)
+        return _result(proposals, study, collector)
 
 
 class Cleaned(Config):
@@ -134,7 +147,9 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
 
     Raises InputError where there is no study, it is running, or what it reads is not what it read.
     """
-    folder = Path(out).resolve()
+    study = _study_at(out)
+    folder = study.folder
+    pull(study)
     record = record_of(folder)
     space = record.space.model_copy(update={"threads": record.threads, "keep": keep})
     device, _, dtype = record.computes.partition(", ")
@@ -142,12 +157,12 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
     sources = {name: replace(own, device=device, dtype=dtype) for name, own in read.items()}
     if study_contents(sources) != record.contents or not record.computes:
         raise InputError(
-            f"{folder}: what the study reads has changed since it began, or another version began it: which "
+            f"{study}: what the study reads has changed since it began, or another version began it: which "
             "stages are whose is not known any more; delete folders of stages/ by hand, or the whole study"
         )
-    with exclusive(folder):
+    with exclusive(study):
         proposals = Proposals(space, folder, finished_rows(folder, space), load_backbones(space))
-        collector = Collector(proposals, StageStore(folder / STAGES_FOLDER), sources)
+        collector = Collector(proposals, stages_of(study), sources)
         before = collector.kept_bytes()
         collector.collect()
         collector.store.remove_locks()
@@ -158,15 +173,15 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
 def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
     """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
 
-    ``out`` and data sets must be paths that the cluster sees. Raises InputError for a space that cannot run,
-    for a relative ``out`` and when no job server answers.
+    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Raises InputError for a space
+    that cannot run, for a relative ``out`` and when no job server answers.
     """
     loaded = load_yaml(space, SearchSpace)
     dry_run(loaded.model_copy(update={"priors": ()}))  # they may lie where only the cluster sees them
-    if not PurePosixPath(out).is_absolute():
+    if not storage.is_uri(out) and not PurePosixPath(out).is_absolute():
         raise InputError(
             f"--out {out}: a job's own folder is gone when it ends; give the absolute path of a folder that "
-            "every node of the cluster sees"
+            "every node of the cluster sees, or a URI of an object store"
         )
     return submit(
         ["search", _SPACE_FILE, "--out", out, *(["--resume"] if resume else [])],
@@ -178,7 +193,7 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
 
 def _work(
     proposals: Proposals,
-    out: Path,
+    study: Mirror,
     estimate: TimeEstimate,
     collector: Collector,
     here: Hardware,
@@ -194,7 +209,7 @@ def _work(
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here)
+            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -202,16 +217,16 @@ def _work(
             losses += 1
             if losses > _RESTARTS or not restart:
                 raise LostProcess(
-                    f"Ray was lost ({failure_reason(error)}); --resume goes on with {out}"
+                    f"Ray was lost ({failure_reason(error)}); --resume goes on with {study}"
                 ) from error
             _disconnect()
-            remove_leftovers(out)
+            remove_leftovers(study)
             time.sleep(pause_seconds(losses))
             proposals.take_back()
 
 
 def _run(
-    proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals, study: Mirror, display: StudyDisplay, collector: Collector, here: Hardware
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -225,9 +240,9 @@ def _run(
             collector.collect()
 
     space = proposals.space
-    searcher = ScheduleSearcher(proposals, out, changed)
+    searcher = ScheduleSearcher(proposals, study.folder, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(out), space=space, here=here), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(study), space=space, here=here), {"cpu": _TRIAL_CPUS}
     )
     tuner = tune.Tuner(
         trainable,
@@ -238,7 +253,7 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, stop=RayIsThere()),
+        run_config=tune.RunConfig(name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere()),
     )
     with display:
         tuner.fit()
@@ -265,18 +280,20 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
     from effir_ray.search.searcher import ABORT, LOST, ROW
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
-    folder, study = Path(out), space.name
-    with reporting(folder, trial.id, space.title(trial.name, trial.backbone), split) as listener:
+    study = Mirror.of(out)
+    folder = study.folder
+    with reporting(study, trial.id, space.title(trial.name, trial.backbone), split) as listener:
         try:
             rows = run_trial(
                 trial,
-                StageStore(folder / STAGES_FOLDER),
+                stages_of(study),
                 split=split,
-                study=study,
+                study=space.name,
                 attempt=config["attempt"],
                 listener=listener,
                 out=folder,
                 here=here,
+                wrote=study.push,
             )
         except InputError as error:  # wrong for every trial: schedules were checked before
             tune.report({ABORT: str(error)})
@@ -285,8 +302,8 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
             if isinstance(error, LostProcess) or is_lost_process(error):
                 tune.report({LOST: failure_reason(error)})
                 return
-            rows = [failed_row(trial, split, study, error, attempt=config["attempt"])]
-    store.append(folder, rows)
+            rows = [failed_row(trial, split, space.name, error, attempt=config["attempt"])]
+    study.push(store.append(folder, rows))
     row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
     tune.report({**numbers, ROW: row.model_dump_json()})
@@ -305,6 +322,10 @@ def _quiet() -> None:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the study at once; --resume goes on
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # its ERROR: a traceback for each lost process
+
+
+def _study_at(out: Path | str) -> Mirror:
+    return Mirror.of(out if storage.is_uri(out) else Path(out).resolve())
 
 
 def _check_address(address: str | None) -> None:
@@ -347,10 +368,10 @@ def _all_rows(proposals: Proposals) -> list[TrialRow]:
     return [*proposals.rows.values(), *proposals.repeated.values()]
 
 
-def _result(proposals: Proposals, out: Path, collector: Collector) -> StudyResult:
+def _result(proposals: Proposals, study: Mirror, collector: Collector) -> StudyResult:
     dev = [row for row in _all_rows(proposals) if row.split == "dev"]
     return StudyResult(
-        out=out,
+        out=study.uri or study.folder,
         study=proposals.space.name,
         trials=len(dev),
         failed=sum(row.status == "failed" for row in dev),

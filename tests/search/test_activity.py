@@ -2,37 +2,38 @@
 
 from pathlib import Path
 
+from effir_ray.mirrors import Mirror
 from effir_ray.progress import progress
 from effir_ray.search.activity import current, remove_leftovers, reporting
 
 
 def test_the_driver_sees_stage_and_progress_until_the_trial_ends(tmp_path: Path) -> None:
-    assert current(tmp_path) == []
-    with reporting(tmp_path, "3f2a", "2M", "dev") as report:
+    assert current(Mirror(tmp_path)) == []
+    with reporting(Mirror(tmp_path), "3f2a", "2M", "dev") as report:
         report("embeddings")
         with progress("Encoding", total=4, unit="docs") as bar:
             bar.advance(4)
-        (activity,) = current(tmp_path)
+        (activity,) = current(Mirror(tmp_path))
         assert (activity.trial, activity.split, activity.stage) == ("2M", "dev", "embeddings")
         assert activity.detail.startswith("Encoding 4/4 docs")
         report("scores")
-        (activity,) = current(tmp_path)
+        (activity,) = current(Mirror(tmp_path))
         assert (activity.stage, activity.detail) == ("scores", "")
-    assert current(tmp_path) == []
+    assert current(Mirror(tmp_path)) == []
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    killed = reporting(tmp_path, "3f2a", "2M", "dev")
+    killed = reporting(Mirror(tmp_path), "3f2a", "2M", "dev")
     killed.__enter__()("base")
-    assert len(current(tmp_path)) == 1
-    remove_leftovers(tmp_path)
-    assert current(tmp_path) == []
+    assert len(current(Mirror(tmp_path))) == 1
+    remove_leftovers(Mirror(tmp_path))
+    assert current(Mirror(tmp_path)) == []
 
 
 def test_a_trial_that_is_tried_again_is_shown_once(tmp_path: Path) -> None:
-    killed = reporting(tmp_path, "3f2a", "2M", "dev")
+    killed = reporting(Mirror(tmp_path), "3f2a", "2M", "dev")
     killed.__enter__()("base")
-    with reporting(tmp_path, "3f2a", "2M", "dev") as report:
+    with reporting(Mirror(tmp_path), "3f2a", "2M", "dev") as report:
         report("scores")
-        assert [activity.stage for activity in current(tmp_path)] == ["scores"]
-    assert current(tmp_path) == []
+        assert [activity.stage for activity in current(Mirror(tmp_path))] == ["scores"]
+    assert current(Mirror(tmp_path)) == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from effir_ray.errors import InputError
+from effir_ray.mirrors import Mirror
 from effir_ray.results import store
 from effir_ray.search.disk import Collector
 from effir_ray.search.dry_run import load_backbones, named_sources
@@ -191,5 +192,5 @@ def test_a_study_that_kept_everything_is_cleaned_later(tmp_path: Path) -> None:
     (out / "study.json").write_text(record)
     with pytest.raises(InputError, match=r"holds no study \(no study\.json\)"):
         clean(tmp_path)
-    with exclusive(out), pytest.raises(InputError, match="another search is running"):
+    with exclusive(Mirror(out)), pytest.raises(InputError, match="another search is running"):
         clean(out)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from effir_ray.errors import InputError
+from effir_ray.mirrors import Mirror
 from effir_ray.results import store
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.folder import attempts, claim, exclusive, finished_rows
@@ -73,9 +74,9 @@ def test_a_vocabulary_that_is_too_small_is_said_before_anything_is_written(tmp_p
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:
     refused = pytest.raises(InputError, match="another search is running")
-    with exclusive(tmp_path), refused, exclusive(tmp_path):
+    with exclusive(Mirror(tmp_path)), refused, exclusive(Mirror(tmp_path)):
         pass
-    with exclusive(tmp_path):
+    with exclusive(Mirror(tmp_path)):
         pass
 
 
