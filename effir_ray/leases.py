@@ -276,8 +276,8 @@ _FREE = "free"
 class _Objects:
     """In an object store, which lets everybody write everything, but shows at once what was written.
 
-    Who wants a generation puts ``NAME@<generation>@<token>``, then looks: who sees nobody else has it. Of two,
-    the one that put second sees the first, so never both have it. Who sees others makes way, but for the
+    Who wants a generation puts ``NAME@<generation>@<token>``, then looks: who sees nobody else has it. Of
+    two, the one that put second sees the first, so never both have it. Who sees others makes way, but for the
     first of them, which looks again when they had time to. Its holder touches ``...@beat``, and ``...@free``
     says that it let go.
     """
@@ -315,7 +315,7 @@ class _Objects:
 
     def _remove(self, key: str) -> None:
         for each in (key, f"{key}{_BEAT}", f"{key}{_LET_GO}"):
-            storage.discard(storage.join(self.uri, each))
+            storage.remove(storage.join(self.uri, each))
 
     def _rivals(self, name: str, generation: int) -> list[str]:
         """Those of this generation and higher ones."""
