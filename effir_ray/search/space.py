@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -209,14 +210,20 @@ class TrialConfig(StudySettings):
     @classmethod
     def of(cls, row: TrialRow) -> TrialConfig:
         """That of a row. Raises InputError for one that another version wrote, or nobody."""
-        return cls.read(row.trial, f"the row of trial {row.trial_id}")
+        return _of_row(row.trial, row.trial_id)
 
     @classmethod
     def read(cls, text: str, source: str) -> TrialConfig:
         """From JSON that lies in ``source``, which InputError names."""
         return parse(parse_json(text, source), cls, source=source)
 
-    @property
+    def __copy__(self) -> Self:
+        """``model_copy`` changes what it copies: the id of the original is not its own."""
+        copied = super().__copy__()
+        copied.__dict__.pop("id", None)
+        return copied
+
+    @cached_property
     def id(self) -> str:
         """The same on every machine for configurations that come to the same: how many workers encode makes
         no difference to a bit."""
@@ -248,6 +255,12 @@ class TrialConfig(StudySettings):
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
         return self.model_copy(update={"schedule": Schedule(), "recovery": None})
+
+
+@lru_cache(maxsize=8192)
+def _of_row(trial: str, identifier: str) -> TrialConfig:
+    """A driver asks for those of the front at every row."""
+    return TrialConfig.read(trial, f"the row of trial {identifier}")
 
 
 class Budget(Config):
