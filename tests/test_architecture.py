@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "provenance"),
     ("files", "readers", "progress", "contrastive", "pages"),
-    ("caches", "leases"),
+    ("caches", "leases", "storage"),
     ("hardware",),
-    ("config", "storage", "stages", "cluster"),
+    ("config", "stages", "cluster"),
     ("models", "data"),
     ("encoding", "results"),
     ("compression",),

@@ -32,6 +32,7 @@ from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
+from effir_ray.storage import redacted
 from effir_ray.training.identity import training_identity
 
 Listener = Callable[[str], None]
@@ -225,8 +226,8 @@ def failure_reason(error: BaseException) -> str:
     that came from another process only its last line, the error there, is kept."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     if isinstance(error, InputError | TrialFailure | LostProcess):
-        return " ".join(lines)
-    return f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"
+        return redacted(" ".join(lines))
+    return redacted(f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}")
 
 
 def repeat(

@@ -109,9 +109,18 @@ def test_nothing_of_the_environment_travels_with_a_job(
 
 
 def test_credentials_in_a_uri_are_not_sent(server: JobServer, space: Path) -> None:
-    with pytest.raises(InputError, match=r"credentials in a URI \(s3://\.\.\.@bucket\)") as refused:
-        jobs.submit(["search"], name="x", files={"space.yaml": "a: s3://key:hidden@bucket/x"}, address="auto")
-    assert "hidden" not in str(refused.value)
+    sent = {
+        r"^space.yaml holds credentials in a URI \(s3://": "a: s3://key:hid/den@bucket/x",
+        r"^space.yaml holds credentials in a URI \(https://": "a: https://hidden@host/x",
+        r"^space.yaml holds a token \(hf_\.\.\.\)": "a: 1\n# hf_hiddenhiddenhidden",
+        r"^space.yaml holds a token \(AKIA\.\.\.\)": "name: AKIAhiddenhiddenhidd",
+    }
+    for said, text in sent.items():
+        with pytest.raises(InputError, match=said) as refused:
+            jobs.submit(["search"], name="x", files={"space.yaml": text}, address=server.address)
+        assert "hid" not in str(refused.value)
+    with pytest.raises(InputError, match=r"^the command holds credentials"):
+        submit_search(space, "/shared/s3://key:secret@bucket", address=server.address)
     assert server.sent() == b""
 
 
