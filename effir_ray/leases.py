@@ -28,7 +28,7 @@ import psutil
 
 from effir_ray.errors import LostProcess
 from effir_ray.files import write_whole
-from effir_ray.progress import duration
+from effir_ray.progress import duration, progress_stream
 
 _HEARTBEAT = 5.0
 """Seconds between two touches."""
@@ -39,6 +39,11 @@ another machine did up to a minute late."""
 
 _CLOCK_STEP = 60.0
 """Seconds by which a clock that is set may change when a process seems to have begun."""
+
+_SAY_FIRST, _SAY_AGAIN = 2.0, 10.0  # seconds of waiting until it is said, and said again
+
+LEASES = ".leases"
+"""The folder of leases inside one that holds other things."""
 
 _FREE = "free"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two looks
@@ -61,7 +66,7 @@ class Owner:
         return cls(host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time())
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"{self.host} (process {self.pid})"
 
     @property
     def nearby(self) -> bool:
@@ -87,9 +92,16 @@ class Lease:
     name: str
     generation: int
 
+    @property
+    def held(self) -> bool:
+        """Whether nobody has taken it over; may be asked by any process that sees the folder."""
+        with suppress(FileNotFoundError):
+            return _highest(self.place, self.name) == self.generation and self.file.exists()
+        return False
+
     def check(self) -> None:
         """Raise LostProcess when another process has taken it over: what was done since does not count."""
-        if _highest(self.place, self.name) != self.generation or not self.file.exists():
+        if not self.held:
             raise LostProcess(
                 f"{self.name}: another process took this work over while this one was stopped or cut off"
             )
@@ -109,6 +121,26 @@ class Held(Exception):
 
 Waiting = Callable[[Owner | None, float], None]
 """Hears, at every look, whom one waits for and since how many seconds."""
+
+
+def aloud(what: str, begins: Callable[[], object] = lambda: None) -> Waiting:
+    """Says on the progress display, now and then, who holds ``what``: of one wait alone. ``begins`` is called
+    before it is said first."""
+    said: float | None = None
+
+    def waiting(owner: Owner | None, seconds: float) -> None:
+        nonlocal said
+        if seconds < (_SAY_FIRST if said is None else said + _SAY_AGAIN):
+            return
+        if said is None:
+            begins()
+        said = seconds
+        stream = progress_stream()
+        if stream is not None:
+            held = f", held by {owner}" if owner else ""
+            print(f"waiting for {what}{held}, {duration(seconds)}", file=stream, flush=True)
+
+    return waiting
 
 
 @contextmanager
@@ -267,8 +299,3 @@ class _Heart:
 
 
 _beating = _Heart()
-
-
-def waiting_for(what: str, owner: Owner | None, seconds: float) -> str:
-    """``waiting 1 min 12 s for embeddings, which process 123 on node-4 is making``."""
-    return f"waiting {duration(seconds)} for {what}, which {owner or 'another process'} is making"

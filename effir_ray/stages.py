@@ -7,13 +7,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
-from effir_ray.leases import Lease, Waiting, lease
+from effir_ray.leases import Lease, Waiting, aloud, lease
 from effir_ray.provenance import __version__
 
 _FREED = "freed.json"
@@ -28,12 +28,14 @@ class StageStore:
 
     A stage is built in a folder ``<its name>.tmp...`` beside its place and renamed when complete, so a killed
     run leaves nothing that a later one mistakes for a result. Who builds holds a lease: a builder that was
-    cut off and comes back can finish nothing any more. ``root/runs.log`` holds one line a build, for
+    cut off and comes back can finish nothing any more, and one of long work asks ``lease_of`` its folder on
+    the way whether it still holds it. ``root/runs.log`` holds one line a build, for
     audits. Of a stage that was ``free``d only the small files are left: it is built again when it is needed.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self._building: dict[Path, Lease] = {}
 
     def path(self, stage: str, inputs: Mapping[str, Any], *, version: int = 1) -> Path:
         """Where the stage lies or would lie."""
@@ -53,6 +55,10 @@ class StageStore:
     def lease(self, name: str, waiting: Waiting) -> AbstractContextManager[Lease]:
         """To be held for what only one process at a time may do."""
         return lease(self.root / _LOCKS, name, waiting=waiting)
+
+    def lease_of(self, folder: Path) -> Lease | None:
+        """What this process holds while it builds a stage in ``folder``; None where it builds none there."""
+        return self._building.get(folder.absolute())
 
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
@@ -80,13 +86,14 @@ class StageStore:
         *,
         version: int = 1,
         resumable: bool = False,
-        waiting: Waiting = lambda owner, seconds: None,
+        waiting: Waiting | None = None,
     ) -> Path:
         """The stage's folder, built by ``build(folder)`` unless it is there already.
 
         ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
         raised when the stage's code changes what it writes. Two callers that need the same stage at once
-        share one build: the second waits, and ``waiting`` hears for whom. A ``resumable`` build finds in its
+        share one build: the second waits, and ``waiting`` (or else the progress display) hears for whom. A
+        ``resumable`` build finds in its
         folder what an interrupted one had written; one that ended with an InputError or a TrialFailure leaves
         nothing. Raises LostProcess when another process took the stage over meanwhile.
         """
@@ -95,11 +102,11 @@ class StageStore:
             return place
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with self.lease(f"{stage}-{place.name}", waiting) as mine:
+            with self.lease(f"{stage}-{place.name}", waiting or aloud(stage)) as mine:
                 if not self.has(place):
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
-            if is_disk_full(error):
+            if is_disk_full(error) and not isinstance(error, LostProcess):
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None
@@ -117,7 +124,7 @@ class StageStore:
         mine: Lease,
     ) -> None:
         """Called with the stage's lease held."""
-        shutil.rmtree(place, ignore_errors=True)
+        _discard(place, mine)
         # What is begun records its own paths; what is not continued must not meet what a builder that was
         # cut off still writes.
         aside = place.with_name(f"{place.name}{_ASIDE}" + ("" if resumable else str(mine.generation)))
@@ -126,6 +133,7 @@ class StageStore:
                 shutil.rmtree(interrupted, ignore_errors=True)
         aside.mkdir(exist_ok=True)
         started = time.perf_counter()
+        self._building[aside.absolute()] = mine
         try:
             build(aside)
             record = {
@@ -139,11 +147,32 @@ class StageStore:
             mine.check()
             aside.rename(place)
         except BaseException as error:
-            if not resumable or isinstance(error, InputError | TrialFailure):
+            # The folder of a resumable build is its next builder's, who may have it already.
+            if not resumable or (isinstance(error, InputError | TrialFailure) and mine.held):
                 shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, Exception):
+                mine.check()  # whatever a builder ran into whose folder had gone to another
             raise
+        finally:
+            del self._building[aside.absolute()]
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def _discard(place: Path, mine: Lease) -> None:
+    """Delete what is at ``place`` but no whole stage. Raises LostProcess when another builder has the lease
+    now, of whom nothing is deleted: what it may have finished is put back."""
+    mine.check()
+    old = place.with_name(f"{place.name}{_ASIDE}-old{mine.generation}")
+    try:
+        place.rename(old)
+    except FileNotFoundError:
+        return
+    if not mine.held:
+        with suppress(OSError):  # it has finished since
+            old.rename(place)
+    mine.check()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def size_on_disk(place: Path) -> int:

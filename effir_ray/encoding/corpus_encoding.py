@@ -17,7 +17,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ from effir_ray.encoding.embedding_shards import (
 )
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
+from effir_ray.leases import Held, Lease, aloud, lease
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
 
@@ -48,7 +49,11 @@ SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
 
 
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (InputError, TrialFailure)}
+_WRITER = ".writer"
+
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (InputError, TrialFailure, LostProcess)
+}
 
 
 def encode_corpus(
@@ -62,6 +67,7 @@ def encode_corpus(
     dtype: StoredType = "float32",
     precision: Precision | None = None,
     address: str | None = None,
+    held: Lease | None = None,
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
@@ -69,9 +75,13 @@ def encode_corpus(
     A folder needs no queries: its ``corpus.jsonl`` or ``corpus.parquet`` will do.
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
     one worker without an address is this process. A second call returns what is there, without Ray and
-    without loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
-    embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
-    memory.
+    without loading the model.
+    ``held``: the lease of the stage whose folder has ``out``. Who holds it is the only writer, whatever a
+    stopped predecessor left; every shard is written while it is held.
+
+    Raises InputError for bad arguments, for an ``out`` that holds other embeddings, and while another run
+    writes to it; TrialFailure when one text alone does not fit a worker's memory; LostProcess when another
+    process took the work over.
     """
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
@@ -91,10 +101,10 @@ def encode_corpus(
     )
     folder = ShardFolder(out)
     if not _complete(folder, encoding):
-        with _only_writer(folder):
+        with _only_writer(folder, held) as mine:
             _prepare(folder, encoding)
             missing = sorted(set(range(encoding.shards)) - folder.finished())
-            _encode_missing(folder, encoding, data.corpus, missing, workers, address)
+            _encode_missing(folder, encoding, data.corpus, missing, workers, address, mine)
     return CorpusEmbeddings(folder)
 
 
@@ -124,24 +134,23 @@ def _prepare(folder: ShardFolder, encoding: Encoding) -> None:
 
 
 @contextmanager
-def _only_writer(folder: ShardFolder) -> Iterator[None]:
-    """Two runs at once would do every shard twice. The system drops the lock when its holder is killed."""
-    from filelock import FileLock, Timeout
-
-    if folder.local is None:  # object stores have no locks; shards are put atomically and are all alike
-        yield
+def _only_writer(folder: ShardFolder, held: Lease | None) -> Iterator[Lease | None]:
+    """Two runs at once would do every shard twice."""
+    if held is not None or folder.local is None:  # object stores have no leases; shards there are put whole
+        yield held
         return
-    try:
-        folder.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.local / ".lock", timeout=0) as lock:
-            try:
-                yield
-            finally:  # while it is held: who opens the file from now on makes another
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{folder.location}: cannot be written: {error}") from None
+    with ExitStack() as stack:
+        try:
+            waiting = aloud(folder.location)
+            mine = stack.enter_context(lease(folder.local, _WRITER, waiting=waiting, wait=False))
+        except Held as other:
+            where = f", on {other.owner}" if other.owner else ""
+            raise InputError(
+                f"{folder.location}: another run is writing here{where}; wait for it or stop it"
+            ) from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{folder.location}: cannot be written: {error}") from None
+        yield mine
 
 
 def _encode_missing(
@@ -151,12 +160,13 @@ def _encode_missing(
     missing: list[int],
     workers: int,
     address: str | None,
+    held: Lease | None,
 ) -> None:
     if not missing:
         return
     workers = min(workers, len(missing))
     if workers == 1 and not _elsewhere(address):
-        on_device(_encode_here, folder, encoding, corpus, missing)
+        on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
     connect(address)
     import ray
@@ -178,6 +188,7 @@ def _encode_missing(
             "path": corpus.path,
             "workers_a_node": _workers_a_node(workers, resources),
             "computed_in": _computed_in(folder),
+            "held": held,
         },
         **resources,
     )
@@ -194,9 +205,11 @@ def _elsewhere(address: str | None) -> bool:
     return len(able) > 1 and not ray.cluster_resources().get("GPU")
 
 
-def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:
+def _encode_here(
+    folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int], held: Lease | None
+) -> None:
     """One worker alone is this process: starting another takes longer than encoding a small corpus."""
-    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder))
+    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder), held)
     tasks = (_task(corpus, encoding.rows(shard), shard) for shard in missing)
     done = (encoder({name: [value] for name, value in task.items()}) for task in tasks)
     rows = ({name: values[0] for name, values in figures.items()} for figures in done)
@@ -296,8 +309,9 @@ class _ShardEncoder:
         path: Path,
         workers_a_node: int,
         computed_in: Computed | None,
+        held: Lease | None = None,
     ) -> None:
-        self._folder, self._encoding, self._path = folder, encoding, path
+        self._folder, self._encoding, self._path, self._held = folder, encoding, path, held
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
     @cached_property
@@ -351,5 +365,7 @@ class _ShardEncoder:
             computed_in=self._encoder.precision,
         )
         ids = [document.id for document in documents]
+        if self._held is not None:
+            self._held.check()
         self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
         return record

@@ -21,8 +21,7 @@ from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import PINNED, Hardware, available_cores, detect
-from effir_ray.leases import EXPIRY, Held, Lease, Owner, lease
-from effir_ray.progress import progress_stream
+from effir_ray.leases import LEASES, Held, Lease, aloud, lease
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
@@ -31,7 +30,6 @@ from effir_ray.search.space import SearchSpace
 
 STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
-_LEASES = ".leases"
 
 
 _NOT_IDENTITY = (
@@ -142,27 +140,14 @@ def claim(
 @contextmanager
 def exclusive(out: Path) -> Iterator[Lease]:
     """Only one search works in a folder. That of a killed one is taken over: at once on its own machine,
-    after ``EXPIRY`` seconds elsewhere."""
-    said = False
-
-    def waiting(owner: Owner | None, seconds: float) -> None:
-        nonlocal said
-        stream = progress_stream()
-        if stream is not None and not said:
-            said = True
-            print(
-                f"{out}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to "
-                "see whether it still lives.",
-                file=stream,
-            )
-
+    after ``leases.EXPIRY`` seconds elsewhere."""
     try:
-        with lease(out / _LEASES, "search", waiting=waiting, wait=False) as mine:
+        with lease(out / LEASES, "search", waiting=aloud(str(out)), wait=False) as mine:
             yield mine
     except Held as held:
+        where = f", on {held.owner}" if held.owner else ""
         raise InputError(
-            f"{out}: another search is running in this folder ({held.owner or 'starting'}); wait for it or "
-            "stop it"
+            f"{out}: another search is running in this folder{where}; wait for it or stop it"
         ) from None
 
 

@@ -19,9 +19,8 @@ from effir_ray.cluster.devices import machine, on_device
 from effir_ray.data.pair_stream import source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row, mean_columns
-from effir_ray.leases import Owner
+from effir_ray.leases import aloud
 from effir_ray.models.names import backbone_fingerprint
-from effir_ray.progress import duration, progress_stream
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
@@ -36,8 +35,6 @@ from effir_ray.storage import redacted
 from effir_ray.training.identity import training_identity
 
 Listener = Callable[[str], None]
-
-_SAY_WAITING, _SAY_AGAIN = 2.0, 10.0  # seconds of waiting for another process
 
 
 def run_trial(
@@ -113,7 +110,6 @@ class StageRunner:
     def __init__(self, config: TrialConfig, split: Split, store: StageStore, listener: Listener) -> None:
         self.config, self.split, self.store, self.listener = config, split, store, listener
         self.device_seconds = 0.0
-        self._said = 0.0  # into a wait, when it was last said
 
     def make(self, keyed: KeyedStage) -> Path:
         """The folder of the stage, built if it is not there."""
@@ -130,7 +126,7 @@ class StageRunner:
             build,
             version=stage.version,
             resumable=stage.resumable,
-            waiting=partial(self._waits, keyed.name),
+            waiting=aloud(stage.title, partial(self.listener, keyed.name)),
         )
 
     def task(self, keyed: KeyedStage, out: Path) -> StageTask:
@@ -163,21 +159,9 @@ class StageRunner:
         if not stage.exclusive:
             yield
             return
-        with self.store.lease(platform.node(), partial(self._waits, stage.name)):
+        waiting = aloud(f"its turn on {platform.node()}", partial(self.listener, stage.name))
+        with self.store.lease(platform.node(), waiting):
             yield
-
-    def _waits(self, stage: str, owner: Owner | None, seconds: float) -> None:
-        """Another trial, maybe of another node, makes it or has the machine."""
-        said = self._said if seconds > self._said else 0.0  # this may be another wait
-        if seconds - said < (_SAY_AGAIN if said else _SAY_WAITING):
-            return
-        if not said:
-            self.listener(stage)
-        self._said = seconds
-        stream = progress_stream()
-        if stream is not None:
-            held_by = f", which {owner} has" if owner else ""
-            print(f"waiting {duration(seconds)} for it{held_by}", file=stream)
 
 
 def failed_row(

@@ -206,6 +206,7 @@ def _embeddings(task: StageTask) -> None:
         task.out / SHARDS,
         workers=task.config.encoding_workers,
         max_length=task.config.document_max_length,
+        held=task.store.lease_of(task.out),
     )
 
 
