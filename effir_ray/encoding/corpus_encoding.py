@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import resource
 import sys
 import time
@@ -27,6 +28,7 @@ import torch
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import on_device
+from effir_ray.cluster.lost import in_one_line
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -179,7 +181,7 @@ def _encode_missing(
         [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
     )
     done = tasks.map_batches(
-        _ShardEncoder,
+        _Worker,
         batch_size=1,
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         fn_constructor_kwargs={
@@ -192,7 +194,8 @@ def _encode_missing(
         },
         **resources,
     )
-    _follow(done.iter_rows(), encoding, missing, workers)
+    with in_one_line("encoding"):
+        _follow(done.iter_rows(), encoding, missing, workers)
 
 
 def _elsewhere(address: str | None) -> bool:
@@ -227,7 +230,7 @@ def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[in
     with progress("Encoding", total=documents, unit="docs") as bar:
         for row in done:
             if row["problem"]:
-                raise _ERRORS[row["error"]](row["problem"])
+                raise _ERRORS.get(row["error"], RuntimeError)(row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -299,6 +302,18 @@ def _peak_of_this_process(device: torch.device, precision: Computed) -> float:
     return gemm_peak(device, precision)
 
 
+_NO_FIGURES: dict[str, Any] = {
+    "documents": 0,
+    "tokens": 0,
+    "flops": 0.0,
+    "gemm_peak": 1.0,
+    "warning": "",
+    "precision": "",
+    "error": "",
+    "problem": "",
+}
+
+
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
@@ -338,9 +353,7 @@ class _ShardEncoder:
         What is wrong travels as a value: Ray would drop the exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
-        figures["precision"] = ""
-        figures |= {"error": "", "problem": ""}
+        figures = dict(_NO_FIGURES)
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
@@ -369,3 +382,15 @@ class _ShardEncoder:
             self._held.check()
         self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
         return record
+
+
+class _Worker(_ShardEncoder):
+    """One of Ray Data's, which would put advice of its own in the place of what an error says."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(batch)
+        except Exception as error:
+            name = type(error).__name__
+            figures = _NO_FIGURES | {"error": name, "problem": f"{name} on {platform.node()}: {error}"}
+            return {name: [value] for name, value in figures.items()}

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine, on_device
@@ -29,7 +27,7 @@ from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
-from effir_ray.search.trial_stages import trial_stages
+from effir_ray.search.trial_stages import settle, trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.storage import redacted
 from effir_ray.training.identity import training_identity
@@ -57,7 +55,7 @@ def run_trial(
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
     """
-    _settle(config)
+    settle(config)
     started = time.monotonic()
     sources = sources_of(config, here)
     runner = StageRunner(config, split, stages, listener)
@@ -92,15 +90,9 @@ def run_trial(
     return [row, *apart]
 
 
-def _settle(config: TrialConfig) -> None:
-    """What sums and draws depend on besides the stage's own inputs."""
-    torch.set_num_threads(config.threads or hardware.available_cores())
-    torch.manual_seed(config.seed)
-
-
 def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
     """``build`` in whatever process it runs in."""
-    _settle(task.config)
+    settle(task.config)
     build(task)
 
 

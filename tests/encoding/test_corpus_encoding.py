@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -246,6 +247,14 @@ def test_an_object_store_holds_the_same_shards_and_resumes(
 def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
     with pytest.raises(InputError, match="the Ray cluster has"):
         encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=1, workers=500)
+
+
+@pytest.mark.integration
+def test_what_a_worker_cannot_write_is_said_in_one_line_with_its_machine(beir_folder, tmp_path):
+    (tmp_path / "out" / "shards" / "000001.parquet").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=rf"^\w*Error on {platform.node()}: .*000001.parquet") as refused:
+        encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=64, workers=2)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.integration
