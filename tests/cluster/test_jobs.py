@@ -321,6 +321,21 @@ def test_nobody_listening_is_said_at_once() -> None:
         list_jobs(address=f"http://127.0.0.1:{_free_port()}")
 
 
+def test_studies_lie_where_the_environment_says(
+    server: JobServer, space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EFFIR_RAY_OUT", raising=False)
+    with pytest.raises(InputError, match=r"submit needs --out FOLDER, .* or EFFIR_RAY_OUT"):
+        submit_search(space, address=server.address)
+    monkeypatch.setenv("EFFIR_RAY_OUT", "/shared/studies/")
+    submit_search(space, address=server.address)
+    (listed,) = list_jobs(address=server.address)
+    assert listed.command.endswith("--out /shared/studies/tiny")
+    monkeypatch.setenv("EFFIR_RAY_OUT", "studies")
+    with pytest.raises(InputError, match=r"--out studies/tiny: .* absolute path"):
+        submit_search(space, address=server.address)
+
+
 def test_a_relative_folder_would_end_with_the_job(space: Path) -> None:
     with pytest.raises(InputError, match=r"--out runs/tiny: .* absolute path"):
         submit_search(space, "runs/tiny")
