@@ -108,7 +108,7 @@ class StudyDisplay:
         return ", ".join(parts + ([f"about {duration(left)} left"] if left > 0 else []))
 
     def _seconds_left(self) -> float:
-        """Asked anew so seldom that it is a twentieth of a core's work at most, however many trials there are."""
+        """Asked anew so seldom that it is a twentieth of a core's work at most, of however many trials."""
         began = time.monotonic()
         if began < self._ask_at:
             return max(0.0, self._left - (began - self._asked))

@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from effir_ray.results.schema import TrialRow
 from effir_ray.search.folder import attempts, finished_rows
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.trial import failed_row
+from effir_ray.training.run.reservations import release_abandoned
 
 ROW = "row"  # under this key a trial process reports its row (JSON)
 ABORT = "abort"  # or, under this one, why no trial of this study can run
@@ -30,6 +32,8 @@ LOST = "lost"  # or, under this one, that a process it needed is gone
 
 MAX_LOSSES = 3
 """A trial is tried so often again after it lost a process; then it counts as failed."""
+
+_RELEASE_SECONDS = 10.0
 
 _KILLED = "the trial's process ended without a result (killed, or out of memory)"
 
@@ -124,7 +128,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
 
 
 class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
-    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone.
+    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone; and now and then
+    gives back what trainings of killed trials, of this study or of one before, have reserved.
 
     Asked in every round, as a callback would be; but for callbacks Ray imports every tracker there is, and
     wandb's folders in the system's temporary one outlive a killed process.
@@ -133,6 +138,12 @@ class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
+    def __init__(self) -> None:
+        self._released = -math.inf
+
     def stop_all(self) -> bool:
         check_local_processes()
+        if time.monotonic() > self._released + _RELEASE_SECONDS:
+            self._released = time.monotonic()
+            release_abandoned()
         return False

@@ -170,13 +170,17 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
     return Cleaned(freed_bytes=before - left, kept_bytes=left)
 
 
-def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
+def submit_search(
+    space: Path, out: str | None = None, *, address: str | None = None, resume: bool = False
+) -> str:
     """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
 
-    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Raises InputError for a space
-    that cannot run, for a relative ``out`` and when no job server answers.
+    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Without ``out`` it is the
+    folder of the study's name in ``$EFFIR_RAY_OUT``, where this cluster's studies lie. Raises InputError for
+    a space that cannot run, for no or a relative ``out`` and when no job server answers.
     """
     loaded = load_yaml(space, SearchSpace)
+    out = out or _cluster_folder(loaded.name)
     dry_run(loaded.model_copy(update={"priors": ()}))  # they may lie where only the cluster sees them
     if not storage.is_uri(out) and not PurePosixPath(out).is_absolute():
         raise InputError(
@@ -189,6 +193,16 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
         files={_SPACE_FILE: space.read_text(encoding="utf-8")},
         address=address,
     )
+
+
+def _cluster_folder(study: str) -> str:
+    place = os.environ.get("EFFIR_RAY_OUT")
+    if not place:
+        raise InputError(
+            "submit needs --out FOLDER, where every node of the cluster sees it, or EFFIR_RAY_OUT: the "
+            "folder there that all studies lie in, each in one of its name"
+        )
+    return storage.join(place, study)
 
 
 def _work(
