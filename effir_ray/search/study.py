@@ -19,6 +19,7 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.leases import Lease
 from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
@@ -103,7 +104,7 @@ def search(
         name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
-    with exclusive(folder):
+    with exclusive(folder) as held:
         remove_leftovers(folder)
         backbones = load_backbones(space)
         proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
@@ -111,7 +112,8 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, folder, estimate, collector, here, address, restart=not given)
+        _work(proposals, folder, estimate, collector, here, address, held, restart=not given)
+        held.check()
         remove_leftovers(folder)
         stages.remove_locks()
         for kind in (store.ROWS, QUERY_SCORES):
@@ -197,22 +199,24 @@ def _work(
     collector: Collector,
     here: Hardware,
     address: str | None,
+    held: Lease,
     *,
     restart: bool,
 ) -> None:
     """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
 
-    Raises LostProcess when that does not help.
+    Raises LostProcess when that does not help, and when another search has taken the folder over.
     """
     losses = 0
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here)
+            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here, held)
             return
         except Exception as error:
             if not is_lost_process(error):
                 raise
+            held.check()
             losses += 1
             if losses > _RESTARTS or not restart:
                 raise LostProcess(
@@ -225,7 +229,12 @@ def _work(
 
 
 def _run(
-    proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals,
+    out: Path,
+    display: StudyDisplay,
+    collector: Collector,
+    here: Hardware,
+    held: Lease,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -252,7 +261,7 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, stop=RayIsThere()),
+        run_config=tune.RunConfig(name="tune", storage_path=str(out), verbose=0, stop=RayIsThere(held)),
     )
     with display:
         tuner.fit()
