@@ -20,6 +20,7 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
 from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
@@ -113,7 +114,7 @@ def search(
         name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
-    with exclusive(study):
+    with exclusive(study) as held:
         remove_leftovers(study)
         backbones = load_backbones(space)
         proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
@@ -121,7 +122,8 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, study, estimate, collector, here, address, restart=not given)
+        _work(proposals, study, estimate, collector, here, address, held, restart=not given)
+        held.check()
         remove_leftovers(study)
         stages.remove_locks()
         pull_rows(study)
@@ -212,22 +214,24 @@ def _work(
     collector: Collector,
     here: Hardware,
     address: str | None,
+    held: Lease,
     *,
     restart: bool,
 ) -> None:
     """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
 
-    Raises LostProcess when that does not help.
+    Raises LostProcess when that does not help, and when another search has taken the folder over.
     """
     losses = 0
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here)
+            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, held)
             return
         except Exception as error:
             if not is_lost_process(error):
                 raise
+            held.check()
             losses += 1
             if losses > _RESTARTS or not restart:
                 raise LostProcess(
@@ -240,7 +244,12 @@ def _work(
 
 
 def _run(
-    proposals: Proposals, study: Mirror, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals,
+    study: Mirror,
+    display: StudyDisplay,
+    collector: Collector,
+    here: Hardware,
+    held: Lease,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -267,7 +276,9 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere()),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere(held)
+        ),
     )
     with display:
         tuner.fit()
