@@ -32,6 +32,8 @@ _AFTER_OURS = (
 )
 _ADDRESS_SPACE = 8 * 2**30  # bytes; resident memory is what counts, this one only saves the machine
 
+_LARGE = 2**20  # bytes
+
 Try = Callable[[Path], Any]
 
 
@@ -61,7 +63,11 @@ class _Result:
 
 def _place(source: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    target.unlink(missing_ok=True)
+    if source.is_file() and source.stat().st_size < _LARGE:
+        shutil.copyfile(source, target)
+    else:  # pipes, devices, and files of gigabytes that take no room
+        target.symlink_to(source)
     return target
 
 
@@ -123,11 +129,9 @@ def in_dataset(scratch: Path, name: str) -> Try:
         (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "red car"}\n')
         (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "car"}\n')
         (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
-        if name == "corpus.parquet":
+        if name.startswith("corpus.parquet"):
             (folder / "corpus.jsonl").unlink()
-        target = folder / name
-        target.unlink(missing_ok=True)
-        bad_files.pipe(target) if file.is_fifo() else shutil.copyfile(file, target)
+        _place(file, folder / name)
         return command("evaluate", "--model", "random:bert", "--dataset", folder)
 
     return attempt
@@ -144,10 +148,10 @@ def study(scratch: Path) -> Try:
     return attempt
 
 
-def rows(scratch: Path) -> Try:
+def rows(scratch: Path, name: str = "a.parquet") -> Try:
     def attempt(file: Path) -> Any:
-        out = scratch / "rows"
-        _place(file, out / "rows" / "a.parquet")
+        out = scratch / f"rows-{name}"
+        _place(file, out / "rows" / name)
         return command("pareto", out)
 
     return attempt
@@ -191,6 +195,15 @@ def pairs(scratch: Path) -> Try:
     return attempt
 
 
+def pair_folder(scratch: Path) -> Try:
+    def attempt(file: Path) -> Any:
+        folder = scratch / f"pairs-{file.suffix[1:]}"
+        _place(file, folder / f"a{file.suffix}")
+        return command("annotate", folder, "--by", "random:bert", "--out", scratch / "annotated.jsonl")
+
+    return attempt
+
+
 def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
     """Name -> (folder of the corpus, or the list of ``bad_files`` and a suffix; what to do with a file)."""
     return {
@@ -212,8 +225,11 @@ def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
         "gguf": ("GGUF .gguf", _load),
         "pairs": ("pairs", pairs(scratch)),
         "pair-tables": ("PAIR_TABLES .parquet", pairs(scratch)),
+        "pair-lines": ("PAIR_LINES .jsonl", pairs(scratch)),
+        "pair-folders": ("PAIR_LINES .jsonl", pair_folder(scratch)),
         "corpus": ("corpus", in_dataset(scratch, "corpus.jsonl")),
         "corpus-tables": ("CORPUS_TABLES .parquet", in_dataset(scratch, "corpus.parquet")),
+        "corpus-parts": ("CORPUS_TABLES .parquet", in_dataset(scratch, "corpus.parquet/a.parquet")),
         "qrels": ("qrels", in_dataset(scratch, "qrels/test.tsv")),
         "rows": ("ROWS .parquet", rows(scratch)),
         "sql": ("sql", sql(scratch)),
@@ -228,19 +244,26 @@ def files(source: str, scratch: Path) -> Iterator[Path]:
         return
     name, suffix = source.split()
     folder = scratch / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for case, write in getattr(bad_files, name).items():
         write(folder / f"{case}{suffix}")
         yield folder / f"{case}{suffix}"
 
 
 def pipes(scratch: Path) -> Iterator[tuple[Path, Try]]:
-    """A pipe that nobody writes to, in place of every file that a user names."""
+    """A pipe that nobody writes to, and a device without an end, in place of every file that a user names."""
     every = kinds(scratch)
-    for number, kind in enumerate(("spaces", "trainings", "pairs", "corpus", "qrels", "gguf")):
-        file = scratch / f"pipe-{number}{'.jsonl' if kind == 'pairs' else '.gguf' if kind == 'gguf' else ''}"
+    suffixes = {"pairs": ".jsonl", "gguf": ".gguf", "pair-tables": ".parquet"}
+    for kind in ("spaces", "trainings", "pairs", "corpus", "qrels", "gguf", *_TABLES):
+        file = scratch / f"pipe-{kind}{suffixes.get(kind, '')}"
         bad_files.pipe(file)
-        yield file, every[kind][1]
+        endless = scratch / f"endless-{kind}{suffixes.get(kind, '')}"
+        endless.symlink_to("/dev/zero")
+        yield from ((each, every[kind][1]) for each in (file, endless))
+    yield file, rows(scratch, "a.compact.parquet")
+
+
+_TABLES = ("pair-tables", "corpus-tables", "corpus-parts", "rows")
 
 
 def main() -> None:
