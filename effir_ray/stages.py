@@ -139,8 +139,8 @@ class StageStore:
         if self.remote:
             there = self._at(place)
             storage.put(storage.join(there, gone), b"")
-            storage.discard(storage.join(there, part))
-            storage.discard(storage.join(there, gone))
+            storage.remove(storage.join(there, part))
+            storage.remove(storage.join(there, gone))
         if (place / part).exists():
             (place / part).rename(place / gone)
         shutil.rmtree(place / gone, ignore_errors=True)
@@ -173,7 +173,7 @@ class StageStore:
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
         if self.remote:
-            storage.discard(storage.join(self.remote, _LOCKS))
+            storage.remove(storage.join(self.remote, _LOCKS))
         shutil.rmtree(self.root / _LOCKS, ignore_errors=True)
 
     def free(self, place: Path, part: str) -> None:
@@ -194,7 +194,7 @@ class StageStore:
             return
         note = json.dumps({"part": part, "bytes": self.bytes_of(place, part)})
         storage.put(storage.join(there, _FREED), note.encode())
-        storage.discard(storage.join(there, part))
+        storage.remove(storage.join(there, part))
         shutil.rmtree(place, ignore_errors=True)
         write_whole(_made(self.root / _FREED_HERE) / f"{place.parent.name}-{place.name}.json", note)
 
@@ -253,7 +253,7 @@ class StageStore:
         there."""
         shutil.rmtree(place, ignore_errors=True)
         if self.remote and not resumable:
-            storage.discard(self._at(place))
+            storage.remove(self._at(place))
         # What is begun records its own paths; what is not continued must not meet what a builder that was
         # cut off still writes.
         aside = place.with_name(f"{place.name}{_ASIDE}" + ("" if resumable else str(mine.generation)))
@@ -278,7 +278,7 @@ class StageStore:
             mine.check()
             if self.remote:
                 storage.put(storage.join(self._at(place), _RECORD), (aside / _RECORD).read_bytes())
-                storage.discard(storage.join(self._at(place), _FREED))
+                storage.remove(storage.join(self._at(place), _FREED))
             if elsewhere:
                 shutil.rmtree(aside)
             else:

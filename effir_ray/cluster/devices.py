@@ -61,7 +61,7 @@ def machine() -> Hardware:
 
 def _there(log: Path | None, function: Callable[..., T], *arguments: Any) -> Computed[T]:
     with ExitStack() as stack:
-        if log is not None:
+        if log is not None and log.parent.is_dir():  # a machine that sees the same disk
             stack.enter_context(show_progress(stack.enter_context(log.open("a", buffering=1))))
         return _timed(function, *arguments)
 

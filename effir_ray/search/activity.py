@@ -66,7 +66,7 @@ def reporting(study: Mirror, trial_id: str, trial: str, split: str) -> Iterator[
     finally:
         file.unlink(missing_ok=True)
         if study.uri:
-            storage.discard(study.at(f"{FOLDER}/{file.name}"))
+            storage.remove(study.at(f"{FOLDER}/{file.name}"))
         log.unlink(missing_ok=True)
 
 
@@ -74,7 +74,7 @@ def remove_leftovers(study: Mirror) -> None:
     """Remove what killed processes left."""
     shutil.rmtree(study.folder / FOLDER, ignore_errors=True)
     if study.uri:
-        storage.discard(study.at(FOLDER))
+        storage.remove(study.at(FOLDER))
 
 
 def current(study: Mirror) -> list[Activity]:

@@ -72,7 +72,7 @@ class Worker:
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
         dev = dev_dataset(config)
         pairs, self.left_out = training_pairs(
-            job["pairs"], job["split"], job["held_out"], survey=job["survey"]
+            stages.local(job["pairs"]), job["split"], job["held_out"], survey=job["survey"]
         )
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = fault_tolerance.halved_budget(self.run)

@@ -1,0 +1,153 @@
+"""Whole studies whose folder is a bucket: the same rows, from any machine, also where uploads fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from effir_ray import storage
+from effir_ray.cluster.connection import connect
+from effir_ray.compression.pipeline import compress
+from effir_ray.compression.schedule import Schedule
+from effir_ray.data.datasets import load_dataset
+from effir_ray.errors import InputError
+from effir_ray.evaluation.evaluate import evaluate
+from effir_ray.models.loading import load_model
+from effir_ray.results import store
+from effir_ray.results.export import export
+from effir_ray.results.query import query
+from effir_ray.results.report import report
+from effir_ray.results.selection import pareto
+from effir_ray.search.study import clean, search
+from tests.helpers.search_examples import small_space, write_corpus
+
+TRAINING = {
+    "steps": 2,
+    "batch_size": 8,
+    "lora": None,
+    "query_max_length": 16,
+    "document_max_length": 32,
+}
+SPACE: dict[str, Any] = {
+    "recovery": TRAINING,
+    "schedules": [{"drop_mlp": 1, "width_reduction": 0.5, "recover": True}, {"drop_attention": 1}],
+    "objectives": ["ndcg_at_10", "parameters"],
+    "threads": 1,
+}
+
+
+def scores(place: Path | str) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """(trial, split) -> what does not depend on the machine's mood; every trial once."""
+    rows = store.read(place).to_pylist()
+    found = {
+        (row["trial_id"], row["split"]): (row["status"], row["ndcg_at_10"], row["parameters"], row["model"])
+        for row in rows
+    }
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture
+def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Called, it leaves the process without anything that it has kept of a study so far."""
+    monkeypatch.setattr("effir_ray.results.tables._copies", {})
+
+    def forget(name: str) -> None:
+        monkeypatch.setenv("EFFIR_RAY_CACHE", str(tmp_path / name))
+
+    return forget
+
+
+@pytest.mark.integration
+def test_a_study_in_a_bucket(tmp_path: Path, object_store: str, another_machine: Any) -> None:
+    place = object_store.format("runs/study")
+    another_machine("first")
+    connect(num_cpus=2)
+    space = small_space(**SPACE)
+    here = search(space, tmp_path / "study")
+    result = search(space, place)
+    assert (result.trials, result.failed, result.out) == (3, 0, place)
+    assert result.front == here.front
+    wanted = scores(tmp_path / "study")
+    assert scores(place) == wanted
+    another_machine("second")
+    front, same = (pareto(each, objectives=space.objectives) for each in (place, tmp_path / "study"))
+    assert front["trial_id"].equals(same["trial_id"])
+    assert report(place, tmp_path / "page.html").stat().st_size > 10**6
+    curves = "SELECT step, loss FROM curves ORDER BY model, step"
+    assert query(place, curves).equals(query(tmp_path / "study", curves))
+    trained = next(row for row in store.read(place).to_pylist() if row["recovered"])
+    exported = export(place, tmp_path / "model", trial=trained["trial_id"])
+    assert load_model(exported.model, dtype="float32").config.num_hidden_layers == 4
+    again = search(space, place, resume=True)
+    assert (again.trials, again.front) == (result.trials, result.front)
+    assert scores(place) == wanted, "nothing was done again"
+    more = search(space.model_copy(update={"parameters": {}, "keep": "all"}), place, resume=True)
+    assert more.front == result.front
+    freed = clean(place, keep="none")
+    assert freed.freed_bytes > 0 and freed.kept_bytes == 0
+    with pytest.raises(InputError, match="is not there"):
+        export(place, tmp_path / "none", trial=trained["trial_id"])
+    with pytest.raises(InputError, match="holds this study already; add --resume"):
+        search(space, place)
+
+
+@pytest.fixture
+def unreliable_store() -> Iterator[str]:
+    """As ``object_store``, but every seventh answer or so is that the server is busy."""
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from pyarrow import fs
+    from werkzeug.serving import make_server
+
+    whole, dice, failing = DomainDispatcherApplication(create_backend_app), Random(0), threading.Event()
+
+    def busy(environment: Any, start: Any) -> Any:
+        if failing.is_set() and dice.random() < 0.15:
+            environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
+            start("503 Slow Down", [("Content-Type", "text/plain")])
+            return [b"busy"]
+        return whole(environment, start)
+
+    server = make_server("127.0.0.1", 0, busy, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    place = f"127.0.0.1:{server.port}"
+    keys = {"access_key": "key", "secret_key": "secret", "region": "us-east-1"}
+    system = fs.S3FileSystem(endpoint_override=place, scheme="http", allow_bucket_creation=True, **keys)
+    system.create_dir("bucket")
+    failing.set()
+    yield f"s3://key:secret@bucket/{{}}?endpoint_override={place}&scheme=http&region=us-east-1"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.mark.integration
+def test_a_study_whose_uploads_fail_at_random(
+    tmp_path: Path, unreliable_store: str, another_machine: Any
+) -> None:
+    another_machine("cache")
+    connect(num_cpus=2)
+    space = small_space(**SPACE | {"concurrency": 2})
+    result = search(space, unreliable_store.format("study"))
+    assert (result.trials, result.failed) == (3, 0)
+    search(space, tmp_path / "study")
+    assert scores(unreliable_store.format("study")) == scores(tmp_path / "study")
+
+
+def test_data_sets_and_models_at_uris(tmp_path: Path, object_store: str, another_machine: Any) -> None:
+    another_machine("cache")
+    data, model = object_store.format("words"), object_store.format("model")
+    storage.send(write_corpus(tmp_path / "words"), data)
+    compress("random:bert", Schedule(drop_mlp=(0,)), tmp_path / "model")
+    storage.send(tmp_path / "model", model)
+    here = evaluate(str(tmp_path / "model"), str(tmp_path / "words"))
+    there = evaluate(model, data)
+    assert there.scores.per_query == here.scores.per_query
+    assert load_dataset(data).fingerprint == load_dataset(tmp_path / "words").fingerprint
+    with pytest.raises(InputError, match="no such folder, or nothing in it"):
+        load_dataset(object_store.format("absent"))
