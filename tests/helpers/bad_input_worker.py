@@ -204,6 +204,43 @@ def pair_folder(scratch: Path) -> Try:
     return attempt
 
 
+def stage(scratch: Path, name: str) -> Try:
+    """Put the file under ``name`` into a stage of a study, and look at all stages as a resume does."""
+
+    def attempt(file: Path) -> Any:
+        from effir_ray.stages import StageStore
+
+        store = StageStore(scratch / f"stages-{name}")
+        _place(file, store.root / "recovered" / "0123456789abcdef" / name)
+        return _Result(lambda: (list(store.finished("recovered")), store.freed_bytes()))
+
+    return attempt
+
+
+def training(scratch: Path) -> Try:
+    def attempt(file: Path) -> Any:
+        out = scratch / "begun"
+        _place(file, out / "training.json")
+        pair, settings = scratch / "one-pair.jsonl", scratch / "training.yaml"
+        pair.write_text('{"query": "a car", "positive": "red car"}\n')
+        settings.write_text(f"dataset: {pair}\nbatch_size: 2\n")
+        return command("train", settings, "--model", "random:bert", "--out", out)
+
+    return attempt
+
+
+def progress(file: Path) -> Any:
+    from effir_ray.training.run.fault_tolerance import read_progress
+
+    return _Result(lambda: read_progress(file))
+
+
+def history(file: Path) -> Any:
+    from effir_ray.training.run.history import read_history
+
+    return _Result(lambda: read_history(file))
+
+
 def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
     """Name -> (folder of the corpus, or the list of ``bad_files`` and a suffix; what to do with a file)."""
     return {
@@ -234,6 +271,11 @@ def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
         "rows": ("ROWS .parquet", rows(scratch)),
         "sql": ("sql", sql(scratch)),
         "study": ("study", study(scratch)),
+        "stage-records": ("own/stage", stage(scratch, "stage.json")),
+        "freed": ("own/freed", stage(scratch, "freed.json")),
+        "begun-trainings": ("own/training", training(scratch)),
+        "progress": ("own/progress", progress),
+        "history": ("own/history", history),
         "archives": ("ARCHIVES .zip", archive(scratch)),
     }
 
