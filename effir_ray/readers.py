@@ -169,13 +169,18 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
         raise InputError(f"{source}: {name} is no JSON number; expected a finite one")
 
     try:
-        return json.loads(
+        # json.loads itself would guess at encodings, and let halves of characters through
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(
             text,
             parse_int=number,
             parse_float=real,
             parse_constant=constant,
             object_pairs_hook=pairs if unique else None,
         )
+        if "\\ud" in text or "\\uD" in text:
+            check_characters(json.dumps(value, ensure_ascii=False), source)
+        return value
     except RecursionError:
         raise InputError(f"{source}: not valid JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -183,6 +188,17 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
         raise InputError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:
         raise InputError(f"{source}: not valid JSON: not UTF-8") from None
+
+
+def check_characters(text: str, source: str) -> None:
+    """Raise InputError for half of a surrogate pair, which JSON and YAML can escape ("\\ud83d"): it can be
+    neither written nor printed, nor tokenized."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{source}: a text holds half of a surrogate pair; write the whole character"
+        ) from None
 
 
 def _check_depth(value: Any, source: str) -> None:
@@ -286,6 +302,7 @@ class _Check:
     def scalar(self, node: yaml.ScalarNode) -> None:
         if node.tag == _DATE_TAG:
             raise self.refused(node, f"the date {quoted(node.value)}; settings hold none: put text in quotes")
+        check_characters(node.value, f"{self.source}:{node.start_mark.line + 1}")
         if node.tag not in _PLAIN_TAGS:
             raise self.refused(node, f"the unknown tag {quoted(node.tag)}; expected plain YAML")
         if node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:
@@ -299,6 +316,7 @@ class _Check:
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
                 raise self.refused(key, "a key that is not text; put it in quotes")
             line = key.start_mark.line + 1
+            check_characters(key.value, f"{self.source}:{line}")
             if key.value in seen:
                 first = seen[key.value]
                 raise self.refused(key, f"the key {quoted(key.value)} again, after line {first}; remove one")

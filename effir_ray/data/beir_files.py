@@ -265,7 +265,7 @@ def _identifier(record: dict[str, Any], path: Path, number: int) -> str:
         raise InputError(
             f"{path}:{number}: _id is {identifier!r}; expected a string that is not empty and has no tabs"
         )
-    return _encodable(identifier, "_id", path, number)
+    return identifier
 
 
 def _text(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
@@ -275,20 +275,7 @@ def _text(record: dict[str, Any], field: str, path: Path, number: int, *, defaul
     if not isinstance(value, str):
         found = "is missing" if field not in record else f"is a JSON {type(value).__name__}"
         raise InputError(f"{path}:{number}: field '{field}' {found}; expected a string")
-    return _encodable(value, field, path, number)
-
-
-def _encodable(text: str, field: str, path: Path, number: int) -> str:
-    """JSON can escape halves of a character ("\\ud83d"), which neither tokenizers nor Arrow take."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{path}:{number}: field '{field}' holds half of a surrogate pair at character "
-                f"{error.start + 1}; write the whole character"
-            ) from None
-    return text
+    return value
 
 
 def _check_new(identifier: str, first_line: dict[str, int], path: Path, number: int) -> None:

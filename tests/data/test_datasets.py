@@ -110,7 +110,7 @@ def _replace_line(path: Path, number: int, line: bytes) -> None:
             "corpus.jsonl",
             5,
             b'{"_id": "d4", "text": "\\ud83d"}',
-            "field 'text' holds half of a surrogate pair",
+            "a text holds half of a surrogate pair",
         ),
         ("corpus.jsonl", 5, b'{"_id": "d4", "text": "x", "n": 1' + b"0" * 5000 + b"}", "too many digits"),
         ("queries.jsonl", 2, b'{"_id": "q1", "text": ""}', "query 'q1' has no text"),
