@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from effir_ray import storage
 from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
 from effir_ray.leases import Lease, Waiting, aloud, lease
 from effir_ray.provenance import __version__
+from effir_ray.readers import json_object, parse_json, read_json_object, read_text
 
 _RECORD = "stage.json"
 _FREED = "freed.json"
@@ -113,12 +114,13 @@ class StageStore:
         an object store it may be some seconds old."""
         if not self.remote:
             file = place / _RECORD
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            return _checked(read_text(file), str(file)) if file.exists() else None
         key = self._key(place)
         if key not in self._records and place.name in self._names(place.parent.name):
-            content = storage.get(storage.join(self._at(place), _RECORD))
+            there = storage.join(self._at(place), _RECORD)
+            content = storage.get(there)
             if content is not None:
-                self._records[key] = json.loads(content)
+                self._records[key] = _checked(content, there)
         return self._records.get(key)
 
     def finished(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -207,7 +209,7 @@ class StageStore:
     def freed_bytes(self) -> int:
         """What was freed and not built again since; of an object store what this machine freed."""
         notes = self.root.glob(f"{_FREED_HERE}/*" if self.remote else f"*/*/{_FREED}")
-        return sum(int(json.loads(note.read_text(encoding="utf-8"))["bytes"]) for note in notes)
+        return sum(_noted_bytes(note) for note in notes)
 
     def run(
         self,
@@ -302,6 +304,29 @@ class StageStore:
             del self._building[aside.absolute()]
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def _checked(content: str | bytes, source: str) -> dict[str, Any]:
+    """The record of a stage; InputError for anything else."""
+    what = f"{source}: not the record of a stage; delete its folder, and the stage is built again"
+    try:
+        record = json_object(parse_json(content, source, unique=True), source)
+    except InputError as error:
+        raise InputError(f"{what} ({error})") from None
+    if not isinstance(record.get("inputs"), dict) or not _is_number(record.get("seconds")):
+        raise InputError(what)
+    return record
+
+
+def _noted_bytes(note: Path) -> int:
+    size = read_json_object(note).get("bytes")
+    if not _is_number(size):
+        raise InputError(f"{note}: expected the bytes that were freed; delete the folder it is in")
+    return int(size)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _place_of(aside: Path) -> Path:

@@ -124,6 +124,8 @@ def list_files(place: str | Path) -> list[StoredFile]:
     system, path = locate(place)
     try:
         whole = system.get_file_info(path)
+        if whole.type == fs.FileType.Unknown:
+            raise InputError(f"{place} cannot be read: it is a pipe, a socket or a device")
         folder = whole.type != fs.FileType.File
         found = system.get_file_info(fs.FileSelector(path)) if folder else [whole]
     except OSError as error:

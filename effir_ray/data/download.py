@@ -146,6 +146,8 @@ def get(name: str, *, base_url: str | None = None) -> Path:
 
 def _download(url: str, root: Path, known: BeirSet) -> Path:
     """The checked archive. What arrived stays in a ``.partial`` file, from which the next call goes on."""
+    if not url.lower().startswith(("http://", "https://")):  # urllib opens files of this machine too
+        raise InputError(f"{quoted(url)} is no address to download from; expected http:// or https://")
     partial = root / f"{known.name}.zip.partial"
     problem: Exception | None = None
     with progress(f"Downloading {known.name}", unit="MiB") as bar:

@@ -50,6 +50,7 @@ from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
+from effir_ray.readers import read_json
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
@@ -262,7 +263,7 @@ def _query_vectors(task: StageTask) -> npt.NDArray[np.float32]:
 
 
 def _read_scores(task: StageTask) -> Scores:
-    return Scores(**json.loads((task.out / SCORES).read_text()))
+    return Scores(**read_json(task.out / SCORES))
 
 
 def _score_columns(task: StageTask) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _score_columns(task: StageTask) -> dict[str, Any]:
     model = task.parents["model"]
     return {
         **score_columns(_read_scores(task)),
-        "isotropy": json.loads((task.out / ISOTROPY).read_text()),
+        "isotropy": read_json(task.out / ISOTROPY),
         **size_columns(backbone, _plan_of(task, model), document_tokens=config.document_max_length),
         "model": (model / CHECKPOINT).relative_to(task.store.root.parent).as_posix(),
     }
@@ -283,7 +284,7 @@ def _bm25(task: StageTask) -> None:
 
 
 def _bm25_columns(task: StageTask) -> dict[str, Any]:
-    return {"bm25_ndcg_at_10": json.loads((task.out / BM25).read_text())["ndcg@10"]}
+    return {"bm25_ndcg_at_10": read_json(task.out / BM25)["ndcg@10"]}
 
 
 def _timing(task: StageTask) -> None:
@@ -327,7 +328,7 @@ def _speed(task: StageTask, model: Path) -> dict[str, Any]:
         "timing": config.timing.model_dump(),
     }
     place = task.store.run("speed", inputs, build)
-    found: dict[str, Any] = json.loads((place / TIMING).read_text())
+    found: dict[str, Any] = read_json(place / TIMING)
     return found
 
 
@@ -352,7 +353,7 @@ def _timing_columns(task: StageTask) -> dict[str, Any]:
     Times are the full model's, which were measured once, divided by the speed-ups, so that they agree with
     them; the 95th percentile keeps its ratio to the median.
     """
-    timing = json.loads((task.out / TIMING).read_text())
+    timing = read_json(task.out / TIMING)
     full = timing["full"]
     backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
     interval = timing["document_speedup_interval"] if timing["rounds"] >= FEWEST_ROUNDS else (None, None)

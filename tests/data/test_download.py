@@ -1,3 +1,4 @@
+import base64
 import dataclasses
 import hashlib
 import io
@@ -130,7 +131,9 @@ def test_a_length_that_is_no_number_is_refused(server: Server, length: str) -> N
         download.get("scifact")
 
 
-@pytest.mark.parametrize("url", ["nowhere", "htp://x", "http://[", "http://a b/", "http://x:port/"])
+@pytest.mark.parametrize(
+    "url", ["nowhere", "htp://x", "http://[", "http://a b/", "http://x:port/", "ftp://localhost:1"]
+)
 def test_a_mirror_that_is_no_address_is_named(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +142,20 @@ def test_a_mirror_that_is_no_address_is_named(
         download.get("scifact", base_url=url)
     assert "\n" not in str(raised.value)
     assert url[:8] in str(raised.value)
+
+
+@pytest.mark.parametrize("encoded", [True, False], ids=["data", "file"])
+def test_a_mirror_is_on_the_network(
+    encoded: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right archive would come of both, if they were opened."""
+    (tmp_path / "scifact.zip").write_bytes(server.content)
+    content = base64.b64encode(server.content).decode()
+    url = f"data:application/zip;base64,{content}#" if encoded else tmp_path.as_uri()
+    monkeypatch.setenv("EFFIR_RAY_BEIR_URL", url)
+    with pytest.raises(InputError, match="expected http:// or https://"):
+        download.get("scifact")
+    assert not (tmp_path / "data" / "scifact").exists()
 
 
 def test_a_finished_transfer_is_not_repeated(server: Server, tmp_path: Path) -> None:

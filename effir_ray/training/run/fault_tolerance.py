@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, model_validator
 
 from effir_ray import storage
+from effir_ray.config import Config, parse
 from effir_ray.leases import Lease
+from effir_ray.readers import read_json_object
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.engine import Engine, largest, rank
 
@@ -30,6 +33,19 @@ SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
 
 _PROGRESS, _BUDGET = "progress.json", "token_budget.json"
+
+
+class SavedProgress(Config):
+    """``progress.json`` of a training checkpoint: what was done, and the rows that came with it."""
+
+    step: int = Field(ge=0, strict=True)
+    rows: tuple[dict[str, Any], ...] = ()  # older versions wrote none
+
+    @model_validator(mode="after")
+    def _rows_of_a_training(self) -> SavedProgress:
+        if any(type(row.get("step")) is not int for row in self.rows):
+            raise ValueError("rows without the number of their step")
+        return self
 
 
 class StepReports:
@@ -80,14 +96,14 @@ class StepReports:
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and begun is not None:  # its rows are known
-            return int(_load(self._engine, ray.train.Checkpoint.from_directory(begun))["step"])
+            return _load(self._engine, ray.train.Checkpoint.from_directory(begun)).step
         if checkpoint is None:
             return 0
         progress = _load(self._engine, checkpoint)
-        self._rows = progress.get("rows", [])  # older versions wrote none
+        self._rows = list(progress.rows)
         if self._rows:
             self._report(self._rows[-1], None)
-        return int(progress["step"])
+        return progress.step
 
     def _periodic(self, step: int, steps: int) -> bool:
         if self._every is not None:
@@ -130,15 +146,26 @@ def restore_best(engine: Engine) -> int | None:
     if not reported:
         return None
     _, _, best = max(reported, key=lambda entry: entry[:2])
-    return int(_load(engine, best)["step"])
+    return _load(engine, best).step
 
 
-def _load(engine: Engine, checkpoint: Any) -> dict[str, Any]:
+def _load(engine: Engine, checkpoint: Any) -> SavedProgress:
     """What ``StepReports`` wrote of its progress; the engine has the checkpoint's weights."""
     with checkpoint.as_directory() as folder:
+        progress = read_progress(Path(folder) / _PROGRESS)
         engine.load(Path(folder))
-        progress: dict[str, Any] = json.loads((Path(folder) / _PROGRESS).read_text())
         return progress
+
+
+def read_progress(file: Path) -> SavedProgress:
+    """Raises InputError for a file that is none of ours."""
+    return parse(read_json_object(file), SavedProgress, source=str(file))
+
+
+class HalvedBudget(Config):
+    """``token_budget.json`` of a run."""
+
+    token_budget: int = Field(ge=0, strict=True)
 
 
 class OutOfMemory(RuntimeError):
@@ -168,7 +195,9 @@ def halve(run: str, budget: int) -> None:
 def halved_budget(run: str) -> int | None:
     """The token budget that an earlier start of this run was brought down to; None when it never was."""
     found = storage.read_json(storage.join(run, _BUDGET))
-    return None if found is None else int(found["token_budget"])
+    return (
+        None if found is None else parse(found, HalvedBudget, source=storage.join(run, _BUDGET)).token_budget
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from effir_ray import storage
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine, on_device
 from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.config import Config, parse
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
@@ -39,6 +42,35 @@ from effir_ray.training.supervision.training_data import needs_model, prepare
 
 _SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
+
+
+class _Identity(Config):
+    settings: dict[str, Any] = Field(default_factory=dict)
+    contents: dict[str, Any] = Field(default_factory=dict)
+
+
+class _Place(Config):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    storage_path: str | None = None
+
+
+class TrainRecord(Config):
+    """``training.json``: which run a folder holds. Versions before this one wrote no ``identity``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: str
+    config: _Place
+    identity: _Identity = Field(default_factory=_Identity)
+
+
+class TrainOutcome(Config):
+    """``result.json``: what ``TrainResult`` says beside the rows."""
+
+    step: int
+    seconds: float
+    engine: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +202,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     storage.check(base)
     run = storage.join(base, name)
     known = out / _SETTINGS
-    before = read_json_object(known) if known.is_file() else record
+    before = _before(known, resume) or record
     if not resume:
         for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
@@ -184,6 +216,20 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     out.mkdir(parents=True, exist_ok=True)
     _write_json(known, record)
     return {**record, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
+
+
+def _before(file: Path, resume: bool) -> dict[str, Any] | None:
+    """What ``training.json`` says of the run that was here; without ``resume`` it need not be readable."""
+    if not file.exists():
+        return None
+    try:
+        record = read_json_object(file)
+        parse(record, TrainRecord, source=str(file))
+    except InputError as error:
+        if not resume:
+            return None
+        raise InputError(f"{error}; choose another folder, or start over with resume=False") from None
+    return record
 
 
 def _place(out: Path, record: dict[str, Any]) -> tuple[str, str]:
@@ -359,8 +405,10 @@ def _in_worker() -> bool:
 
 
 def _finished(out: Path) -> TrainResult:
-    result = read_json_object(out / _RESULT)
-    return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
+    file = out / _RESULT
+    result = parse(read_json_object(file), TrainOutcome, source=str(file))
+    history = read_history(out / HISTORY)
+    return TrainResult(checkpoint=out / "checkpoint", history=history, **result.model_dump())
 
 
 def _write_json(file: Path, value: Any) -> None:

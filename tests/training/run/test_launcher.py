@@ -134,3 +134,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
     with pytest.raises(InputError, match="another model or other settings"):
         launcher.train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
+
+
+def test_starting_over_needs_no_readable_record(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out, "random:llama", settings(pairs))
+    (out / "training.json").write_text("{}")
+    with pytest.raises(InputError, match=r"training\.json: .*start over with resume=False"):
+        claim(out, "random:llama", settings(pairs))
+    claim(out, "random:llama", settings(pairs), resume=False)
+    claim(out, "random:llama", settings(pairs))
