@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from effir_ray import storage
+from effir_ray.caches import cache_folder
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.engine import Engine, largest, rank
 
@@ -28,7 +29,11 @@ DEV_SCORE = "dev_ndcg_at_10"
 SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
 
+SETTINGS = "training.json"
+"""In the output folder of every run."""
+
 _PROGRESS, _BUDGET = "progress.json", "token_budget.json"
+_STAGING = "staging-"
 
 
 class StepReports:
@@ -36,13 +41,12 @@ class StepReports:
 
     A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
     score, and at the end of a run that stops on the way. It holds weights and optimizer state; the place in
-    the data and all random draws follow from the step. It is put together beside the run's storage, which has
-    room for it: the system's temporary folder may be small, or memory.
+    the data and all random draws follow from the step. It is put together in ``place`` (see ``staging``).
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig, run: str) -> None:
+    def __init__(self, engine: Engine, config: TrainConfig, run: str, place: Path) -> None:
         self._engine, self._every, self._stop = engine, config.checkpoint_every, config.stop_after
-        self._staging = _staging(run)
+        self._run, self._place, self._staging = run, place, own_staging(place)
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
         self._sent = self._saved = time.monotonic()
@@ -54,7 +58,7 @@ class StepReports:
         last = row["step"] == row["steps"] or stopped
         due = self._since(self._sent) >= REPORT_SECONDS
         if DEV_SCORE in row or stopped or (self._periodic(row["step"], row["steps"]) and not last):
-            self._staging.mkdir(parents=True)
+            self._staging.mkdir(mode=0o700, parents=True)
             try:
                 self._engine.save(self._staging)
                 if rank() == 0:
@@ -78,10 +82,11 @@ class StepReports:
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and begun is not None:  # its rows are known
-            return int(_load(self._engine, ray.train.Checkpoint.from_directory(begun))["step"])
+            own = ray.train.Checkpoint.from_directory(begun)
+            return int(_load(self._engine, own, self._run, self._place)["step"])
         if checkpoint is None:
             return 0
-        progress = _load(self._engine, checkpoint)
+        progress = _load(self._engine, checkpoint, self._run, self._place)
         self._rows = progress.get("rows", [])  # older versions wrote none
         if self._rows:
             self._report(self._rows[-1], None)
@@ -105,16 +110,41 @@ class StepReports:
         self._rows, self._sent = [], time.monotonic()
 
 
-def _staging(run: str) -> Path:
-    """This rank's folder for a checkpoint that is being written, always the same: a killed worker leaves at
-    most one, which its successor removes.
+def staging(run: str, out: str) -> Path:
+    """Where workers keep what is on its way to the storage of ``run``: beside it, since there is room; the
+    system's temporary folder may be small, or memory. For an object store that is the output folder ``out``,
+    or this user's cache on a machine that does not see it.
     """
-    if storage.is_uri(run):  # beside an object store there is no disk
-        run = str(Path(tempfile.gettempdir()) / f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:12]}")
-    return Path(run) / f"staging-{rank()}"
+    if not storage.is_uri(run):
+        return Path(run)
+    if (Path(out) / SETTINGS).is_file() and os.access(out, os.W_OK):
+        return Path(out)
+    return cache_folder() / "staging" / run.partition("?")[0].rpartition("/")[2]
 
 
-def restore_best(engine: Engine) -> int | None:
+def own_staging(place: Path) -> Path:
+    """This rank's folder there, always the same: a killed worker leaves at most one, which its successor
+    removes.
+    """
+    return place / f"{_STAGING}{rank()}"
+
+
+def leave_staging(place: Path) -> None:
+    """Remove ``place`` where it was made for nothing else."""
+    import ray.train
+
+    if ray.train.get_context().get_local_rank() == 0:
+        with suppress(OSError):  # the run's storage or its output folder
+            place.rmdir()
+
+
+def clear_staging(out: Path) -> None:
+    """Remove what killed workers left in the output folder."""
+    for folder in out.glob(f"{_STAGING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def restore_best(engine: Engine, run: str, place: Path) -> int | None:
     """Load the checkpoint with the best dev score; returns its step, None when no checkpoint has one."""
     import ray.train
 
@@ -126,15 +156,41 @@ def restore_best(engine: Engine) -> int | None:
     if not reported:
         return None
     _, _, best = max(reported, key=lambda entry: entry[:2])
-    return int(_load(engine, best)["step"])
+    return int(_load(engine, best, run, place)["step"])
 
 
-def _load(engine: Engine, checkpoint: Any) -> dict[str, Any]:
+def _load(engine: Engine, checkpoint: Any, run: str, place: Path) -> dict[str, Any]:
     """What ``StepReports`` wrote of its progress; the engine has the checkpoint's weights."""
-    with checkpoint.as_directory() as folder:
-        engine.load(Path(folder))
-        progress: dict[str, Any] = json.loads((Path(folder) / _PROGRESS).read_text())
+    with _on_disk(checkpoint, run, place) as folder:
+        engine.load(folder)
+        progress: dict[str, Any] = json.loads((folder / _PROGRESS).read_text())
         return progress
+
+
+@contextmanager
+def _on_disk(checkpoint: Any, run: str, place: Path) -> Iterator[Path]:
+    """The folder of ``checkpoint``. One in an object store is copied once for all ranks of a machine, to
+    ``place``: Ray's own ``as_directory`` leaves it in the system's temporary folder when it is killed.
+    """
+    import ray.train
+    from pyarrow import fs
+
+    if isinstance(checkpoint.filesystem, fs.LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    context = ray.train.get_context()
+    folder = place / f"{_STAGING}node-{context.get_node_rank()}"
+    first = context.get_local_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            storage.bring(storage.join(run, Path(checkpoint.path).name), folder)
+        dist.barrier()
+        yield folder
+        dist.barrier()  # not after an error, which others may not have: they would wait for ever
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class OutOfMemory(RuntimeError):
