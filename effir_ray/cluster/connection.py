@@ -47,6 +47,9 @@ _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch between an instance that other machines can join and one on the loopback interface. It is off
 by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
 
+_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""After so many seconds without its control service Ray ends the process, also one that has left it by then."""
+
 INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
 
 _TOKEN = "token"
@@ -222,6 +225,7 @@ def _ask_for_token(folder: Path) -> TextIO:
     fcntl.flock(file, fcntl.LOCK_EX)
     aside.rename(folder / _TOKEN)
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault(_PATIENCE, str(10**6))  # ``lost.watched`` notices it at once
     if "RAY_AUTH_TOKEN" not in os.environ:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / _TOKEN)
     raylet.Config.initialize("")  # it looked at the environment when ray was imported

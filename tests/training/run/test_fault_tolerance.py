@@ -86,7 +86,7 @@ def test_checkpoints_are_due_after_a_tenth_of_the_run_and_five_minutes(
 def test_what_goes_to_an_object_store_is_put_together_where_only_this_user_looks(
     seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below the output folder, or in the cache of a machine that does not see it, never in a temporary one."""
+    """Below the output folder, or in the cache of a machine that does not see it, not in a temporary one."""
     out, cache, temporary = (tmp_path / name for name in ("out", "cache", "temporary"))
     for folder in (out, temporary):
         folder.mkdir()
