@@ -41,9 +41,8 @@ another machine did up to a minute late."""
 _CLOCK_STEP = 60.0
 """Seconds by which a clock that is set may change when a process seems to have begun."""
 
-_SETTLING = 2.5
-"""Seconds after which all that tried at the same moment are seen in an object store, whose times are whole
-seconds."""
+_SETTLING = 1.0
+"""Seconds in which those that tried at the same moment in an object store make way for one of them."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two looks
 
@@ -277,9 +276,10 @@ _FREE = "free"
 class _Objects:
     """In an object store, which lets everybody write everything, but shows at once what was written.
 
-    Who wants a generation puts ``NAME@<generation>@<token>`` and looks again after ``_SETTLING`` seconds: the
-    earliest of that generation has it, by the store's own clock, then by token. That object is not written
-    again; its holder touches ``...@beat``, and ``...@free`` says that it let go.
+    Who wants a generation puts ``NAME@<generation>@<token>``, then looks: who sees nobody else has it. Of two,
+    the one that put second sees the first, so never both have it. Who sees others makes way, but for the
+    first of them, which looks again when they had time to. Its holder touches ``...@beat``, and ``...@free``
+    says that it let go.
     """
 
     uri: str
@@ -291,13 +291,14 @@ class _Objects:
     def create(self, name: str, generation: int, owner: str) -> str | None:
         key = f"{name}@{generation}@{uuid.uuid4().hex[:12]}"
         storage.put(storage.join(self.uri, key), owner.encode())
-        time.sleep(_SETTLING)
-        found = self._found(name)
-        first = max(found, key=lambda entry: entry.generation)
-        if first.key != key:
+        rivals = self._rivals(name, generation)
+        if rivals != [key] and rivals[0] == key:
+            time.sleep(_SETTLING)
+            rivals = self._rivals(name, generation)
+        if rivals != [key]:
             self._remove(key)
             return None
-        for old in found:
+        for old in self._found(name):
             if old.generation < generation:
                 self._remove(old.key)
         return key
@@ -316,23 +317,22 @@ class _Objects:
         for each in (key, f"{key}{_BEAT}", f"{key}{_LET_GO}"):
             storage.discard(storage.join(self.uri, each))
 
+    def _rivals(self, name: str, generation: int) -> list[str]:
+        """Those of this generation and higher ones."""
+        return sorted(entry.key for entry in self._found(name) if entry.generation >= generation)
+
     def _found(self, name: str) -> list[_Entry]:
-        """The first of each generation."""
         objects = storage.entries(self.uri)
-        first: dict[int, tuple[int, str]] = {}
-        for key, written in objects.items():
-            parts = key.rsplit("@", 2)
-            if len(parts) == 3 and parts[0] == name and parts[1].isdigit():
-                generation = int(parts[1])
-                first[generation] = min(first.get(generation, (written, key)), (written, key))
+        split = {key: key.rsplit("@", 2) for key in objects}
         return [
             _Entry(
-                generation=generation,
+                generation=int(parts[1]),
                 key=key,
-                touched=objects.get(f"{key}{_BEAT}", written),
+                touched=objects.get(f"{key}{_BEAT}", objects[key]),
                 free=f"{key}{_LET_GO}" in objects,
             )
-            for generation, (written, key) in first.items()
+            for key, parts in split.items()
+            if len(parts) == 3 and parts[0] == name and parts[1].isdigit()
         ]
 
 

@@ -18,6 +18,16 @@ from effir_ray.files import whole
 _LISTINGS = 5  # a folder that is compacted that often while it is read is no study's
 
 
+def copy_of(uri: str) -> Path:
+    """The folder at ``uri`` (a data set, a model) on this machine's disk, of the same name; fetched where it
+    is not there as it is now. Raises InputError where there is none."""
+    digest = hashlib.sha256(repr(storage.listing(uri)).encode()).hexdigest()[:16]
+    folder = cache_folder() / "copies" / digest / storage.name_of(uri)
+    if not folder.is_dir():
+        storage.bring(uri, folder)
+    return folder
+
+
 @dataclass(frozen=True)
 class Mirror:
     """``folder`` on this machine; ``uri`` is empty where that is all there is."""

@@ -94,6 +94,26 @@ def list_files(place: str | Path) -> list[StoredFile]:
     ]
 
 
+def listing(folder: str) -> list[tuple[str, int, int]]:
+    """(path in the folder, bytes, when it was written in ns) of every file below a URI, by path. Raises
+    InputError where there is none, or nothing can be reached."""
+    from pyarrow import fs
+
+    system, path = locate(folder)
+    with reached(folder):
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    files = [info for info in found if info.type == fs.FileType.File]
+    if not files:
+        raise InputError(f"{folder}: no such folder, or nothing in it")
+    inside = len(path) + 1
+    return sorted((info.path[inside:], info.size, info.mtime_ns) for info in files)
+
+
+def name_of(place: str) -> str:
+    """The last part of a path or URI, without a URI's options."""
+    return place.partition("?")[0].rstrip("/").rpartition("/")[2] if is_uri(place) else Path(place).name
+
+
 def open_file(place: str | Path) -> Any:
     """The file at ``place`` for reading at any position, a context manager."""
     system, path = locate(place)

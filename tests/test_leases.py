@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from effir_ray import leases
+from effir_ray import leases, storage
 from effir_ray.errors import LostProcess
 from effir_ray.leases import Held, Owner, lease
 
@@ -154,3 +154,55 @@ def test_a_generation_that_came_and_went_is_not_used_again(tmp_path: Path) -> No
 def test_names_that_begin_alike_are_apart(tmp_path: Path) -> None:
     with lease(tmp_path, "x"), lease(tmp_path, "x.1", wait=False), lease(tmp_path, "x.1.2", wait=False):
         assert {file.name for file in tmp_path.iterdir()} == {"x.1", "x.1.1", "x.1.2.1"}
+
+
+def _count_in_bucket(uri: str, file: Path, rounds: int) -> None:
+    for _ in range(rounds):
+        with lease(uri, "count"):
+            number = int(file.read_text())
+            time.sleep(0.001)
+            file.write_text(str(number + 1))
+
+
+def test_in_a_bucket_one_of_many_processes_holds_it(tmp_path: Path, object_store: str) -> None:
+    uri, file = object_store.format("leases"), tmp_path / "number"
+    file.write_text("0")
+    workers = [SPAWN.Process(target=_count_in_bucket, args=(uri, file, 6)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert file.read_text() == "18"
+
+
+def test_in_a_bucket_the_dead_are_followed_and_fenced(
+    object_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = object_store.format("dead")
+    with lease(uri, "x") as first:
+        with pytest.raises(Held) as held, lease(uri, "x", wait=False):
+            pass
+        assert held.value.owner == Owner.here()
+        there = replace(Owner.here(), host="node-4", machine="node-4 other-boot", pid=12)
+        monkeypatch.setattr(leases, "_read_owner", lambda text: there)
+        monkeypatch.setattr(leases, "EXPIRY", 0.5)
+        monkeypatch.setattr(leases._Objects, "touch", lambda self, key: None)
+        with lease(uri, "x") as second:
+            assert second.generation == first.generation + 1
+            with pytest.raises(LostProcess, match="took this work over"):
+                first.check()
+            second.check()
+
+
+@pytest.mark.parametrize("others, gets_it", [((), True), (("x@1@000",), False), (("x@2@zzz",), False)])
+def test_in_a_bucket_who_sees_another_makes_way(
+    object_store: str, others: tuple[str, ...], gets_it: bool
+) -> None:
+    """One that saw itself alone stays, whatever its name; a higher generation too."""
+    uri = object_store.format(f"rivals-{len(others)}{gets_it}{''.join(others)[:3]}{'2' in str(others)}")
+    for other in others:
+        storage.put(storage.join(uri, other), b"{}")
+    key = leases._Objects(uri).create("x", 1, "{}")
+    assert (key is not None) == gets_it
+    assert storage.entries(uri).keys() == ({key} if gets_it else set(others))

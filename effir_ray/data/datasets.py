@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effir_ray import storage
 from effir_ray.caches import data_folder
 from effir_ray.data.beir_files import (
     Document,
@@ -31,6 +32,7 @@ from effir_ray.data.beir_files import (
 from effir_ray.data.parquet_corpus import part_files
 from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
+from effir_ray.mirrors import copy_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -110,6 +112,7 @@ class Dataset:
     warnings: tuple[str, ...]
     all_queries: dict[str, str]
     judgements: dict[str, Qrels]  # split -> qrels
+    source: str = ""  # the URI that ``folder`` is this machine's copy of
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -161,12 +164,16 @@ class Dataset:
 
 
 def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
-    """``stdlib`` (built on first use), a BEIR folder, or the name of a data set downloaded before.
+    """``stdlib`` (built on first use), a BEIR folder or the URI of one (of which this machine then has a
+    copy), or the name of a data set downloaded before.
 
     Without ``queries`` only the corpus is read and need be there: the data set has no split.
 
     Raises InputError for anything missing or malformed, naming file and line.
     """
+    if storage.is_uri(name_or_path):
+        found = read_beir_folder(copy_of(str(name_or_path)), queries=queries)
+        return dataclasses.replace(found, source=str(name_or_path))
     path = Path(name_or_path).expanduser()
     if str(name_or_path) == "stdlib":
         return read_beir_folder(build_stdlib(), name="stdlib", queries=queries)

@@ -78,8 +78,10 @@ def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -
 
 
 def is_stream(source: str) -> bool:
-    """Whether ``source`` is read as a stream: Parquet, an S3 URI, a folder of pair files, or a huge JSONL."""
-    if storage.is_uri(source) or source.endswith(".parquet"):
+    """Whether ``source`` is read as a stream: Parquet, pair files at a URI or in a folder, a huge JSONL."""
+    if storage.is_uri(source):
+        return not storage.exists(storage.join(source, "queries.jsonl"))
+    if source.endswith(".parquet"):
         return True
     path = Path(source)
     if path.suffix == ".jsonl":

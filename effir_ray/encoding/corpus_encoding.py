@@ -42,6 +42,7 @@ from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
+from effir_ray.mirrors import copy_of
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
 from effir_ray.stages import StageStore
@@ -98,7 +99,7 @@ def encode_corpus(
         with _only_writer(folder):
             _prepare(folder, encoding)
             missing = sorted(set(range(encoding.shards)) - folder.finished())
-            _encode_missing(folder, encoding, data.corpus, missing, workers, address, stages)
+            _encode_missing(folder, encoding, data, missing, workers, address, stages)
     return CorpusEmbeddings(folder)
 
 
@@ -151,7 +152,7 @@ def _only_writer(folder: ShardFolder) -> Iterator[None]:
 def _encode_missing(
     folder: ShardFolder,
     encoding: Encoding,
-    corpus: Corpus,
+    data: Dataset,
     missing: list[int],
     workers: int,
     address: str | None,
@@ -159,6 +160,7 @@ def _encode_missing(
 ) -> None:
     if not missing:
         return
+    corpus = data.corpus
     workers = min(workers, len(missing))
     if workers == 1 and not _elsewhere(address):
         on_device(_encode_here, folder, encoding, corpus, missing)
@@ -212,6 +214,7 @@ def _spread(
             "workers_a_node": _workers_a_node(workers, resources),
             "computed_in": _computed_in(folder),
             "stages": stages,
+            "source": data.source,
         },
         **resources,
     )
@@ -337,8 +340,11 @@ class _ShardEncoder:
         workers_a_node: int,
         computed_in: Computed | None,
         stages: StageStore | None = None,
+        source: str = "",
     ) -> None:
         self._stages = stages
+        if source and not path.exists():  # the data set is copied to this machine too
+            copy_of(source)
         self._folder, self._encoding, self._path = folder, encoding, path
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 

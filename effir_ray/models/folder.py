@@ -22,6 +22,7 @@ from effir_ray.models.settings import (
     read_settings,
 )
 from effir_ray.readers import quoted
+from effir_ray.storage import is_uri
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,6 +76,8 @@ def base_of_adapter(folder: Path) -> str:
     """Name or path of the model that an adapter belongs to; a path may be relative to its folder."""
     name = read_adapter(folder).base_model_name_or_path
     beside = folder / name
+    if is_uri(name):  # whoever wrote the adapter does not choose what this machine fetches
+        raise InputError(f"{folder / 'adapter_config.json'}: its base {quoted(name)} is a URI; give a folder")
     if beside.is_dir() and is_adapter(beside):
         raise InputError(
             f"{folder / 'adapter_config.json'}: its base {quoted(name)} is an adapter too; merge that first"

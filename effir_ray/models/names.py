@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from effir_ray import storage
 from effir_ray.caches import file_hash
 from effir_ray.errors import InputError
+from effir_ray.mirrors import copy_of
 from effir_ray.models.folder import base_of_adapter, is_adapter
 from effir_ray.models.random_models import RANDOM_MODELS
 
@@ -37,8 +39,8 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Find a backbone: ``random:llama[:seed]``, ``smollm2-135m``, ``minilm-l6``, a folder, a GGUF file or a
-    hub id.
+    """Find a backbone: ``random:llama[:seed]``, ``smollm2-135m``, ``minilm-l6``, a folder or the URI of one
+    (of which this machine then has a copy), a GGUF file or a hub id.
 
     Raises InputError that says what was looked for.
     """
@@ -47,12 +49,15 @@ def resolve(name: str) -> Source:
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for a name that leads nowhere. A hub id is not asked for: nothing is fetched."""
-    _here(name)
+    """Raise InputError for a name that leads nowhere. Of a hub id or URI nothing is asked or fetched."""
+    if not storage.is_uri(name):
+        _here(name)
 
 
 def _here(name: str) -> Source | None:
-    """What can be found on this machine; None for a hub id."""
+    """What can be found on this machine or at a URI; None for a hub id."""
+    if storage.is_uri(name):
+        return Source(kind="folder", path=copy_of(name))
     if name.startswith("random:"):
         return _random(name)
     if name in _PACKAGED:

@@ -7,13 +7,13 @@ import types
 import typing
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import pyarrow as pa
 from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 
 from effir_ray.config import Config
+from effir_ray.storage import name_of
 
 SCHEMA_VERSION = 5
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
@@ -93,7 +93,7 @@ def averaged(dataset: str) -> tuple[str, ...]:
 def dataset_in_short(dataset: str) -> str:
     """Without the folders it lies in."""
     parts = averaged(dataset)
-    return mean_of([Path(part).name for part in parts]) if parts else Path(dataset).name
+    return mean_of([name_of(part) for part in parts]) if parts else name_of(dataset)
 
 
 class TrialRow(Config):

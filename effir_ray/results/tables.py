@@ -186,10 +186,11 @@ def as_places(folders: Folders) -> list[Path]:
 def _copied(uri: str) -> Path:
     """The tables of the study at ``uri``, and what its stages say of importance and of trainings."""
     mirror = Mirror.to_read(uri)
-    when = _copies.get(uri, -_COPIED_FOR)
+    when = _copies.get(mirror.folder, -_COPIED_FOR)
     if time.monotonic() - when < _COPIED_FOR:
         return mirror.folder
-    storage.list_files(uri)  # an InputError where nothing can be reached
+    if not storage.exists(mirror.at("rows")):  # an InputError where nothing can be reached
+        raise InputError(f"{uri}: no results here; expected rows/*.parquet, written by a search")
     for name in _TABLES:
         mirror.pull_files(name)
     for kind, files in _OF_STAGES.items():
@@ -197,11 +198,11 @@ def _copied(uri: str) -> Path:
             for file in files:
                 if not (mirror.folder / "stages" / kind / key / file).exists():
                     mirror.pull_file(f"stages/{kind}/{key}/{file}")
-    _copies[uri] = time.monotonic()
+    _copies[mirror.folder] = time.monotonic()
     return mirror.folder
 
 
-_copies: dict[str, float] = {}
+_copies: dict[Path, float] = {}
 _COPIED_FOR = 20.0  # seconds: a report asks many times
 _TABLES = ("rows", "query_scores")
 _OF_STAGES = {
