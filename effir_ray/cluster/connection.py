@@ -48,7 +48,7 @@ _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
 
 _PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
-"""After so many seconds without its control service Ray ends the process, also one that has left it by then."""
+"""After so many seconds without its control service Ray ends a process, even one that has left it by then."""
 
 INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
 

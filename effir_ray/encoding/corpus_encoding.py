@@ -169,7 +169,7 @@ def _encode_missing(
     while missing:
         connect(address)
         try:
-            _spread(folder, encoding, corpus, missing, workers, stages)
+            _spread(folder, encoding, data, missing, workers, stages)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -188,7 +188,7 @@ def _encode_missing(
 def _spread(
     folder: ShardFolder,
     encoding: Encoding,
-    corpus: Corpus,
+    data: Dataset,
     missing: list[int],
     workers: int,
     stages: StageStore | None,
@@ -197,7 +197,7 @@ def _spread(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    resources = _resources(workers)
+    corpus, resources = data.corpus, _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     tasks = ray.data.from_items(
