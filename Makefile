@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the demonstration search (a Pareto front in ten to twenty minutes)
 # make test   install into .venv and run all tests; `make test-fast` leaves the integration tests out
-# make fuzz   every reader of files for a minute with random input
+# make fuzz   every kind of file for a minute with random input (part of make test; FUZZ=600 for longer)
+# make kills  thirty processes killed at random moments (KILLS=100 for more; make test kills three)
 # make check  lint and types
 # make outside  the environments without effir-ray that the tests of exports run in (part of make test)
 
@@ -16,7 +17,10 @@ OUTSIDE := .venv-outside-oldest/.installed .venv-outside-newest/.installed
 # Tests of Ray wait more than they compute: two at a time are nearly twice as fast, also on two cores.
 JOBS ?= 2
 
-.PHONY: install demo test test-fast outside check clean fuzz
+FUZZ ?= 60
+KILLS ?= 30
+
+.PHONY: install demo test test-fast outside check clean fuzz kills
 .SECONDARY: $(OUTSIDE)
 
 install: $(INSTALLED)
@@ -34,7 +38,7 @@ demo: $(INSTALLED)
 	$(BIN)/effir-ray demo
 
 test: $(INSTALLED) $(OUTSIDE)
-	EFFIR_RAY_FUZZ_SECONDS=20 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	EFFIR_RAY_FUZZ_SECONDS=$(FUZZ) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not integration" -n $(JOBS) --dist loadfile
@@ -48,7 +52,10 @@ outside: $(OUTSIDE)
 	@touch $@
 
 fuzz: $(INSTALLED)
-	EFFIR_RAY_FUZZ_SECONDS=60 $(BIN)/python -m pytest tests/test_fuzz.py
+	EFFIR_RAY_FUZZ_SECONDS=$(FUZZ) $(BIN)/python -m pytest tests/test_fuzz.py
+
+kills: $(INSTALLED)
+	EFFIR_RAY_KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_random_kills.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

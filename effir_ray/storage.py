@@ -190,21 +190,24 @@ def check(base: str) -> None:
         system.delete_file(probe)
 
 
-def upload(target: str, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a folder at ``target``."""
+def upload(target: str, write: Callable[[Path], object], aside: Path) -> None:
+    """Let ``write`` make a folder at ``target``, for a URI in a new folder ``aside``, which goes again."""
     if not is_uri(target):
         write(Path(target))
         return
     from pyarrow import fs
 
     system, path = locate(target)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "folder"
+    aside.mkdir(mode=0o700, parents=True)
+    try:
+        folder = aside / "folder"
         write(folder)
 
         def attempt() -> None:
             system.create_dir(path, recursive=True)
             fs.copy_files(str(folder), path, destination_filesystem=system)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
         steadily(target, attempt)
 

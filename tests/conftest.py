@@ -17,8 +17,13 @@ os.environ.setdefault("EFFIR_RAY_PRECISION", "float32")
 FAST = 120  # seconds; on two quiet cores the slowest takes a few
 
 
+LONG = ("test_random_kills.py", "test_fuzz.py", "test_killed_runs.py")
+"""Files of minutes. Begun last, one would run alone; begun first, the others are done beside them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A fast test that hangs ends with the stacks of all threads instead of holding up the run."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if not item.get_closest_marker("integration") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(FAST))

@@ -408,16 +408,30 @@ def test_the_image_has_a_target_for_cpus_and_one_for_gpus_on_pinned_bases() -> N
     constraints = (ROOT / "constraints.txt").read_text()
     ray = re.search(r"^ray==(\S+)$", constraints, re.M)
     assert ray is not None
-    bases = re.findall(r"^ARG (\w+)_BASE=rayproject/ray:([\d.]+)-py311-(\w+)$", dockerfile(), re.M)
-    assert bases == [("CPU", ray[1], "cpu"), ("CUDA", ray[1], "gpu")]
-    assert re.findall(r"^FROM (\S+) AS (\w+)$", dockerfile(), re.M) == [
-        ("scratch", "source"),
-        ("${CPU_BASE}", "cpu"),
-        ("${CUDA_BASE}", "cuda"),
-    ]
+    source, *bases = re.findall(r"^FROM (\S+) AS (\w+)$", dockerfile(), re.M)
+    assert source == ("scratch", "source")
+    assert [name for _, name in bases] == ["cpu", "cuda"]
+    digest = f"sha256:{'0' * 64}"
+    for (base, name), kind in zip(bases, ("cpu", "gpu"), strict=True):
+        argument = f"{name.upper()}_DIGEST"
+        assert re.search(rf"^ARG {argument}$", dockerfile(), re.M), "without a default: nobody could know it"
+        assert expanded(base, {argument: digest}) == (f"rayproject/ray:{ray[1]}-py311-{kind}@{digest}", "")
+        for missing in ({}, {argument: ""}):
+            built, said = expanded(base, missing)
+            assert built == "" and argument in said and "see-cluster/README.md" in said
+        assert f"--build-arg {argument}" in (CLUSTER / "README.md").read_text()
     for stage in dockerfile().split("\nFROM ")[2:]:
         assert re.findall(r"^USER (\w+)$", stage, re.M)[-1] == "ray"
         assert "-c constraints.txt" in stage
+
+
+def expanded(base: str, arguments: dict[str, str]) -> tuple[str, str]:
+    """What a builder makes of an image's name, and what it says: the shell expands ``${NAME:?why}`` alike."""
+    done = subprocess.run(
+        ["bash", "-c", f'printf %s "{base}"'], env=arguments, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode == 0) == bool(done.stdout)
+    return done.stdout, done.stderr
 
 
 def test_every_file_the_image_copies_exists() -> None:
@@ -442,6 +456,8 @@ def test_the_image_passes_a_dry_build(target: str) -> None:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "buildx", "ls"], capture_output=True).returncode != 0:
         pytest.skip("no image builder here")
-    command = [docker, "buildx", "build", "--check", "-f", CLUSTER / "Dockerfile", "--target", target, ROOT]
-    checked = subprocess.run(command, capture_output=True, text=True)
+    command = [docker, "buildx", "build", "--check", "-f", CLUSTER / "Dockerfile", "--target", target]
+    for name in ("CPU_DIGEST", "CUDA_DIGEST"):
+        command += ["--build-arg", f"{name}=sha256:{'0' * 64}"]
+    checked = subprocess.run([*command, ROOT], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -47,7 +47,10 @@ _LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch between an instance that other machines can join and one on the loopback interface. It is off
 by default on Windows and macOS, hence the name; 127.0.0.1 as this node's address would be replaced."""
 
-_INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
+_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""After so many seconds without its control service Ray ends a process, even one that has left it by then."""
+
+INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
 
 _TOKEN = "token"
 _SECONDS_TO_A_TOKEN = 60.0  # an instance's folder has its token at once
@@ -90,6 +93,18 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
         raise _no_cluster(target, error) from None
 
 
+def disconnect() -> None:
+    """Leave a Ray that was lost; ``connect`` starts or reaches one anew.
+
+    Threads that still wait for the old one must not start another, as Ray's functions do where there is none.
+    """
+    import ray
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
+    ray.shutdown()
+
+
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keeps this program's handler of SIGTERM, if it has one: Ray's own prints native stacks and ends the
@@ -108,11 +123,11 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
     import ray
 
     folder = _new_folder()
-    options["runtime_env"]["env_vars"][_INSTANCE] = str(folder)
+    options["runtime_env"]["env_vars"][INSTANCE] = str(folder)
     atexit.register(_end_local, folder, _ask_for_token(folder))
     for attempt in range(_START_ATTEMPTS):
         try:
-            with _on_loopback():
+            with _on_loopback(), _without_obituaries():
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -210,6 +225,7 @@ def _ask_for_token(folder: Path) -> TextIO:
     fcntl.flock(file, fcntl.LOCK_EX)
     aside.rename(folder / _TOKEN)
     os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault(_PATIENCE, str(10**6))  # ``lost.watched`` notices it at once
     if "RAY_AUTH_TOKEN" not in os.environ:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / _TOKEN)
     raylet.Config.initialize("")  # it looked at the environment when ray was imported
@@ -234,7 +250,7 @@ def _end_stragglers(folder: Path) -> None:
     own threads, with all the memory it has."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has ended, or is another user's
-            if process.name().startswith("ray::") and process.environ().get(_INSTANCE) == str(folder):
+            if process.name().startswith("ray::") and process.environ().get(INSTANCE) == str(folder):
                 process.kill()
 
 
@@ -255,6 +271,21 @@ def _on_loopback() -> Iterator[None]:
             del os.environ[_LOOPBACK_SWITCH]
         else:
             os.environ[_LOOPBACK_SWITCH] = before
+
+
+@contextmanager
+def _without_obituaries() -> Iterator[None]:
+    """Within it an instance is started of whose lost processes Ray prints no logs: errors say what was lost,
+    and its folder has the logs.
+    """
+    from ray._private import worker
+
+    plain = worker.listen_error_messages
+    worker.listen_error_messages = lambda *_: None
+    try:
+        yield
+    finally:
+        worker.listen_error_messages = plain
 
 
 def worker_environment(*, local: bool = False) -> dict[str, str]:

@@ -6,15 +6,21 @@ An error that the work itself raised would only come again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any
+from contextvars import copy_context
+from typing import Any, TypeVar
 
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 
-FIRST_PAUSE = 2.0  # seconds; doubled with every further try
+T = TypeVar("T")
 
-_NEEDED = ("raylet", "gcs_server")
+FIRST_PAUSE = 2.0  # seconds; doubled with every further try
+RESTARTS = 2  # of a Ray that was lost, before a command stops
+
+_POLL_SECONDS = 0.5
 
 _PARTS = ("cause", "controller_failure", "health_check_failure", "__cause__", "__context__")
 """Where errors of Ray, Ray Train and Python keep the one they came from."""
@@ -77,6 +83,30 @@ def check_local_processes() -> None:
     node = worker._global_node
     if node is not None and (dead := [name for name, _ in node.dead_processes()]):
         raise LostProcess(f"Ray's own {' and '.join(dead)} ended")
+
+
+def watched(work: Callable[[], T]) -> T:
+    """``work()``, or LostProcess as soon as a process of the Ray that this process started is gone.
+
+    Then ``work`` stays behind in a thread of its own: it waits for what does not come any more.
+    """
+    from ray._private import worker
+
+    if worker._global_node is None or not worker._global_node.all_processes:
+        return work()
+    outcome: Future[T] = Future()
+    context = copy_context()  # the display belongs to the caller's
+
+    def run() -> None:
+        try:
+            outcome.set_result(context.run(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([outcome], _POLL_SECONDS).done:
+        check_local_processes()
+    return outcome.result()
 
 
 def pause_seconds(failures: int) -> float:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import http.client
+import lzma
 import os
 import shutil
 import stat
+import struct
 import tempfile
 import urllib.error
 import urllib.request
@@ -19,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from effir_ray.caches import data_folder
 from effir_ray.data.datasets import official_name
 from effir_ray.data.stdlib_corpus import build_stdlib
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, is_disk_full
 from effir_ray.leases import LEASES, aloud, lease
 from effir_ray.progress import Progress, progress
 from effir_ray.readers import quoted
@@ -28,6 +30,18 @@ BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
 _ATTEMPTS = 5  # connections opened one after the other, each going on where the last one broke
 _TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 1 << 20
+
+_DAMAGED = (
+    NotImplementedError,  # an unknown method of compression
+    RuntimeError,  # encrypted
+    EOFError,
+    OSError,  # bz2's, and places outside the file or names that no file can have
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    zlib.error,
+)
+"""What ``zipfile`` raises for a damaged archive, beside its own."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +232,13 @@ def _unpack(archive: Path, folder: Path) -> None:
         if not (aside / folder.name).is_dir():
             raise InputError(f"{archive}: holds no folder '{folder.name}'; it is not the BEIR archive")
         (aside / folder.name).replace(folder)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        # NotImplementedError: an unknown method; RuntimeError: encrypted
-        raise InputError(f"{archive}: not a readable zip archive: {error}; remove it and try again") from None
+    except (zipfile.BadZipFile, *_DAMAGED) as error:
+        if isinstance(error, InputError) or is_disk_full(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{archive}: not a readable zip archive: {reason}; remove it and try again"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -19,16 +19,16 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from effir_ray.cluster.connection import connect
+from effir_ray.cluster.connection import connect, disconnect
 from effir_ray.cluster.devices import on_device
-from effir_ray.cluster.lost import in_one_line
+from effir_ray.cluster.lost import RESTARTS, in_one_line, is_lost_process, pause_seconds, watched
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -176,11 +176,40 @@ def _encode_missing(
     if workers == 1 and not _elsewhere(address):
         on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
-    connect(address)
+    losses, given = 0, _connected()
+    while missing:
+        connect(address)
+        try:
+            _spread(folder, encoding, data, missing, workers, stages, held)
+            return
+        except Exception as error:
+            if not is_lost_process(error):
+                raise
+            losses += 1
+            if losses > RESTARTS or given:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise LostProcess(
+                    f"Ray was lost ({reason}); run it again to go on with {folder.location}"
+                ) from error
+        disconnect()
+        time.sleep(pause_seconds(losses))
+        missing = sorted(set(range(encoding.shards)) - folder.finished())
+
+
+def _spread(
+    folder: ShardFolder,
+    encoding: Encoding,
+    data: Dataset,
+    missing: list[int],
+    workers: int,
+    stages: StageStore | None,
+    held: Lease | None,
+) -> None:
+    """Encode the ``missing`` shards in ``workers`` actors of the Ray that this process is connected to."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    resources = _resources(workers)
+    corpus, resources = data.corpus, _resources(workers)
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     tasks = ray.data.from_items(
@@ -202,8 +231,14 @@ def _encode_missing(
         },
         **resources,
     )
+    rows = iter(done.iter_rows())
     with in_one_line("encoding"):
-        _follow(done.iter_rows(), encoding, missing, workers)
+        _follow(iter(partial(watched, partial(next, rows, None)), None), encoding, missing, workers)
+
+
+def _connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _elsewhere(address: str | None) -> bool:

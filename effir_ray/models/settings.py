@@ -281,8 +281,9 @@ class PromptSettings(_File):
 def normalizes(file: Path) -> bool:
     """Whether modules.json, sentence-transformers' list of steps, ends with embeddings of length 1."""
     modules = read_json(file) if file.exists() else []
-    kinds = [module.get("type") for module in modules if isinstance(module, dict)] if modules else []
-    if not isinstance(modules, list) or len(kinds) != len(modules) or any(type(k) is not str for k in kinds):
+    listed = modules if isinstance(modules, list) else [None]
+    kinds = [module.get("type") if isinstance(module, dict) else None for module in listed]
+    if any(type(kind) is not str for kind in kinds):
         raise InputError(f"{file}: expected a list of modules, each with its type")
     return any("Normalize" in str(kind) for kind in kinds)
 

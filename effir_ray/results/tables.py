@@ -40,6 +40,10 @@ FILE, ROW = "_file", "_row"
 
 _COMPACT = ".compact.parquet"
 _REPLACES = b"effir_ray_replaces"
+_EMPTY = b"effir_ray_empty"
+"""Names of a compact file's columns that are null in every row. Parquet's own statistics would say it too,
+but asking pyarrow for those of a damaged file ends the process."""
+
 _GROUP = 2048  # rows a row group of a compact file: what one row of it costs to read
 _LISTINGS = 5  # a folder that is compacted that often while it is read is no study's
 
@@ -161,8 +165,11 @@ def compact(folder: Path | str, kind: TableKind) -> Path | None:
         names = json.dumps([file.name for file in [*replaced, *readable]])
         schema = kind.schema.with_metadata({**kind.schema.metadata, _REPLACES: names})
         with _said_when_full(target), whole(new) as aside, pq.ParquetWriter(aside, schema) as writer:
+            empty = set(schema.names)
             for group in _groups(readable, kind):
                 writer.write_table(group.replace_schema_metadata(schema.metadata))
+                empty -= {name for name in empty if group[name].null_count < len(group)}
+            writer.add_key_value_metadata({_EMPTY: json.dumps(sorted(empty))})
         replaced |= set(readable)
     else:
         new = None
@@ -304,23 +311,11 @@ def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterato
 
 
 def _columns_with_values(file: Path, parquet: pq.ParquetFile) -> list[str]:
-    """Those that are not null in every row, as their statistics say: of a column that nobody measured, the
-    nulls need not be read."""
-    metadata = parquet.metadata
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-
-    def is_empty(place: int) -> bool:
-        known = [group.column(place).statistics for group in groups]
-        return all(
-            each is not None and each.has_null_count and each.null_count == group.num_rows
-            for each, group in zip(known, groups, strict=True)
-        )
-
-    def names() -> list[str]:
-        flat = len(parquet.schema_arrow.names) == metadata.num_columns
-        return [n for place, n in enumerate(parquet.schema_arrow.names) if not (flat and is_empty(place))]
-
-    return _decoded(file, names)  # type: ignore[no-any-return]  # pyarrow is untyped
+    """Those that are not null in every row of a compact file: of a column that nobody measured, the nulls
+    need not be read."""
+    listed = (parquet.metadata.metadata or {}).get(_EMPTY, b"[]")
+    empty = parse_json(listed, f"{file}: {_EMPTY.decode()}")
+    return [name for name in parquet.schema_arrow.names if not (isinstance(empty, list) and name in empty)]
 
 
 def _taken(parquet: pq.ParquetFile, group: int, name: str, places: pa.Array) -> pa.ChunkedArray:
@@ -362,7 +357,7 @@ def _decoded(file: Path, decode: Callable[[], Any]) -> Any:
 def _typed(file: Path, table: pa.Table, rows: int, kind: TableKind, schema: pa.Schema) -> pa.Table:
     check_rows(table, str(file))
     columns = [_column(file, table, rows, kind, field) for field in schema]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return _decoded(file, lambda: pa.Table.from_arrays(columns, schema=schema))  # of unequal lengths
 
 
 def _column(file: Path, table: pa.Table, rows: int, kind: TableKind, field: pa.Field) -> pa.ChunkedArray:

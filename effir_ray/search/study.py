@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from effir_ray import storage
-from effir_ray.cluster.connection import connect
+from effir_ray.cluster.connection import connect, disconnect
 from effir_ray.cluster.devices import machine
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.cluster.lost import RESTARTS, is_lost_process, pause_seconds
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
@@ -59,8 +59,6 @@ _SPACE_FILE = "space.yaml"  # a job's search space travels with it
 _TRIAL_CPUS = 0.01
 """A trial only drives; its training and encoding workers ask for the CPUs. A whole CPU for the driver would
 leave two training workers on a 2-core machine waiting for ever."""
-
-_RESTARTS = 2  # of a Ray that was lost, before a study stops
 
 _ALL = 10**9  # Tune's number of samples: the searcher says when the study is finished
 
@@ -233,11 +231,11 @@ def _work(
                 raise
             held.check()
             losses += 1
-            if losses > _RESTARTS or not restart:
+            if losses > RESTARTS or not restart:
                 raise LostProcess(
                     f"Ray was lost ({failure_reason(error)}); --resume goes on with {study}"
                 ) from error
-            _disconnect()
+            disconnect()
             remove_leftovers(study)
             time.sleep(pause_seconds(losses))
             proposals.take_back()
@@ -290,12 +288,6 @@ def _ray_runs() -> bool:
     import ray
 
     return bool(ray.is_initialized())
-
-
-def _disconnect() -> None:
-    import ray
-
-    ray.shutdown()
 
 
 def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 from ray import exceptions
 from ray.train import ControllerError, WorkerGroupError
@@ -69,3 +73,31 @@ def test_a_lost_process_is_one_line(error: Exception) -> None:
     ):
         raise error
     assert "\n" not in str(raised.value)
+
+
+_WAITS_FOR_EVER = """
+import threading
+import psutil
+from effir_ray.cluster.connection import connect
+from effir_ray.cluster.lost import watched
+from effir_ray.errors import LostProcess
+connect(num_cpus=1)
+assert watched(lambda: 3) == 3
+for process in psutil.Process().children(recursive=True):
+    if "{victim}" in " ".join(process.cmdline()):
+        process.kill()
+try:
+    watched(threading.Event().wait)
+except LostProcess as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("victim", ["raylet/raylet", "gcs_server"])
+def test_work_that_waits_for_a_ray_that_is_gone_ends_at_once(victim: str) -> None:
+    """Ray would let it wait for ever, or end the process without a word."""
+    command = [sys.executable, "-c", _WAITS_FOR_EVER.replace("{victim}", victim)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert "Ray's own" in done.stdout and victim.rpartition("/")[2] in done.stdout, done.stderr
+    assert "terminated" not in done.stdout + done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,8 +188,16 @@ _RAW: dict[str, Case] = {
     "footer-garbage": _bytes(b"PAR1" + b"\xff" * 100 + struct.pack("<I", 80) + b"PAR1"),
 }
 
+_STATISTICS = (
+    b"c-l>mF^j@L5QX0ky6AC86lTf77HM285;+B}uDRYK_zyxZpv7t2HH!Y4`>8h`78Wzbdyn_clwaEg_xO!R8z#mC=qCz5WblMdE@Hx("
+    b"wOeDRVyfbJEbcHP*`ySKdp2Jo)v?|+KNX9BDW&~*?!IqRY@Fl_S!bPx<9EA)PVCcWGGv0e`=uYe_S;-8!he;(37=A+t;d5YdGZ5u"
+    b"$1H2BaO#?KQMYYTg>bxPmnOvh@sKUo^N;z$x(EDMrj#fD0864HJp"
+)
+"""A table of one row in whose footer a byte is wrong: asked for its statistics, pyarrow ends the process."""
+
 ROWS: dict[str, Case] = {
     **_RAW,
+    "statistics-damaged": _bytes(zlib.decompress(base64.b85decode(_STATISTICS))),
     "no-version": _rows(None, study=["s"]),
     "version-text": _rows({"effir_ray_schema": "two"}, study=["s"]),
     "version-negative": _rows({"effir_ray_schema": "-1"}, study=["s"]),
@@ -275,6 +285,15 @@ def _encrypted(raw: bytes) -> bytes:
     return bytes(data)
 
 
+def _elsewhere(raw: bytes) -> bytes:
+    """The central directory says that the member begins before the file does."""
+    data = bytearray(raw)
+    central = data.index(b"PK\x01\x02")
+    end = data.index(b"PK\x05\x06")
+    data[end + 16 : end + 20] = struct.pack("<I", central + 40)
+    return bytes(data)
+
+
 def _member(archive: zipfile.ZipFile) -> None:
     archive.writestr("scifact/corpus.jsonl", "x" * 100)
 
@@ -286,6 +305,7 @@ ARCHIVES: dict[str, Case] = {
     "encrypted": _zip(_member, _encrypted),
     "method-unknown": _zip(_member, _with_method(77)),
     "damaged": _zip(_member, lambda raw: raw.replace(b"xxxx", b"yyyy", 1)),
+    "member-before-the-file": _zip(_member, _elsewhere),
     "outside": _zip(lambda archive: archive.writestr("../scifact/x", "x")),
     "absolute": _zip(lambda archive: archive.writestr("/scifact/x", "x")),
     "another-folder": _zip(lambda archive: archive.writestr("other/corpus.jsonl", "x")),

@@ -155,7 +155,7 @@ def save(ranks: int, rank: int, folder: Path) -> dict[str, Any]:
     engine.step(1e-2)
     with torch.no_grad():
         embedding = encode_rows(engine, tokenize([SENTENCE], "document"))
-    write_checkpoint(engine, skeleton, str(folder))
+    write_checkpoint(engine, skeleton, str(folder), folder)
     return {"folder": str(folder), "embedding": embedding}
 
 

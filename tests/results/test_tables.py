@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from effir_ray.errors import InputError
@@ -35,6 +36,8 @@ def test_many_files_become_one_and_no_row_is_lost_or_doubled(tmp_path: Path) -> 
     made = tables.compact(tmp_path, store.ROWS)
     assert made is not None and list((tmp_path / "rows").iterdir()) == [made]
     assert store.read(tmp_path).to_pylist() == before
+    written = tables._columns_with_values(made, pq.ParquetFile(made))
+    assert {"trial_id", "ndcg_at_10"} <= set(written) and "query_ms" not in written
     store.append(tmp_path, [row("later")])
     assert ids(tmp_path) == sorted([*(f"t{number}" for number in range(7)), "later"])
     tables.compact(tmp_path, store.ROWS)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
 
 from effir_ray import storage
+from effir_ray.caches import cache_folder
 from effir_ray.config import Config, parse
 from effir_ray.leases import Lease
 from effir_ray.readers import read_json_object
@@ -32,7 +33,11 @@ DEV_SCORE = "dev_ndcg_at_10"
 SMALLEST_BUDGET = 256
 """Tokens: below this a machine without memory for one pass is out of memory for another reason."""
 
+SETTINGS = "training.json"
+"""In the output folder of every run."""
+
 _PROGRESS, _BUDGET = "progress.json", "token_budget.json"
+_STAGING = "staging-"
 
 
 class SavedProgress(Config):
@@ -53,14 +58,15 @@ class StepReports:
 
     A checkpoint is due every ``checkpoint_every`` steps (by default a tenth of all) and after every dev
     score, and at the end of a run that stops on the way. It holds weights and optimizer state; the place in
-    the data and all random draws follow from the step. It is put together beside the run's storage, which has
-    room for it: the system's temporary folder may be small, or memory.
+    the data and all random draws follow from the step. It is put together in ``place`` (see ``staging``).
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig, run: str, lease: Lease | None = None) -> None:
+    def __init__(
+        self, engine: Engine, config: TrainConfig, run: str, place: Path, lease: Lease | None = None
+    ) -> None:
         self._engine, self._every, self._stop = engine, config.checkpoint_every, config.stop_after
         self._lease = lease
-        self._staging = _staging(run)
+        self._run, self._place, self._staging = run, place, own_staging(place)
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
         self._sent = self._saved = time.monotonic()
@@ -72,7 +78,7 @@ class StepReports:
         last = row["step"] == row["steps"] or stopped
         due = self._since(self._sent) >= REPORT_SECONDS
         if DEV_SCORE in row or stopped or (self._periodic(row["step"], row["steps"]) and not last):
-            self._staging.mkdir(parents=True)
+            self._staging.mkdir(mode=0o700, parents=True)
             try:
                 self._engine.save(self._staging)
                 if rank() == 0:
@@ -96,10 +102,11 @@ class StepReports:
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and begun is not None:  # its rows are known
-            return _load(self._engine, ray.train.Checkpoint.from_directory(begun)).step
+            own = ray.train.Checkpoint.from_directory(begun)
+            return _load(self._engine, own, self._run, self._place).step
         if checkpoint is None:
             return 0
-        progress = _load(self._engine, checkpoint)
+        progress = _load(self._engine, checkpoint, self._run, self._place)
         self._rows = list(progress.rows)
         if self._rows:
             self._report(self._rows[-1], None)
@@ -125,16 +132,41 @@ class StepReports:
         self._rows, self._sent = [], time.monotonic()
 
 
-def _staging(run: str) -> Path:
-    """This rank's folder for a checkpoint that is being written, always the same: a killed worker leaves at
-    most one, which its successor removes.
+def staging(run: str, out: str) -> Path:
+    """Where workers keep what is on its way to the storage of ``run``: beside it, since there is room; the
+    system's temporary folder may be small, or memory. For an object store that is the output folder ``out``,
+    or this user's cache on a machine that does not see it.
     """
-    if storage.is_uri(run):  # beside an object store there is no disk
-        run = str(Path(tempfile.gettempdir()) / f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:12]}")
-    return Path(run) / f"staging-{rank()}"
+    if not storage.is_uri(run):
+        return Path(run)
+    if (Path(out) / SETTINGS).is_file() and os.access(out, os.W_OK):
+        return Path(out)
+    return cache_folder() / "staging" / run.partition("?")[0].rpartition("/")[2]
 
 
-def restore_best(engine: Engine) -> int | None:
+def own_staging(place: Path) -> Path:
+    """This rank's folder there, always the same: a killed worker leaves at most one, which its successor
+    removes.
+    """
+    return place / f"{_STAGING}{rank()}"
+
+
+def leave_staging(place: Path) -> None:
+    """Remove ``place`` where it was made for nothing else."""
+    import ray.train
+
+    if ray.train.get_context().get_local_rank() == 0:
+        with suppress(OSError):  # the run's storage or its output folder
+            place.rmdir()
+
+
+def clear_staging(out: Path) -> None:
+    """Remove what killed workers left in the output folder."""
+    for folder in out.glob(f"{_STAGING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def restore_best(engine: Engine, run: str, place: Path) -> int | None:
     """Load the checkpoint with the best dev score; returns its step, None when no checkpoint has one."""
     import ray.train
 
@@ -146,15 +178,41 @@ def restore_best(engine: Engine) -> int | None:
     if not reported:
         return None
     _, _, best = max(reported, key=lambda entry: entry[:2])
-    return _load(engine, best).step
+    return _load(engine, best, run, place).step
 
 
-def _load(engine: Engine, checkpoint: Any) -> SavedProgress:
+def _load(engine: Engine, checkpoint: Any, run: str, place: Path) -> SavedProgress:
     """What ``StepReports`` wrote of its progress; the engine has the checkpoint's weights."""
-    with checkpoint.as_directory() as folder:
-        progress = read_progress(Path(folder) / _PROGRESS)
-        engine.load(Path(folder))
+    with _on_disk(checkpoint, run, place) as folder:
+        progress = read_progress(folder / _PROGRESS)
+        engine.load(folder)
         return progress
+
+
+@contextmanager
+def _on_disk(checkpoint: Any, run: str, place: Path) -> Iterator[Path]:
+    """The folder of ``checkpoint``. One in an object store is copied once for all ranks of a machine, to
+    ``place``: Ray's own ``as_directory`` leaves it in the system's temporary folder when it is killed.
+    """
+    import ray.train
+    from pyarrow import fs
+
+    if isinstance(checkpoint.filesystem, fs.LocalFileSystem):
+        yield Path(checkpoint.path)
+        return
+    context = ray.train.get_context()
+    folder = place / f"{_STAGING}node-{context.get_node_rank()}"
+    first = context.get_local_rank() == 0
+    try:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            storage.bring(storage.join(run, Path(checkpoint.path).name), folder)
+        dist.barrier()
+        yield folder
+        dist.barrier()  # not after an error, which others may not have: they would wait for ever
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_progress(file: Path) -> SavedProgress:

@@ -7,17 +7,18 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from effir_ray import storage
-from effir_ray.cluster.connection import connect
+from effir_ray.cluster.connection import connect, disconnect
 from effir_ray.cluster.devices import machine, on_device
-from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.cluster.lost import check_local_processes, is_lost_process, pause_seconds, watched
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
@@ -29,7 +30,9 @@ from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
 from effir_ray.training.identity import training_identity
 from effir_ray.training.run.fault_tolerance import (
     DEV_SCORE,
+    SETTINGS,
     SMALLEST_BUDGET,
+    clear_staging,
     halve,
     halved_budget,
 )
@@ -40,7 +43,7 @@ from effir_ray.training.run.reservations import NamedReservation, Trainer, relea
 from effir_ray.training.run.trackers import Board, check_installed, tracked
 from effir_ray.training.supervision.training_data import needs_model, prepare
 
-_SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
+_RESULT, _TRACKING = "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
 
 
@@ -129,12 +132,13 @@ def train(
     job["begun"] = _go_on_from(begun, out) if begun is not None else None
     job["lease"] = lease = stages.lease_of(out)
     began = time.monotonic()
+    given = _connected()
     connect(address)
     job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
     with tracked(
         track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
     ) as boards:
-        outcome, state = _fit(job, config, out, boards)
+        outcome, state = _fit(job, config, out, boards, None if given else partial(connect, address))
     if config.stop_after is not None:
         _copy(state, out / STATE)
     if lease is not None:
@@ -143,6 +147,7 @@ def train(
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
     storage.remove(job["run"])
+    clear_staging(out)
     return _finished(out)
 
 
@@ -201,10 +206,10 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     base, name = _place(out, record)
     storage.check(base)
     run = storage.join(base, name)
-    known = out / _SETTINGS
+    known = out / SETTINGS
     before = _before(known, resume) or record
     if not resume:
-        for file in (_SETTINGS, _RESULT, HISTORY, _TRACKING):
+        for file in (SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
         for old in (before, record):
             storage.remove(storage.join(*_place(out, old)))
@@ -215,7 +220,8 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
         )
     out.mkdir(parents=True, exist_ok=True)
     _write_json(known, record)
-    return {**record, "base": base, "name": name, "run": run, "saved": storage.join(run, "model")}
+    saved = storage.join(run, "model")
+    return {**record, "out": str(out), "base": base, "name": name, "run": run, "saved": saved}
 
 
 def _before(file: Path, resume: bool) -> dict[str, Any] | None:
@@ -258,13 +264,17 @@ def _go_on_from(begun: Path, out: Path) -> str:
 
 
 def _fit(
-    job: dict[str, Any], config: TrainConfig, out: Path, boards: Sequence[Board]
+    job: dict[str, Any],
+    config: TrainConfig,
+    out: Path,
+    boards: Sequence[Board],
+    reconnect: Callable[[], None] | None,
 ) -> tuple[dict[str, Any], Any]:
     """Run the workers to the end; what they returned, and their newest checkpoint.
 
     Out of memory, they run again with half the tokens. A process lost while they start (Ray Train calls that
-    its controller's error), or the controller itself, is replaced ``max_failures`` times, as Ray Train does
-    with workers later on.
+    its controller's error), the controller itself, or Ray where ``reconnect`` can start or reach it anew, is
+    replaced ``max_failures`` times, as Ray Train does with workers later on.
     """
     # The controller looks after its workers this often; its default of 2 s would hold every report up.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -281,11 +291,19 @@ def _fit(
         budget = halved_budget(job["run"])
         try:
             with follow(out, f"Training {Path(job['model']).name}", boards):
-                result = _trainer(job, config, out).fit()
+                result = watched(_trainer(job, config, out).fit)
             break
         except SystemExit:
             raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
-        except (TrainingFailedError, RayError) as error:
+        except (TrainingFailedError, RayError, LostProcess) as error:
+            if _ray_is_lost(error):
+                lost += 1
+                if lost > config.max_failures or reconnect is None:
+                    raise _lost(error, config) from error
+                disconnect()
+                time.sleep(pause_seconds(lost))
+                reconnect()
+                continue
             _release(job)
             halved = _budget_after(error, job, config)
             if halved is None or halved == budget:
@@ -309,6 +327,23 @@ def _release(job: dict[str, Any]) -> None:
     if job["lease"] is not None:
         job["lease"].check()
     release(job["run"])
+
+
+def _connected() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _ray_is_lost(error: Exception) -> bool:
+    """Whether ``error`` came because a process of Ray's own is gone, not only one of the run's."""
+    from ray.exceptions import LocalRayletDiedError, RpcError
+
+    try:
+        check_local_processes()
+    except LostProcess:
+        return True
+    return isinstance(error, LostProcess | LocalRayletDiedError | RpcError)
 
 
 def _lost(error: Exception, config: TrainConfig) -> LostProcess:

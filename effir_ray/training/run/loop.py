@@ -40,9 +40,9 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
     ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
-    survey (of a stream), begun (the state of a shorter run to go on from, or None), run (folder or URI of the
-    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype, lease (to be held for the
-    run's folder, or None).
+    survey (of a stream), begun (the state of a shorter run to go on from, or None), out (the output folder,
+    which other machines may not see), run (folder or URI of the run's state), saved (where the trained
+    checkpoint goes), stages, teacher_dtype, lease (to be held for the run's folder, or None).
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
@@ -58,6 +58,7 @@ class Worker:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
         self.lease: Lease | None = job["lease"]
+        self.staging = fault_tolerance.staging(self.run, job["out"])
         stages = StageStore(Path(job["stages"]), job["remote_stages"])
         self.begun = job["begun"] and stages.local(job["begun"])
         device, bfloat16 = _device(config)
@@ -115,7 +116,7 @@ class Worker:
         )
 
     def train(self) -> dict[str, Any]:
-        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run, self.lease)
+        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run, self.staging, self.lease)
         step = start = reporter.restore(self.begun)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),
@@ -126,8 +127,9 @@ class Worker:
             reporter(row)
             step = row["step"]
         if self.dev_score is not None:
-            step = fault_tolerance.restore_best(self.engine) or step
-        write_checkpoint(self.engine, self.skeleton, self.saved)
+            step = fault_tolerance.restore_best(self.engine, self.run, self.staging) or step
+        write_checkpoint(self.engine, self.skeleton, self.saved, self.staging)
+        fault_tolerance.leave_staging(self.staging)
         return {"engine": self.engine.name, "step": step}
 
     def _rows(self, start: int) -> Iterator[dict[str, Any]]:
@@ -201,15 +203,17 @@ def prepare(retriever: Retriever, config: TrainConfig, device: torch.device, *, 
     return build_engine(retriever, config, device, bfloat16=bfloat16)
 
 
-def write_checkpoint(engine: Engine, skeleton: Retriever, target: str) -> None:
+def write_checkpoint(engine: Engine, skeleton: Retriever, target: str, place: Path) -> None:
     """Rank 0 writes the trained model as an ordinary checkpoint: adapters merged, partitions gathered.
 
     Every rank calls it. ``skeleton`` is the ``hollow`` copy of the model; it is given the trained parameters.
+    ``place``: where it is put together on its way to an object store.
     """
     weights = plain_weights(engine.encoder.model, engine.whole, keep=rank() == 0)
     if rank() == 0:
         skeleton.model.load_state_dict(weights, strict=False, assign=True)
-        upload(target, lambda folder: save_checkpoint(skeleton, folder))
+        aside = fault_tolerance.own_staging(place)
+        upload(target, lambda folder: save_checkpoint(skeleton, folder), aside)
 
 
 def _device(config: TrainConfig) -> tuple[torch.device, bool]:

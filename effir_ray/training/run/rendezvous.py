@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ray.train.torch.config import (
     _TorchBackend,
 )
 
-from effir_ray.cluster.connection import is_private
+from effir_ray.cluster.connection import INSTANCE, is_private
 
 
 def torch_config(backend: str) -> TorchConfig:
@@ -64,8 +65,9 @@ class FileConfig(TorchConfig):  # type: ignore[misc]
 class _FileBackend(_Backend):
     def meet(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(_set_torch_distributed_env_vars)
-        # It lives in the controller, which outlives the group. mkdtemp's folder is this user's alone.
-        self.folder = tempfile.TemporaryDirectory(prefix="effir-ray-")
+        # It lives in the controller, which outlives the group, and goes with the instance if that is killed.
+        # mkdtemp's folder is this user's alone, also below another Ray of this machine's loopback interface.
+        self.folder = tempfile.TemporaryDirectory(prefix="effir-ray-", dir=os.environ.get(INSTANCE))
         group = {
             "backend": backend_config.backend,
             "world_size": len(worker_group),
