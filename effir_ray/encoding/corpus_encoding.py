@@ -18,7 +18,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import on_device
+from effir_ray.cluster.devices import on_device, room, uses_gpus
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
-from effir_ray.data.datasets import Corpus, Dataset, load_dataset
+from effir_ray.data.datasets import Corpus, Dataset, corpus_files, load_dataset
 from effir_ray.encoding.embedding_shards import (
     CorpusEmbeddings,
     Encoding,
@@ -41,7 +42,7 @@ from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
-from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.progress import progress
 
 SHARD_SIZE = 1024
@@ -155,10 +156,13 @@ def _encode_missing(
     if not missing:
         return
     workers = min(workers, len(missing))
+    reads = model_reads(encoding.model) | {f"data '{encoding.dataset}'": partial(corpus_files, corpus.path)}
     if workers == 1 and not _elsewhere(address):
-        on_device(_encode_here, folder, encoding, corpus, missing)
+        with everywhere(check_shared(folder.local, reads)):
+            on_device(_encode_here, folder, encoding, corpus, missing)
         return
     connect(address)
+    shared = check_shared(folder.local, reads)
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -178,6 +182,7 @@ def _encode_missing(
             "path": corpus.path,
             "workers_a_node": _workers_a_node(workers, resources),
             "computed_in": _computed_in(folder),
+            "shared": shared,
         },
         **resources,
     )
@@ -191,7 +196,7 @@ def _elsewhere(address: str | None) -> bool:
     if address or ray is None or not ray.is_initialized():
         return bool(address or os.environ.get("RAY_ADDRESS"))
     able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    return len(able) > 1 and not ray.cluster_resources().get("GPU")
+    return len(able) > 1 and not uses_gpus()
 
 
 def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:
@@ -261,14 +266,7 @@ def _resources(workers: int) -> dict[str, float]:
     A worker reserves one core and computes on its share of the node's: a larger reservation would wait
     forever beside any other job.
     """
-    import ray
-
-    cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    limit, unit = (gpus, "GPUs") if gpus else (cpus, "cores")
-    if workers > limit:
-        raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
-    return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+    return {"num_cpus": 1, "num_gpus": 1} if room(workers).gpus else {"num_cpus": 1}
 
 
 def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
@@ -296,7 +294,9 @@ class _ShardEncoder:
         path: Path,
         workers_a_node: int,
         computed_in: Computed | None,
+        shared: Shared | None = None,
     ) -> None:
+        self._shared = shared
         self._folder, self._encoding, self._path = folder, encoding, path
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
@@ -328,6 +328,8 @@ class _ShardEncoder:
         figures["precision"] = ""
         figures |= {"error": "", "problem": ""}
         try:
+            if self._shared is not None:
+                self._shared.check()
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}

@@ -25,11 +25,14 @@ from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.trial import failed_row
 
 ROW = "row"  # under this key a trial process reports its row (JSON)
+FILE = "file"  # and under this one the name of the file with it
 ABORT = "abort"  # or, under this one, why no trial of this study can run
 LOST = "lost"  # or, under this one, that a process it needed is gone
 
 MAX_LOSSES = 3
 """A trial is tried so often again after it lost a process; then it counts as failed."""
+
+_SIGHT_SECONDS = 60.0  # until a network file system shows a file that another machine has written
 
 _KILLED = "the trial's process ended without a result (killed, or out of memory)"
 
@@ -74,7 +77,7 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
             return
         try:
             row = self._row(request, result) or self._lost(request, result)
-        except InputError as problem:  # no disk space for the row
+        except InputError as problem:  # no disk space for the row, or another folder's
             self.fatal = problem
             return
         if row is None:
@@ -95,10 +98,23 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
     def _row(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
         """The row that the trial's process wrote; None when there is none."""
         if result is not None and ROW in result:
+            self._check_own(str(result[FILE]))
             return TrialRow.model_validate_json(result[ROW])
         # The process may have died between writing its row and reporting it.
         written = finished_rows(self.out, self.proposals.space)
         return next((row for row in written if (row.trial_id, row.split) == request.key), None)
+
+    def _check_own(self, name: str) -> None:
+        """Raise InputError for a row in a folder that is not this one, though its path is the same."""
+        place = self.out / store.ROWS_FOLDER
+        deadline = time.monotonic() + _SIGHT_SECONDS
+        while not (place / name).exists():
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{place}: a trial's row was written to a folder of this name on another node; every "
+                    "node must see the same: mount shared storage there, or choose another --out"
+                )
+            time.sleep(0.1)
 
     def _lost(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
         """None while the trial is tried again; then a failed row."""

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import machine
+from effir_ray.cluster.devices import machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
 from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
@@ -45,7 +46,7 @@ from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
-from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
+from effir_ray.search.trial import failed_row, failure_reason, reads_of, run_trial, sources_of
 from effir_ray.stages import StageStore, size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
@@ -95,6 +96,7 @@ def search(
     find(folder, space, contents, resume=resume)
     given = _ray_runs()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
+    shared = check_shared(folder, reads_of(space.of(name) for name in space.backbone_names))
     here = machine()
     record = claim(folder, space, contents, resume=resume, here=here)
     _say_other_version(record)
@@ -111,7 +113,8 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, folder, estimate, collector, here, address, restart=not given)
+        with reserving(uses_gpus()):
+            _work(proposals, folder, estimate, collector, here, shared, address, restart=not given)
         remove_leftovers(folder)
         stages.remove_locks()
         for kind in (store.ROWS, QUERY_SCORES):
@@ -182,6 +185,7 @@ def _work(
     estimate: TimeEstimate,
     collector: Collector,
     here: Hardware,
+    shared: Shared | None,
     address: str | None,
     *,
     restart: bool,
@@ -194,7 +198,7 @@ def _work(
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here)
+            _run(proposals, out, StudyDisplay(proposals, estimate, out), collector, here, shared)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -211,7 +215,12 @@ def _work(
 
 
 def _run(
-    proposals: Proposals, out: Path, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals,
+    out: Path,
+    display: StudyDisplay,
+    collector: Collector,
+    here: Hardware,
+    shared: Shared | None,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -227,7 +236,8 @@ def _run(
     space = proposals.space
     searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(out), space=space, here=here), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(out), space=space, here=here, gpus=uses_gpus(), shared=shared),
+        {"cpu": _TRIAL_CPUS},
     )
     tuner = tune.Tuner(
         trainable,
@@ -258,16 +268,21 @@ def _disconnect() -> None:
     ray.shutdown()
 
 
-def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware) -> None:
-    """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
+def _trial(
+    config: dict[str, Any], out: str, space: SearchSpace, here: Hardware, gpus: bool, shared: Shared | None
+) -> None:
+    """What a trial process does with one piece of work. The row is on disk before Tune hears of it.
+
+    ``gpus``: whether the study computes on GPUs."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, LOST, ROW
+    from effir_ray.search.searcher import ABORT, FILE, LOST, ROW
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     folder, study = Path(out), space.name
-    with reporting(folder, trial.id, space.title(trial.name, trial.backbone), split) as listener:
-        try:
+    title = space.title(trial.name, trial.backbone)
+    try:
+        with everywhere(shared), reserving(gpus), reporting(folder, trial.id, title, split) as listener:
             rows = run_trial(
                 trial,
                 StageStore(folder / STAGES_FOLDER),
@@ -278,18 +293,18 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
                 out=folder,
                 here=here,
             )
-        except InputError as error:  # wrong for every trial: schedules were checked before
-            tune.report({ABORT: str(error)})
+    except InputError as error:  # wrong for every trial: schedules were checked before
+        tune.report({ABORT: str(error)})
+        return
+    except Exception as error:
+        if isinstance(error, LostProcess) or is_lost_process(error):
+            tune.report({LOST: failure_reason(error)})
             return
-        except Exception as error:
-            if isinstance(error, LostProcess) or is_lost_process(error):
-                tune.report({LOST: failure_reason(error)})
-                return
-            rows = [failed_row(trial, split, study, error, attempt=config["attempt"])]
-    store.append(folder, rows)
+        rows = [failed_row(trial, split, study, error, attempt=config["attempt"])]
+    file = store.append(folder, rows)
     row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
-    tune.report({**numbers, ROW: row.model_dump_json()})
+    tune.report({**numbers, ROW: row.model_dump_json(), FILE: file.name})
 
 
 def _split(name: str) -> Split:
