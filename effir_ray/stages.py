@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
 from effir_ray.leases import Lease, Waiting, lease
 from effir_ray.provenance import __version__
@@ -99,7 +99,7 @@ class StageStore:
                 if not self.has(place):
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
-            if is_disk_full(error):
+            if is_disk_full(error) and not isinstance(error, LostProcess):  # that was a node's own
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -71,6 +71,33 @@ def reserving(gpus: bool) -> Iterator[None]:
         yield
     finally:
         _reserves.reset(token)
+
+
+_avoid: ContextVar[Sequence[str]] = ContextVar("effir_ray_avoid", default=())
+
+
+@contextmanager
+def avoiding(nodes: Sequence[str]) -> Iterator[None]:
+    """Within it no GPU of ``nodes``, by their ids, is used."""
+    token = _avoid.set(nodes)
+    try:
+        yield
+    finally:
+        _avoid.reset(token)
+
+
+def avoided(nodes: Sequence[str], kind: str) -> dict[str, str]:
+    """Ray's label selector for other nodes than ``nodes``; an empty one where no other has such resources."""
+    if not nodes:
+        return {}
+    import ray
+
+    others = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get(kind, 0) > 0 and node["NodeID"] not in nodes
+    ]
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"} if others else {}
 
 
 def uses_gpus() -> bool:
@@ -233,7 +260,8 @@ def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
             lines.write(f"{WAITING}\n")
     # Without a strategy of its own the task would have to fit into the reservation of this trial, a sliver
     # of a CPU. A lost one is the trial's to try again.
-    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy="DEFAULT")(_there)
+    options = {"label_selector": selector} if (selector := avoided(_avoid.get(), "GPU")) else {}
+    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy="DEFAULT", **options)(_there)
     try:
         found: Computed[T] = ray.get(task.remote(current(), log, function, *arguments))
     except ray.exceptions.RayTaskError as error:

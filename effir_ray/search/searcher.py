@@ -28,6 +28,7 @@ ROW = "row"  # under this key a trial process reports its row (JSON)
 FILE = "file"  # and under this one the name of the file with it
 ABORT = "abort"  # or, under this one, why no trial of this study can run
 LOST = "lost"  # or, under this one, that a process it needed is gone
+UNFIT = "unfit"  # and under this one the id of the node that was unfit for it, or ""
 
 MAX_LOSSES = 3
 """A trial is tried so often again after it lost a process; then it counts as failed."""
@@ -52,6 +53,7 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         self.running: dict[str, TrialRequest] = {}  # by Tune's trial id
         self.fatal: Exception | None = None
         self.attempts = attempts(out, proposals.space)
+        self.unfit: set[str] = set()  # ids of nodes that no work goes to any more
         self.losses: Counter[tuple[str, str]] = Counter()
         self.waiting: list[tuple[float, TrialRequest]] = []  # (not before this moment, what is tried again)
 
@@ -66,6 +68,7 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
             "trial": request.config.model_dump_json(),
             "split": request.split,
             "attempt": self.attempts[request.key],
+            "avoid": sorted(self.unfit),
         }
 
     def on_trial_complete(
@@ -118,6 +121,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
 
     def _lost(self, request: TrialRequest, result: dict[str, Any] | None) -> TrialRow | None:
         """None while the trial is tried again; then a failed row."""
+        if result is not None and result.get(UNFIT):
+            self.unfit.add(str(result[UNFIT]))
         self.losses[request.key] += 1
         if self.losses[request.key] <= MAX_LOSSES:
             self.waiting.append((time.monotonic() + pause_seconds(self.losses[request.key]), request))

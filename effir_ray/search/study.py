@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import machine, reserving, uses_gpus
+from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import is_lost_process, pause_seconds
+from effir_ray.cluster.lost import is_lost_process, own_disks, pause_seconds, unfit_node
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
@@ -276,13 +276,19 @@ def _trial(
     ``gpus``: whether the study computes on GPUs."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, FILE, LOST, ROW
+    from effir_ray.search.searcher import ABORT, FILE, LOST, ROW, UNFIT
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     folder, study = Path(out), space.name
     title = space.title(trial.name, trial.backbone)
     try:
-        with everywhere(shared), reserving(gpus), reporting(folder, trial.id, title, split) as listener:
+        with (
+            everywhere(shared),
+            reserving(gpus),
+            avoiding(config["avoid"]),
+            own_disks(folder),
+            reporting(folder, trial.id, title, split) as listener,
+        ):
             rows = run_trial(
                 trial,
                 StageStore(folder / STAGES_FOLDER),
@@ -298,13 +304,23 @@ def _trial(
         return
     except Exception as error:
         if isinstance(error, LostProcess) or is_lost_process(error):
-            tune.report({LOST: failure_reason(error)})
+            tune.report({LOST: failure_reason(error), UNFIT: unfit_node(error)})
             return
         rows = [failed_row(trial, split, study, error, attempt=config["attempt"])]
     file = store.append(folder, rows)
     row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
     tune.report({**numbers, ROW: row.model_dump_json(), FILE: file.name})
+
+
+def _trial_resources(config: dict[str, Any]) -> Any:
+    """Of the process of a trial with this configuration; trials with other ones get another process."""
+    from ray.tune import PlacementGroupFactory
+
+    selector = avoided(config["avoid"], "CPU")
+    return PlacementGroupFactory(
+        [{"CPU": _TRIAL_CPUS}], **({"bundle_label_selector": [selector]} if selector else {})
+    )
 
 
 def _split(name: str) -> Split:

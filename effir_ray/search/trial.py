@@ -16,6 +16,7 @@ import torch
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine, on_device, reserving, uses_gpus
+from effir_ray.cluster.lost import own_disks
 from effir_ray.cluster.probe import Find, check_shared, everywhere, is_unused
 from effir_ray.data.pair_stream import source_files, source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
@@ -104,7 +105,8 @@ def _settle(config: TrialConfig) -> None:
 def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
     """``build`` in whatever process it runs in."""
     _settle(task.config)
-    build(task)
+    with own_disks(task.store.root):
+        build(task)
 
 
 class StageRunner:
@@ -153,7 +155,8 @@ class StageRunner:
                 seconds = on_device(_build, stage.build, task).seconds
             else:
                 started = time.monotonic()
-                stage.build(task)
+                with own_disks(self.store.root):
+                    stage.build(task)
                 seconds = time.monotonic() - started
         self.device_seconds += seconds * stage.workers(self.config)
 

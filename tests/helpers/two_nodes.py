@@ -50,6 +50,32 @@ def unavailable() -> str:
     return ""
 
 
+_IN_A_HURRY = """
+import importlib.machinery
+import sys
+
+
+class InAHurry(importlib.machinery.PathFinder):
+    # What a dead machine held is taken over after seconds: a test has no time for more.
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "effir_ray.leases":
+            return None
+        spec = super().find_spec(name, path, target)
+        load = spec.loader.exec_module
+
+        def loaded(module):
+            load(module)
+            module.EXPIRY, module._HEARTBEAT = 12.0, 2.0
+
+        spec.loader.exec_module = loaded
+        return spec
+
+
+sys.meta_path.insert(0, InAHurry)
+"""
+
+
 @dataclass(kw_only=True)
 class Node:
     """``process`` began it; ``init`` is the first process inside, with which all others end."""
@@ -102,6 +128,7 @@ class Nodes:
     scratch: Path
     tag: str
     nodes: dict[str, Node] = field(default_factory=dict)
+    has_network: bool = False
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(1, 250)))
 
     @property
@@ -130,12 +157,13 @@ class Nodes:
         head = not self.nodes or name == "head"
         number = 1 if head else next(self.numbers) + 1
         address, netns, cable = f"10.231.77.{number}", f"{self.tag}{name}", f"{self.tag}{number}"
-        if head and "head" not in self.nodes:
-            _network(netns, address)
-        elif not head:
+        if head:
+            self._network_once(netns, address)
+        else:
             _join(f"{self.tag}head", cable, netns, address)
         place = self.scratch / name
-        mounts = [(folder, "") for folder in (place, *private)]
+        # Workers have Ray's files where the head has them.
+        mounts = [(folder, "") for folder in dict.fromkeys((self.scratch / "head", place, *private))]
         mounts += [(place / part, size) for part, size in (sizes or {}).items()]
         command = ["ray", "start", "--block", f"--node-ip-address={address}", "--disable-usage-stats"]
         command += [f"--object-store-memory={_STORE_BYTES}", *options]
@@ -167,21 +195,21 @@ class Nodes:
             _await(node)
         return node
 
+    def _network_once(self, netns: str, address: str) -> None:
+        """A head that is lost leaves its network to the next one."""
+        if not self.has_network:
+            _network(netns, address)
+            self.has_network = True
+
     def _environment(self, place: Path) -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return environment | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{self.scratch / 'site'}{os.pathsep}{ROOT}",
             "HOME": f"{place}/home",
             "TMPDIR": f"{place}/tmp",
             "EFFIR_RAY_CACHE": f"{place}/cache",
             "RAY_TMPDIR": str(place),
-            # A lost node is found after seconds instead of minutes.
-            "RAY_health_check_initial_delay_ms": "2000",
-            "RAY_health_check_period_ms": "2000",
-            "RAY_health_check_timeout_ms": "10000",
-            "RAY_health_check_failure_threshold": "8",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
         }
 
     def kill(self, name: str) -> None:
@@ -204,6 +232,8 @@ def several_nodes(shared: Path, *head_options: str) -> Iterator[Nodes]:
     """A cluster with a head, to which nodes can be added."""
     # Paths of sockets may have 107 characters.
     scratch = Path(tempfile.mkdtemp(prefix="n", dir="/tmp"))
+    (scratch / "site").mkdir()
+    (scratch / "site" / "sitecustomize.py").write_text(_IN_A_HURRY)
     cluster = Nodes(shared=shared, scratch=scratch, tag=f"er{secrets.token_hex(2)}")
     try:
         cluster.add("head", *head_options)
