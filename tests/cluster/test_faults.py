@@ -3,6 +3,7 @@ which nothing does."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections import Counter
@@ -33,16 +34,21 @@ PARTITION, WARNING = 30, 10  # seconds
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
+    texts = folder / "texts.jsonl"
+    with texts.open("w") as file:  # a content hash of what is larger than 1 MiB is noted in a node's cache
+        for number in range(4000):
+            file.write(json.dumps({"_id": str(number), "title": "", "text": f"text {number} " * 30}) + "\n")
     space = small_space(
         dataset=str(write_corpus(folder / "data")),
+        calibration_from=str(texts),
         dev={},
         test={},
-        schedules=[{"drop_mlp": 1}, {"drop_attention": 1}],
+        schedules=[{"drop_mlp": 1}],
         objectives=["ndcg_at_10", "parameters"],  # speeds are no two runs' the same
     )
-    file = folder / "space.yaml"
-    file.write_text(yaml.safe_dump(space.model_dump(mode="json")))
-    return file
+    place = folder / "space.yaml"
+    place.write_text(yaml.safe_dump(space.model_dump(mode="json")))
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +129,7 @@ def undisturbed(space: Path, nodes: Nodes) -> dict[str, float]:
     study = Study.submit(nodes, space, "undisturbed")
     study.ends()
     expected = scores(study.out)
-    assert len([name for name in expected if name.endswith("dev")]) == 3
+    assert sorted(expected) == ["1M dev", "1M test", "full dev", "full test"]
     return expected
 
 
@@ -148,11 +154,10 @@ def test_a_partition(undisturbed: dict[str, float], cluster: Nodes, space: Path)
 
 
 def test_a_node_that_is_lost(undisturbed: dict[str, float], cluster: Nodes, space: Path) -> None:
-    """All its processes end at once. The study waits for another one."""
+    """All its processes end at once. The study goes on on another one."""
     study = Study.submit(cluster, space, "node")
     study.begun()
     cluster.kill(WORKER)
-    study.until(lambda: "waiting for a node of the cluster" in study.log)
     cluster.add("spare", "--num-cpus=2")
     study.ends()
     study.is_as(undisturbed)
@@ -172,6 +177,32 @@ def test_a_node_that_is_taken_away_with_a_warning(
     cluster.kill(WORKER)
     study.ends()
     study.is_as(undisturbed)
+
+
+def test_a_node_whose_own_disk_is_full(undisturbed: dict[str, float], cluster: Nodes, space: Path) -> None:
+    """The first trial goes to the node with more CPUs, which has no room to note anything."""
+    full = cluster.add("full", "--num-cpus=8", sizes={"tmp": "1m", "cache": "1m"})
+    place = cluster.scratch / "full"
+    for part in ("tmp", "cache"):
+        full.run("dd", "if=/dev/zero", f"of={place}/{part}/filled", "bs=4k")
+    study = Study.submit(cluster, space, "full")
+    study.ends()
+    study.is_as(undisturbed)
+    attempts = {row["attempt"] for row in store.read([study.out]).to_pylist()}
+    assert max(attempts) == 2, "it never went to the full node"
+
+
+def test_a_study_on_nodes_of_different_kinds(
+    undisturbed: dict[str, float], cluster: Nodes, space: Path
+) -> None:
+    """One has a GPU, on which stages compute; trials run anywhere."""
+    cluster.add("gpu", "--num-cpus=1", "--num-gpus=1")
+    alone = yaml.safe_load(space.read_text()) | {"schedules": []}
+    file = space.with_name("alone.yaml")
+    file.write_text(yaml.safe_dump(alone))
+    study = Study.submit(cluster, file, "kinds")
+    study.ends()
+    study.is_as({name: score for name, score in undisturbed.items() if name.startswith("full ")})
 
 
 def test_a_head_that_is_lost(undisturbed: dict[str, float], cluster: Nodes, space: Path) -> None:

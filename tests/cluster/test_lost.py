@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+from pathlib import Path
+
 import pytest
 from ray import exceptions
 from ray.train import ControllerError, WorkerGroupError
 
-from effir_ray.cluster.lost import is_lost_process
+from effir_ray.cluster import lost
+from effir_ray.cluster.lost import UnfitNode, _full_place, is_lost_process, own_disks, unfit_node
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -46,3 +52,38 @@ def test_a_process_that_is_gone_is_found_wherever_the_error_comes_from(error: Ex
 )
 def test_errors_of_the_work_itself_are_not_tried_again(error: Exception) -> None:
     assert not is_lost_process(error)
+
+
+def full(place: Path | None = None) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(place)] if place else []))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs another file system")
+def test_a_full_disk_is_the_nodes_own_where_the_study_lies_on_another(tmp_path: Path) -> None:
+    study, elsewhere = tmp_path / "study" / "stages", Path("/dev/shm/cache/new/file")
+    assert _full_place(full(elsewhere), study) == Path("/dev/shm")
+    assert _full_place(caused(ValueError("not written"), full(elsewhere)), study) == Path("/dev/shm")
+    assert _full_place(full(tmp_path / "study" / "rows"), study) is None
+
+
+def test_an_error_without_a_name_is_of_a_disk_with_next_to_nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost, "_same_disk", lambda place, study: False)
+    monkeypatch.setenv("EFFIR_RAY_CACHE", str(tmp_path))
+    assert _full_place(full(), tmp_path) is None
+    monkeypatch.setattr(lost, "_NEXT_TO_NOTHING", 2**60)
+    assert _full_place(full(), tmp_path) is not None
+
+
+def test_which_node_is_unfit_is_told_to_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(UnfitNode("node left: no space in /tmp", "0123")))
+    assert str(error) == "node left: no space in /tmp"
+    assert unfit_node(task_error(error)) == "0123"
+    assert unfit_node(ValueError("bad schedule")) == ""
+    assert is_lost_process(error)
+
+
+def test_without_other_nodes_a_full_disk_is_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), own_disks(tmp_path):
+        raise full(Path("/dev/shm/file"))

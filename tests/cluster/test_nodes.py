@@ -13,6 +13,7 @@ import yaml
 
 from effir_ray.cluster.probe import MARK
 from effir_ray.results import store
+from tests.helpers import autoscaling
 from tests.helpers.search_examples import small_space, write_corpus
 from tests.helpers.two_nodes import Nodes, several_nodes, unavailable
 
@@ -150,6 +151,43 @@ def test_a_study_waits_for_a_gpu_and_computes_on_it(empty: Nodes, shared: Path) 
     empty.add("gpus", "--num-cpus=1", "--num-gpus=1")
     assert search.wait(200) == 0, log.read_text()
     assert {row["status"] for row in store.read([out]).to_pylist()} == {"ok"}
+
+
+AUTOSCALED = """
+import sys
+from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import machine, on_device, room, uses_gpus
+from effir_ray.errors import InputError
+connect(sys.argv[1])
+import ray
+assert not uses_gpus()
+print(room())
+print(on_device(lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"]).value)
+print(room(2))
+try:
+    room(9)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_an_autoscaler_is_asked_for_what_work_needs(shared: Path) -> None:
+    """Its GPUs start from none, and what it has no nodes for is told at once."""
+    config = shared / "autoscaler.json"
+    options = autoscaling.write_config(config, most=2)
+    own = {"setup": autoscaling.setup(config), "environment": autoscaling.ENVIRONMENT}
+    with several_nodes(shared, *options, **own) as nodes:
+        began = time.monotonic()
+        done = nodes.head.run("python", "-c", AUTOSCALED, nodes.address)
+        assert time.monotonic() - began < 200
+    assert done.returncode == 0, done.stderr
+    one, reserved, two, refused = done.stdout.splitlines()
+    assert one.startswith("Room(gpus=True, cpus=1")
+    assert reserved == "['0']"
+    assert two == "Room(gpus=True, cpus=2.0)"
+    assert refused.startswith(
+        "9 workers need 9 GPUs and 9 CPUs, and the cluster, whose autoscaler starts no such nodes, has 2 GPUs"
+    )
 
 
 def until(happened: object, process: subprocess.Popen[bytes], seconds: float = 120) -> None:

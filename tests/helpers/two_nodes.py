@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -148,11 +149,13 @@ class Nodes:
         name: str,
         *options: str,
         private: Sequence[Path] = (),
-        sizes: dict[str, str] | None = None,
-        alive: bool = True,
+        sizes: Mapping[str, str] | None = None,
+        setup: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Node:
         """Start a node; the first is the head. ``options`` of ``ray start``; ``private``: folders of its own
-        in place of this machine's; ``sizes``: of its folders "tmp" and "cache", which are their own too.
+        in place of this machine's; ``sizes``: of its folders "tmp" and "cache", where they are small disks;
+        ``setup``: lines of a shell before Ray starts.
         """
         head = not self.nodes or name == "head"
         number = 1 if head else next(self.numbers) + 1
@@ -177,13 +180,13 @@ class Nodes:
             option = f"-o size={size} " if size else ""
             lines += [f"mkdir -p {folder}", f"mount -t tmpfs {option}none {folder}"]
         lines += [f"mkdir -p {place}/{part}" for part in ("tmp", "cache", "home")]
-        lines += [f"exec {shlex.join(command)}"]
+        lines += [*setup, f"exec {shlex.join(command)}"]
         log = self.scratch / f"{name}-{secrets.token_hex(2)}.log"
         place.mkdir(exist_ok=True)
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", netns, *_NAMESPACES, "bash", "-c", "\n".join(lines)],
-                env=self._environment(place),
+                env=self._environment(place) | dict(environment or {}),
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
@@ -191,8 +194,7 @@ class Nodes:
         self.nodes[name] = node = Node(
             name=name, address=address, netns=netns, cable=cable, process=process, init=0, log=log
         )
-        if alive:
-            _await(node)
+        _await(node)
         return node
 
     def _network_once(self, netns: str, address: str) -> None:
@@ -228,15 +230,15 @@ class Nodes:
 
 
 @contextmanager
-def several_nodes(shared: Path, *head_options: str) -> Iterator[Nodes]:
-    """A cluster with a head, to which nodes can be added."""
+def several_nodes(shared: Path, *head_options: str, **more: Any) -> Iterator[Nodes]:
+    """A cluster with a head, to which nodes can be added; see ``Nodes.add``."""
     # Paths of sockets may have 107 characters.
     scratch = Path(tempfile.mkdtemp(prefix="n", dir="/tmp"))
     (scratch / "site").mkdir()
     (scratch / "site" / "sitecustomize.py").write_text(_IN_A_HURRY)
     cluster = Nodes(shared=shared, scratch=scratch, tag=f"er{secrets.token_hex(2)}")
     try:
-        cluster.add("head", *head_options)
+        cluster.add("head", *head_options, **more)
         yield cluster
     finally:
         for node in cluster.nodes.values():

@@ -9,7 +9,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.results import store
 from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.searcher import ABORT, FILE, LOST, MAX_LOSSES, ROW, ScheduleSearcher
+from effir_ray.search.searcher import ABORT, FILE, LOST, MAX_LOSSES, ROW, UNFIT, ScheduleSearcher
 from effir_ray.search.space import TrialConfig
 from tests.helpers.search_examples import row, small_space
 
@@ -106,3 +106,11 @@ def test_a_row_that_is_not_in_the_studys_own_folder_ends_it(
     assert isinstance(searcher.fatal, InputError)
     assert "on another node" in str(searcher.fatal)
     assert searcher.proposals.done("dev") == 0
+
+
+def test_no_work_goes_to_a_node_that_was_unfit(searcher: ScheduleSearcher) -> None:
+    start(searcher, "a")
+    searcher.on_trial_complete("a", {LOST: "node left: no space in /tmp", UNFIT: "0123"})
+    suggestion = searcher.suggest("b")
+    assert isinstance(suggestion, dict)
+    assert suggestion["avoid"] == ["0123"]
