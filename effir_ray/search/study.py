@@ -237,7 +237,7 @@ def _run(
     searcher = ScheduleSearcher(proposals, out, changed)
     trainable = tune.with_resources(
         tune.with_parameters(_trial, out=str(out), space=space, here=here, gpus=uses_gpus(), shared=shared),
-        {"cpu": _TRIAL_CPUS},
+        _trial_resources,
     )
     tuner = tune.Tuner(
         trainable,
@@ -318,9 +318,8 @@ def _trial_resources(config: dict[str, Any]) -> Any:
     from ray.tune import PlacementGroupFactory
 
     selector = avoided(config["avoid"], "CPU")
-    return PlacementGroupFactory(
-        [{"CPU": _TRIAL_CPUS}], **({"bundle_label_selector": [selector]} if selector else {})
-    )
+    elsewhere = {"bundle_label_selector": [selector]} if selector else {}
+    return PlacementGroupFactory([{"CPU": _TRIAL_CPUS}], **elsewhere)
 
 
 def _split(name: str) -> Split:
