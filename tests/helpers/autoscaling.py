@@ -11,6 +11,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 _PROVIDER = Path(ray.__file__).parent / "autoscaler" / "_private" / "fake_multi_node"
 _DEFAULTS = "example.yaml"  # which the provider reads, and Ray's package leaves out
+_HEAD = "ray.head.default"  # as the provider calls it
 
 ENVIRONMENT = {
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -30,10 +31,10 @@ def write_config(file: Path, *, most: int) -> list[str]:
         "max_workers": most,
         "provider": {"type": "fake_multinode", "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            _HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "gpu": {"resources": node, "node_config": {}, "min_workers": 0, "max_workers": most},
         },
-        "head_node_type": "head",
+        "head_node_type": _HEAD,
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": 5,
         "auth": {},
