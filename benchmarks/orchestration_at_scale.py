@@ -21,11 +21,12 @@ from pathlib import Path
 from orchestration import write_data
 
 from effir_ray.evaluation.rows import make_row
+from effir_ray.mirrors import Mirror
 from effir_ray.results import store
 from effir_ray.search.disk import Collector
 from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.searcher import ROW, ScheduleSearcher
+from effir_ray.search.searcher import FILE, ROW, ScheduleSearcher
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import sources_of
@@ -76,7 +77,7 @@ def simulate(space: SearchSpace, out: Path, actors: int) -> Iterator[tuple[int, 
     backbones, sources = load_backbones(space), {space.backbone: sources_of(space)}
     proposals, stages = Proposals(space, out, [], backbones), StageStore(out / "stages")
     collector, estimate = Collector(proposals, stages, sources), TimeEstimate(stages, backbones, sources)
-    searcher = ScheduleSearcher(proposals, out, lambda request, row: None)
+    searcher = ScheduleSearcher(proposals, Mirror(out), lambda request, row: None)
     running: deque[tuple[str, TrialConfig, str, int]] = deque()
     done = 0
 
@@ -114,9 +115,9 @@ def simulate(space: SearchSpace, out: Path, actors: int) -> Iterator[tuple[int, 
             document_speedup=1 / size,
         )
         with timed("write a row"):
-            store.append(out, [row])
+            file = store.append(out, [row])
         with timed("take it in"):
-            searcher.on_trial_complete(name, {ROW: row.model_dump_json()})
+            searcher.on_trial_complete(name, {ROW: row.model_dump_json(), FILE: file.name})
         with timed("delete"):
             collector.collect()
         if done % 10 == 0:  # the display asks twice a second

@@ -241,7 +241,7 @@ class StageStore:
                 else:
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
-            if is_disk_full(error) and not isinstance(error, LostProcess):
+            if is_disk_full(error) and not isinstance(error, LostProcess):  # that was a node's own
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None

@@ -125,6 +125,14 @@ def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
         StageStore(tmp_path).run("s", {}, full)
 
 
+def test_a_full_disk_of_a_node_alone_is_not_the_studys(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise LostProcess("node left: no space in /tmp") from OSError(28, "No space left on device")
+
+    with pytest.raises(LostProcess, match="node left"):
+        StageStore(tmp_path).run("s", {}, full)
+
+
 def test_fingerprint_sees_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     before = fingerprint(tmp_path)

@@ -21,7 +21,7 @@ import numpy as np
 from effir_ray import storage
 from effir_ray.caches import file_hash
 from effir_ray.cluster.connection import connect
-from effir_ray.data.datasets import load_dataset
+from effir_ray.data.datasets import dataset_files, load_dataset
 from effir_ray.data.pair_layouts import Pair, normalised, parse_line, parse_pair, to_json
 from effir_ray.errors import InputError
 from effir_ray.parquet_files import ParquetGroups
@@ -100,6 +100,21 @@ def source_fingerprint(source: str) -> str:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return file_hash(path)
+
+
+def source_files(source: str) -> dict[str, Path]:
+    """Name -> file of all that ``source_fingerprint`` looks at, on this machine: none of a URI. Raises
+    InputError as it does."""
+    if storage.is_uri(source):
+        return {}
+    if is_stream(source):
+        return {Path(file.place).name: Path(file.place) for file in _files(source)}
+    path = Path(source)
+    if path.suffix != ".jsonl":
+        return dataset_files(source)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return {path.name: path}
 
 
 class PairStream:

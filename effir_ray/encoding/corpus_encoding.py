@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import on_device
+from effir_ray.cluster.devices import on_device, room, uses_gpus
 from effir_ray.cluster.lost import RESTARTS, in_one_line, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
-from effir_ray.data.datasets import Corpus, Dataset, load_dataset
+from effir_ray.data.datasets import Corpus, Dataset, corpus_files, load_dataset
 from effir_ray.encoding.embedding_shards import (
     CorpusEmbeddings,
     Encoding,
@@ -45,7 +46,7 @@ from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
 from effir_ray.leases import Held, Lease, aloud, lease
 from effir_ray.mirrors import copy_of
-from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.progress import progress
 from effir_ray.stages import StageStore
 
@@ -173,14 +174,17 @@ def _encode_missing(
         return
     corpus = data.corpus
     workers = min(workers, len(missing))
+    reads = model_reads(encoding.model) | {f"data '{encoding.dataset}'": partial(corpus_files, corpus.path)}
     if workers == 1 and not _elsewhere(address):
-        on_device(_encode_here, folder, encoding, corpus, missing, held)
+        with everywhere(check_shared(folder.local, reads)):
+            on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
     losses, given = 0, _connected()
     while missing:
         connect(address)
         try:
-            _spread(folder, encoding, data, missing, workers, stages, held)
+            shared = check_shared(folder.local, reads)
+            _spread(folder, encoding, data, missing, workers, stages, held, shared)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -204,6 +208,7 @@ def _spread(
     workers: int,
     stages: StageStore | None,
     held: Lease | None,
+    shared: Shared | None,
 ) -> None:
     """Encode the ``missing`` shards in ``workers`` actors of the Ray that this process is connected to."""
     import ray
@@ -228,6 +233,7 @@ def _spread(
             "stages": stages,
             "source": data.source,
             "held": held,
+            "shared": shared,
         },
         **resources,
     )
@@ -248,7 +254,7 @@ def _elsewhere(address: str | None) -> bool:
     if address or ray is None or not ray.is_initialized():
         return bool(address or os.environ.get("RAY_ADDRESS"))
     able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    return len(able) > 1 and not ray.cluster_resources().get("GPU")
+    return len(able) > 1 and not uses_gpus()
 
 
 def _encode_here(
@@ -320,14 +326,7 @@ def _resources(workers: int) -> dict[str, float]:
     A worker reserves one core and computes on its share of the node's: a larger reservation would wait
     forever beside any other job.
     """
-    import ray
-
-    cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    limit, unit = (gpus, "GPUs") if gpus else (cpus, "cores")
-    if workers > limit:
-        raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
-    return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+    return {"num_cpus": 1, "num_gpus": 1} if room(workers).gpus else {"num_cpus": 1}
 
 
 def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
@@ -370,11 +369,12 @@ class _ShardEncoder:
         held: Lease | None = None,
         stages: StageStore | None = None,
         source: str = "",
+        shared: Shared | None = None,
     ) -> None:
         if source and not path.exists():  # the data set is copied to this machine too
             copy_of(source)
         self._folder, self._encoding, self._path, self._held = folder, encoding, path, held
-        self._stages = stages
+        self._stages, self._shared = stages, shared
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
     @cached_property
@@ -405,6 +405,8 @@ class _ShardEncoder:
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
         figures = dict(_NO_FIGURES)
         try:
+            if self._shared is not None:
+                self._shared.check()
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}

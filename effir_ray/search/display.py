@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from effir_ray.cluster.devices import lacks_nodes
 from effir_ray.mirrors import Mirror
 from effir_ray.progress import duration, progress_stream
 from effir_ray.results.schema import TrialRow
@@ -26,6 +27,7 @@ _LATEST_ROWS = 12
 _LIVE_INTERVAL = 0.5  # seconds
 _LINE_INTERVAL = 20.0
 _IDLE = "starting a trial process"
+_NOWHERE = "waiting for a node of the cluster"
 
 
 class StudyDisplay:
@@ -86,7 +88,7 @@ class StudyDisplay:
             running = current(self.study)
             now = {(activity.trial, activity.stage, activity.since) for activity in running}
             if now - shown or time.monotonic() - last >= _LINE_INTERVAL:
-                for line in [_activity_line(activity) for activity in running] or [_IDLE]:
+                for line in [_activity_line(activity) for activity in running] or [_idle()]:
                     self._print(f"{self._headline()} | {line}")
                 shown, last = now, time.monotonic()
 
@@ -132,9 +134,13 @@ class StudyDisplay:
         for row in list(self.rows):
             table.add_row(self._title(row), row.split, *_cells(row))
         bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
-        lines = [_activity_line(activity) for activity in current(self.study)] or [_IDLE]
+        lines = [_activity_line(activity) for activity in current(self.study)] or [_idle()]
         running = [Text(line, style="cyan") for line in lines]
         return Group(Text(self._headline(), style="bold"), bar, *running, table)
+
+
+def _idle() -> str:
+    return _NOWHERE if lacks_nodes() else _IDLE
 
 
 def _activity_line(activity: Activity) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from effir_ray.cluster.probe import is_unused
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
@@ -76,7 +77,7 @@ def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: 
     """
     file = out / STUDY_FILE
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if not is_unused(out):
             raise InputError(f"{out} is not empty and holds no study; choose another --out")
         return None
     record = _read(file)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import machine
+from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import RESTARTS, is_lost_process, pause_seconds
+from effir_ray.cluster.lost import RESTARTS, is_lost_process, own_disks, pause_seconds, unfit_node
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
@@ -52,7 +53,7 @@ from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
-from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
+from effir_ray.search.trial import failed_row, failure_reason, reads_of, run_trial, sources_of
 from effir_ray.stages import size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
@@ -103,6 +104,9 @@ def search(
     find(folder, space, contents, resume=resume)
     given = _ray_runs()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
+    shared = check_shared(
+        None if study.uri else folder, reads_of(space.of(name) for name in space.backbone_names)
+    )
     here = machine()
     record = claim(folder, space, contents, resume=resume, here=here)
     study.push(folder / STUDY_FILE)
@@ -120,7 +124,8 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, study, estimate, collector, here, address, held, restart=not given)
+        with reserving(uses_gpus()):
+            _work(proposals, study, estimate, collector, here, shared, address, held, restart=not given)
         held.check()
         remove_leftovers(study)
         stages.remove_locks()
@@ -211,6 +216,7 @@ def _work(
     estimate: TimeEstimate,
     collector: Collector,
     here: Hardware,
+    shared: Shared | None,
     address: str | None,
     held: Lease,
     *,
@@ -224,7 +230,7 @@ def _work(
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, held)
+            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, shared, held)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -247,6 +253,7 @@ def _run(
     display: StudyDisplay,
     collector: Collector,
     here: Hardware,
+    shared: Shared | None,
     held: Lease,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
@@ -261,9 +268,10 @@ def _run(
             collector.collect()
 
     space = proposals.space
-    searcher = ScheduleSearcher(proposals, study.folder, changed)
+    searcher = ScheduleSearcher(proposals, study, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(study), space=space, here=here), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(study), space=space, here=here, gpus=uses_gpus(), shared=shared),
+        _trial_resources,
     )
     tuner = tune.Tuner(
         trainable,
@@ -290,17 +298,28 @@ def _ray_runs() -> bool:
     return bool(ray.is_initialized())
 
 
-def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware) -> None:
-    """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
+def _trial(
+    config: dict[str, Any], out: str, space: SearchSpace, here: Hardware, gpus: bool, shared: Shared | None
+) -> None:
+    """What a trial process does with one piece of work. The row is on disk before Tune hears of it.
+
+    ``gpus``: whether the study computes on GPUs."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, LOST, ROW
+    from effir_ray.search.searcher import ABORT, FILE, LOST, ROW, UNFIT
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     study = Mirror.of(out)
     folder = study.folder
-    with reporting(study, trial.id, space.title(trial.name, trial.backbone), split) as listener:
-        try:
+    title = space.title(trial.name, trial.backbone)
+    try:
+        with (
+            everywhere(shared),
+            reserving(gpus),
+            avoiding(config["avoid"]),
+            own_disks(folder),
+            reporting(study, trial.id, title, split) as listener,
+        ):
             rows = run_trial(
                 trial,
                 stages_of(study),
@@ -312,18 +331,28 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
                 here=here,
                 wrote=study.push,
             )
-        except InputError as error:  # wrong for every trial: schedules were checked before
-            tune.report({ABORT: str(error)})
+    except InputError as error:  # wrong for every trial: schedules were checked before
+        tune.report({ABORT: str(error)})
+        return
+    except Exception as error:
+        if isinstance(error, LostProcess) or is_lost_process(error):
+            tune.report({LOST: failure_reason(error), UNFIT: unfit_node(error)})
             return
-        except Exception as error:
-            if isinstance(error, LostProcess) or is_lost_process(error):
-                tune.report({LOST: failure_reason(error)})
-                return
-            rows = [failed_row(trial, split, space.name, error, attempt=config["attempt"])]
-    study.push(store.append(folder, rows))
+        rows = [failed_row(trial, split, space.name, error, attempt=config["attempt"])]
+    file = store.append(folder, rows)
+    study.push(file)
     row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
-    tune.report({**numbers, ROW: row.model_dump_json()})
+    tune.report({**numbers, ROW: row.model_dump_json(), FILE: file.name})
+
+
+def _trial_resources(config: dict[str, Any]) -> Any:
+    """Of the process of a trial with this configuration; trials with other ones get another process."""
+    from ray.tune import PlacementGroupFactory
+
+    selector = avoided(config["avoid"], "CPU")
+    elsewhere = {"bundle_label_selector": [selector]} if selector else {}
+    return PlacementGroupFactory([{"CPU": _TRIAL_CPUS}], **elsewhere)
 
 
 def _split(name: str) -> Split:

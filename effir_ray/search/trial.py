@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import machine, on_device
-from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.cluster.devices import machine, on_device, reserving, uses_gpus
+from effir_ray.cluster.lost import own_disks
+from effir_ray.cluster.probe import Find, check_shared, everywhere, is_unused
+from effir_ray.data.pair_stream import source_files, source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row, mean_columns
 from effir_ray.leases import aloud
-from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
@@ -31,7 +33,7 @@ from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, Stag
 from effir_ray.search.trial_stages import settle, trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.storage import redacted
-from effir_ray.training.identity import training_identity
+from effir_ray.training.identity import training_identity, training_reads
 
 Listener = Callable[[str], None]
 
@@ -100,7 +102,8 @@ def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
     elsewhere = bool(task.store.remote) and not task.out.exists()
     if elsewhere:
         task.out.mkdir(parents=True)
-    build(task)
+    with own_disks(task.store.root):
+        build(task)
     if elsewhere:
         task.store.send(task.out)
         shutil.rmtree(task.out)
@@ -190,6 +193,18 @@ def sources_of(config: StudySettings, here: hardware.Hardware | None = None) -> 
     )
 
 
+def reads_of(configs: Iterable[StudySettings]) -> dict[str, Find]:
+    """All that ``sources_of`` looks at: what it is called -> its files, wherever that is called."""
+    reads: dict[str, Find] = {}
+    for config in configs:
+        reads |= model_reads(config.backbone)
+        for name in dict.fromkeys((*config.dataset_names, config.calibration_from or config.dataset)):
+            reads[f"data '{name}'"] = partial(source_files, name)
+        for training in config.trainings.values():
+            reads |= training_reads(training)
+    return reads
+
+
 def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) -> Mapping[str, Any]:
     """The columns that are known before anything ran."""
     return {
@@ -232,24 +247,26 @@ def repeat(
     """
     folder = Path(out).resolve()
     originals = _measured(store.read(results), trial, split)
-    if folder.exists() and any(folder.iterdir()):
+    if not is_unused(folder):
         raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
     connect(address)
+    reads = reads_of(TrialConfig.of(original) for original in originals)
     stages, here = StageStore(folder / STAGES_FOLDER), machine()
     repeated: dict[tuple[str, str, str], TrialRow] = {}
-    for original in originals:
-        if _measures(original) in repeated:
-            continue
-        rows = run_trial(
-            TrialConfig.of(original),
-            stages,
-            split="test" if original.split == "test" else "dev",
-            study=original.study,
-            out=folder,
-            here=here,
-        )
-        store.append(folder, rows)
-        repeated |= {_measures(row): row for row in rows}
+    with everywhere(check_shared(folder, reads)), reserving(uses_gpus()):
+        for original in originals:
+            if _measures(original) in repeated:
+                continue
+            rows = run_trial(
+                TrialConfig.of(original),
+                stages,
+                split="test" if original.split == "test" else "dev",
+                study=original.study,
+                out=folder,
+                here=here,
+            )
+            store.append(folder, rows)
+            repeated |= {_measures(row): row for row in rows}
     return [(original, repeated[_measures(original)]) for original in originals]
 
 

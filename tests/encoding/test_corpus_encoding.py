@@ -245,7 +245,7 @@ def test_an_object_store_holds_the_same_shards_and_resumes(
 
 @pytest.mark.integration
 def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
-    with pytest.raises(InputError, match="the Ray cluster has"):
+    with pytest.raises(InputError, match="500 CPUs, and the cluster has"):
         encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=1, workers=500)
 
 

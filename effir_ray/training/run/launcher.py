@@ -17,17 +17,18 @@ from pydantic import ConfigDict, Field
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import machine, on_device
+from effir_ray.cluster.devices import machine, on_device, reserving, room
 from effir_ray.cluster.lost import check_local_processes, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.probe import check_shared, current, everywhere
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
-from effir_ray.models.names import PACKAGED, backbone_fingerprint
+from effir_ray.models.names import PACKAGED, backbone_fingerprint, model_reads
 from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
-from effir_ray.training.identity import training_identity
+from effir_ray.training.identity import training_identity, training_reads
 from effir_ray.training.run.fault_tolerance import (
     DEV_SCORE,
     SETTINGS,
@@ -134,11 +135,9 @@ def train(
     began = time.monotonic()
     given = _connected()
     connect(address)
-    job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
-    with tracked(
-        track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
-    ) as boards:
-        outcome, state = _fit(job, config, out, boards, None if given else partial(connect, address))
+    reconnect = None if given else partial(connect, address)
+    with everywhere(check_shared(out, model_reads(model) | training_reads(config))):
+        outcome, state = _trained(job, config, out, stages, track, reconnect)
     if config.stop_after is not None:
         _copy(state, out / STATE)
     if lease is not None:
@@ -149,6 +148,23 @@ def train(
     storage.remove(job["run"])
     clear_staging(out)
     return _finished(out)
+
+
+def _trained(
+    job: dict[str, Any],
+    config: TrainConfig,
+    out: Path,
+    stages: StageStore,
+    track: Collection[str],
+    reconnect: Callable[[], None] | None,
+) -> tuple[dict[str, Any], Any]:
+    """See ``_fit``; ``job`` gets what the workers need besides."""
+    with reserving(room(config.workers, config.cpus_per_worker).gpus):
+        job["shared"] = current()
+        job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
+        settings = {"model": job["model"], **job["config"]}
+        with tracked(track, out.name, _tracking_id(out) if track else "", settings) as boards:
+            return _fit(job, config, out, boards, reconnect)
 
 
 def _copy(checkpoint: Any, folder: Path) -> None:
@@ -401,34 +417,21 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
 
 
 def _scaling(config: TrainConfig) -> Any:
-    """Resources of the workers; InputError for more than the cluster has.
+    """Resources of the workers; InputError for more than the cluster has or gets.
 
-    Asking for more than there is would wait for ever without a word. A Tune trial that calls this holds a
-    sliver of a CPU itself, so the workers' share is cut to what is left.
+    Asking Ray Train for more than there is would wait for ever without a word. A Tune trial that calls this
+    holds a sliver of a CPU itself, so the workers' share is cut to what is left.
     """
     import ray
     from ray.train import ScalingConfig
 
-    cluster = ray.cluster_resources()
-    gpus = cluster.get("GPU", 0)
-    if 0 < gpus < config.workers:
-        raise InputError(
-            f"{config.workers} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
-            "worker a GPU"
-        )
-    gpu = gpus > 0
+    there = room(config.workers, config.cpus_per_worker)
     own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
-    cpus = cluster.get("CPU", 0.0)
-    if config.workers * config.cpus_per_worker > cpus:
-        raise InputError(
-            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs each, but the cluster has "
-            f"{cpus:g}; lower workers or cpus_per_worker"
-        )
-    share = min(config.cpus_per_worker, int((cpus - own) / config.workers * 100) / 100)
+    share = min(config.cpus_per_worker, int((there.cpus - own) / config.workers * 100) / 100)
     return ScalingConfig(
         num_workers=config.workers,
-        use_gpu=gpu,
-        resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
+        use_gpu=there.gpus,
+        resources_per_worker={"CPU": share, **({"GPU": 1} if there.gpus else {})},
     )
 
 

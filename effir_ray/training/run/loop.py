@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from effir_ray.cluster.probe import everywhere
 from effir_ray.compression.sparsity.sparsify import mask_gradients
 from effir_ray.config import parse
 from effir_ray.data.datasets import Dataset
@@ -40,13 +41,15 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
     ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
-    survey (of a stream), begun (the state of a shorter run to go on from, or None), out (the output folder,
-    which other machines may not see), run (folder or URI of the run's state), saved (where the trained
-    checkpoint goes), stages, teacher_dtype, lease (to be held for the run's folder, or None).
+    survey (of a stream), shared (what every node must see, or None), begun (the state of a shorter run to go
+    on from, or None), out (the output folder, which other machines may not see), run (folder or URI of the
+    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype, lease (to be held for the
+    run's folder, or None).
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
-        return Worker(job).train()
+        with everywhere(job["shared"]):
+            return Worker(job).train()
     except (InputError, TrialFailure) as error:
         return {"error": type(error).__name__, "message": str(error)}
 
