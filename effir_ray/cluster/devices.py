@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from effir_ray.cluster.connection import is_private
+from effir_ray.cluster.connection import is_private, through_client
 from effir_ray.cluster.probe import Shared, current, everywhere
 from effir_ray.errors import InputError
 from effir_ray.hardware import Hardware, detect
@@ -172,20 +172,22 @@ def _is_refused(demand: str) -> bool:
 
 
 def _autoscaler_state() -> Any:
-    """What the cluster's autoscaler last told; of version 0 where none is."""
+    """What the cluster's autoscaler last told; of version 0 where none is, or none can be reached."""
     from ray import _raylet
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     raylet: Any = _raylet  # its stub leaves the client out
     reply = GetClusterStatusReply()
-    reply.ParseFromString(raylet.GcsClient(_address()).get_cluster_status(timeout_s=_STATUS_SECONDS))
+    if address := _address():
+        reply.ParseFromString(raylet.GcsClient(address).get_cluster_status(timeout_s=_STATUS_SECONDS))
     return reply.autoscaling_state
 
 
 def _address() -> str:
+    """Of the cluster's control service; "" through the Ray client, which does not reach it."""
     import ray
 
-    return str(ray.get_runtime_context().gcs_address)
+    return "" if through_client() else str(ray.get_runtime_context().gcs_address)
 
 
 def _totals() -> tuple[float, float]:

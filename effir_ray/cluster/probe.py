@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from effir_ray.cluster.connection import is_private
+from effir_ray.cluster.connection import is_private, through_client
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.provenance import __version__
@@ -179,7 +179,7 @@ def _ask_nodes(shared: Shared) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-    if set(nodes) == {ray.get_runtime_context().get_node_id()}:
+    if not through_client() and set(nodes) == {ray.get_runtime_context().get_node_id()}:
         return
     task = ray.remote(num_cpus=0, max_retries=0)(_answer)
     names, asked = {}, {}

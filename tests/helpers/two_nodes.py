@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 _PORT, _JOBS_PORT = 6379, 8265
 _START_SECONDS = 90
 _STORE_BYTES = 100 * 1024**2
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 _NAMESPACES = ("unshare", "-m", "-u", "-p", "-f", "--kill-child", "--mount-proc")
 
 
@@ -35,8 +36,8 @@ def unavailable() -> str:
     """Why there can be no such cluster here; "" where there can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "needs Linux namespaces, which only root can make"
-    if not all(map(shutil.which, ("ip", "unshare", "nsenter", "mount"))):
-        return "needs ip, unshare, nsenter and mount"
+    if not all(map(shutil.which, ("ip", "unshare", "nsenter", "mount", "setpriv"))):
+        return "needs ip, unshare, nsenter, mount and setpriv"
     name = f"er{secrets.token_hex(3)}"
     try:
         _ip("netns", "add", name)
@@ -185,7 +186,7 @@ class Nodes:
         place.mkdir(exist_ok=True)
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", netns, *_NAMESPACES, "bash", "-c", "\n".join(lines)],
+                [*_ENDS_WITH_US, "ip", "netns", "exec", netns, *_NAMESPACES, "bash", "-c", "\n".join(lines)],
                 env=self._environment(place) | dict(environment or {}),
                 stdout=stream,
                 stderr=stream,
