@@ -7,14 +7,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from effir_ray import storage
-from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
-from effir_ray.leases import Lease, Waiting, lease
+from effir_ray.leases import Lease, Waiting, aloud, lease
 from effir_ray.provenance import __version__
 from effir_ray.readers import json_object, parse_json, read_json_object, read_text
 
@@ -38,7 +38,8 @@ class StageStore:
 
     A stage is built in a folder ``<its name>.tmp...`` beside its place and renamed when complete, so a killed
     run leaves nothing that a later one mistakes for a result. Who builds holds a lease: a builder that was
-    cut off and comes back can finish nothing any more.
+    cut off and comes back can finish nothing any more, and one of long work asks ``lease_of`` its folder on
+    the way whether it still holds it.
 
     With ``remote``, a URI, the stages of all machines are kept there, with the same names; ``root`` holds
     those that this machine built or needed, in the same folder on each. ``root/runs.log`` holds one line a
@@ -48,6 +49,7 @@ class StageStore:
 
     def __init__(self, root: Path, remote: str = "") -> None:
         self.root, self.remote = Path(root), remote
+        self._building: dict[Path, Lease] = {}
         self._records: dict[str, dict[str, Any]] = {}  # of stages that are in the object store
         self._listed: dict[str, tuple[float, set[str]]] = {}  # kind -> when it was listed, names
 
@@ -172,6 +174,10 @@ class StageStore:
         place = storage.join(self.remote, _LOCKS) if self.remote else self.root / _LOCKS
         return lease(place, name, waiting=waiting)
 
+    def lease_of(self, folder: Path) -> Lease | None:
+        """What this process holds while it builds a stage in ``folder``; None where it builds none there."""
+        return self._building.get(folder.absolute())
+
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
         if self.remote:
@@ -213,13 +219,14 @@ class StageStore:
         *,
         version: int = 1,
         resumable: bool = False,
-        waiting: Waiting = lambda owner, seconds: None,
+        waiting: Waiting | None = None,
     ) -> Path:
         """The stage's folder, built by ``build(folder)`` unless it is there already.
 
         ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
         raised when the stage's code changes what it writes. Two callers that need the same stage at once
-        share one build: the second waits, and ``waiting`` hears for whom. A ``resumable`` build finds in its
+        share one build: the second waits, and ``waiting`` (or else the progress display) hears for whom. A
+        ``resumable`` build finds in its
         folder what an interrupted one had written; one that ended with an InputError or a TrialFailure leaves
         nothing. Raises LostProcess when another process took the stage over meanwhile.
         """
@@ -228,13 +235,13 @@ class StageStore:
             return self.bring(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with self.lease(f"{stage}-{place.name}", waiting) as mine:
+            with self.lease(f"{stage}-{place.name}", waiting or aloud(stage)) as mine:
                 if self.has(place):
                     self.bring(place)
                 else:
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
-            if is_disk_full(error):
+            if is_disk_full(error) and not isinstance(error, LostProcess):
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None
@@ -253,7 +260,7 @@ class StageStore:
     ) -> None:
         """Called with the stage's lease held. ``build`` may do so on another machine and ``send`` it from
         there."""
-        shutil.rmtree(place, ignore_errors=True)
+        _discard(place, mine)
         if self.remote and not resumable:
             storage.remove(self._at(place))
         # What is begun records its own paths; what is not continued must not meet what a builder that was
@@ -264,6 +271,7 @@ class StageStore:
                 shutil.rmtree(interrupted, ignore_errors=True)
         aside.mkdir(exist_ok=True)
         started = time.perf_counter()
+        self._building[aside.absolute()] = mine
         try:
             build(aside)
             elsewhere = self.remote and not any(aside.iterdir())  # on another machine, which has sent it
@@ -286,9 +294,14 @@ class StageStore:
             else:
                 aside.rename(place)
         except BaseException as error:
-            if not resumable or isinstance(error, InputError | TrialFailure):
+            # The folder of a resumable build is its next builder's, who may have it already.
+            if not resumable or (isinstance(error, InputError | TrialFailure) and mine.held):
                 shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, Exception):
+                mine.check()  # whatever a builder ran into whose folder had gone to another
             raise
+        finally:
+            del self._building[aside.absolute()]
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
 
@@ -327,6 +340,22 @@ def _whole(place: Path) -> bool:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _discard(place: Path, mine: Lease) -> None:
+    """Delete what is at ``place`` but no whole stage. Raises LostProcess when another builder has the lease
+    now, of whom nothing is deleted: what it may have finished is put back."""
+    mine.check()
+    old = place.with_name(f"{place.name}{_ASIDE}-old{mine.generation}")
+    try:
+        place.rename(old)
+    except FileNotFoundError:
+        return
+    if not mine.held:
+        with suppress(OSError):  # it has finished since
+            old.rename(place)
+    mine.check()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def size_on_disk(place: Path) -> int:

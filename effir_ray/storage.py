@@ -1,12 +1,14 @@
 """The one way to files on local disks and in object stores: folders complete or not there at all.
 
 A place is a path or a URI that pyarrow knows (``s3://``, ``gs://``, ``hdfs://``); a URI's options stay at its
-end (``s3://bucket/runs?endpoint_override=...``).
+end (``s3://bucket/runs?endpoint_override=...``). Keys are never part of one: it is written to rows,
+configurations and logs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +33,38 @@ _WITH_FOLDERS = ("local", "hdfs")  # file systems that need them, and whose file
 
 _answered: set[tuple[str, str]] = set()
 """Stores that this process has reached."""
+_USERINFO = re.compile(
+    r"""\b([a-z][a-z0-9+.-]*)://(?!anonymous@)   # which is how public buckets of gs:// are read
+    (?: [^/\s?#,;"'<>()\[\]{}:@]*:(?!\d+[/?#])[^\s?#,;"'<>()\[\]{}]*  # key:sec/ret, but no host:port
+      | [^/\s?#,;"'<>()\[\]{}]*                                      # a token or a user
+    )@""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_TOKENS = re.compile(r"\b(hf_|AKIA|ASIA|gh[opsu]_|AIza)[A-Za-z0-9_-]{16,}")
+"""Of Hugging Face, AWS, GitHub and Google, by how they begin."""
+
+
+def redacted(text: str) -> str:
+    """``text`` for messages, without users and keys of URIs, and without tokens of kinds that are known."""
+    return _TOKENS.sub(r"\1...", _USERINFO.sub(r"\1://...@", text))
+
+
+def check_no_credentials(text: str, what: str | None = None) -> None:
+    """Raise InputError where ``text``, a place or a whole file, holds a URI's user or key, or a token; the
+    message opens with ``what``, by default with ``text`` itself, and repeats none of it."""
+    uri, token = _USERINFO.search(text), _TOKENS.search(text)
+    if uri:
+        found = "credentials in a URI" if what is None else f"credentials in a URI ({uri[1]}://...@...)"
+    elif token:
+        found = f"a token ({token[1]}...)"
+    else:
+        return
+    raise InputError(
+        f"{redacted(text) if what is None else what} holds {found}, which would be written to rows, logs and "
+        "job descriptions; leave them out, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_ENDPOINT_URL, HF_TOKEN and their like in the environment of each machine, or use the usual "
+        "files (~/.aws)"
+    )
 
 
 def is_uri(place: str | Path) -> bool:
@@ -39,10 +73,15 @@ def is_uri(place: str | Path) -> bool:
 
 
 def locate(place: str | Path) -> tuple[Any, str]:
-    """pyarrow's file system of ``place``, and the path in it. Raises InputError for an unusable URI."""
+    """pyarrow's file system of ``place``, and the path in it.
+
+    Raises InputError for an unusable URI, and for one that holds credentials.
+    """
     from pyarrow import fs  # commands that only ask ``is_uri`` start without it
 
-    if not is_uri(place):
+    if is_uri(place):
+        check_no_credentials(str(place))
+    else:
         return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
     try:
         system, path = fs.FileSystem.from_uri(str(place))

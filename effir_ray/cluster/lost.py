@@ -7,9 +7,10 @@ An error that the work itself raised would only come again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from effir_ray.errors import LostProcess
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 
 FIRST_PAUSE = 2.0  # seconds; doubled with every further try
 
@@ -40,6 +41,29 @@ def is_lost_process(error: BaseException) -> bool:
     return any(
         isinstance(part, kinds) and not getattr(part, "actor_init_failed", False) for part in _parts(error)
     )
+
+
+@contextmanager
+def in_one_line(work: str) -> Iterator[None]:
+    """What Ray raises within it while it does ``work`` comes out as one line: our own errors as the processes
+    there raised them, a lost process as LostProcess, anything else without the other process's traceback."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, InputError | TrialFailure | LostProcess):
+            raise cause from None
+        if is_lost_process(error):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise LostProcess(
+                f"{work}: a process was lost (killed, out of memory, or its node gone); run it again to "
+                f"go on ({reason.strip()})"
+            ) from error
+        if cause is None or isinstance(cause, RayError):
+            raise
+        raise cause from None
 
 
 def check_local_processes() -> None:

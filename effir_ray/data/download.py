@@ -16,12 +16,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-
 from effir_ray.caches import data_folder
 from effir_ray.data.datasets import official_name
 from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError
+from effir_ray.leases import LEASES, aloud, lease
 from effir_ray.progress import Progress, progress
 from effir_ray.readers import quoted
 
@@ -135,10 +134,11 @@ def get(name: str, *, base_url: str | None = None) -> Path:
     folder = root / known.name
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{known.name}.lock"):
+        with lease(root / LEASES, known.name, waiting=aloud(f"data set {known.name}")) as mine:
             if not folder.is_dir():
                 url = base_url or os.environ.get("EFFIR_RAY_BEIR_URL") or BEIR_URL
                 archive = _download(f"{url.rstrip('/')}/{known.name}.zip", root, known)
+                mine.check()
                 _unpack(archive, folder)
                 archive.unlink()
     return folder / part if part else folder

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import resource
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import on_device
+from effir_ray.cluster.lost import in_one_line
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import (
@@ -39,8 +41,9 @@ from effir_ray.encoding.embedding_shards import (
 )
 from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
+from effir_ray.leases import Held, Lease, aloud, lease
 from effir_ray.mirrors import copy_of
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.progress import progress
@@ -50,7 +53,11 @@ SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
 
 
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (InputError, TrialFailure)}
+_WRITER = ".writer"
+
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (InputError, TrialFailure, LostProcess)
+}
 
 
 def encode_corpus(
@@ -65,6 +72,7 @@ def encode_corpus(
     precision: Precision | None = None,
     address: str | None = None,
     stages: StageStore | None = None,
+    held: Lease | None = None,
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
@@ -73,9 +81,13 @@ def encode_corpus(
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
     one worker without an address is this process. ``stages``: the store that a stage's ``model`` lies in,
     from which workers of other machines get it. A second call returns what is there, without Ray and without
-    loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
-    embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
-    memory.
+    loading the model.
+    ``held``: the lease of the stage whose folder has ``out``. Who holds it is the only writer, whatever a
+    stopped predecessor left; every shard is written while it is held.
+
+    Raises InputError for bad arguments, for an ``out`` that holds other embeddings, and while another run
+    writes to it; TrialFailure when one text alone does not fit a worker's memory; LostProcess when another
+    process took the work over.
     """
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
@@ -95,10 +107,10 @@ def encode_corpus(
     )
     folder = ShardFolder(out)
     if not _complete(folder, encoding):
-        with _only_writer(folder):
+        with _only_writer(folder, held) as mine:
             _prepare(folder, encoding)
             missing = sorted(set(range(encoding.shards)) - folder.finished())
-            _encode_missing(folder, encoding, data, missing, workers, address, stages)
+            _encode_missing(folder, encoding, data, missing, workers, address, stages, mine)
     return CorpusEmbeddings(folder)
 
 
@@ -128,24 +140,23 @@ def _prepare(folder: ShardFolder, encoding: Encoding) -> None:
 
 
 @contextmanager
-def _only_writer(folder: ShardFolder) -> Iterator[None]:
-    """Two runs at once would do every shard twice. The system drops the lock when its holder is killed."""
-    from filelock import FileLock, Timeout
-
-    if folder.local is None:  # object stores have no locks; shards are put atomically and are all alike
-        yield
+def _only_writer(folder: ShardFolder, held: Lease | None) -> Iterator[Lease | None]:
+    """Two runs at once would do every shard twice."""
+    if held is not None or folder.local is None:  # object stores have no leases; shards there are put whole
+        yield held
         return
-    try:
-        folder.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.local / ".lock", timeout=0) as lock:
-            try:
-                yield
-            finally:  # while it is held: who opens the file from now on makes another
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{folder.location}: cannot be written: {error}") from None
+    with ExitStack() as stack:
+        try:
+            waiting = aloud(folder.location)
+            mine = stack.enter_context(lease(folder.local, _WRITER, waiting=waiting, wait=False))
+        except Held as other:
+            where = f", on {other.owner}" if other.owner else ""
+            raise InputError(
+                f"{folder.location}: another run is writing here{where}; wait for it or stop it"
+            ) from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{folder.location}: cannot be written: {error}") from None
+        yield mine
 
 
 def _encode_missing(
@@ -156,13 +167,14 @@ def _encode_missing(
     workers: int,
     address: str | None,
     stages: StageStore | None,
+    held: Lease | None,
 ) -> None:
     if not missing:
         return
     corpus = data.corpus
     workers = min(workers, len(missing))
     if workers == 1 and not _elsewhere(address):
-        on_device(_encode_here, folder, encoding, corpus, missing)
+        on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
     connect(address)
     import ray
@@ -175,7 +187,7 @@ def _encode_missing(
         [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
     )
     done = tasks.map_batches(
-        _ShardEncoder,
+        _Worker,
         batch_size=1,
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         fn_constructor_kwargs={
@@ -186,10 +198,12 @@ def _encode_missing(
             "computed_in": _computed_in(folder),
             "stages": stages,
             "source": data.source,
+            "held": held,
         },
         **resources,
     )
-    _follow(done.iter_rows(), encoding, missing, workers)
+    with in_one_line("encoding"):
+        _follow(done.iter_rows(), encoding, missing, workers)
 
 
 def _elsewhere(address: str | None) -> bool:
@@ -202,9 +216,11 @@ def _elsewhere(address: str | None) -> bool:
     return len(able) > 1 and not ray.cluster_resources().get("GPU")
 
 
-def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:
+def _encode_here(
+    folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int], held: Lease | None
+) -> None:
     """One worker alone is this process: starting another takes longer than encoding a small corpus."""
-    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder))
+    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder), held)
     tasks = (_task(corpus, encoding.rows(shard), shard) for shard in missing)
     done = (encoder({name: [value] for name, value in task.items()}) for task in tasks)
     rows = ({name: values[0] for name, values in figures.items()} for figures in done)
@@ -222,7 +238,7 @@ def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[in
     with progress("Encoding", total=documents, unit="docs") as bar:
         for row in done:
             if row["problem"]:
-                raise _ERRORS[row["error"]](row["problem"])
+                raise _ERRORS.get(row["error"], RuntimeError)(row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -294,6 +310,18 @@ def _peak_of_this_process(device: torch.device, precision: Computed) -> float:
     return gemm_peak(device, precision)
 
 
+_NO_FIGURES: dict[str, Any] = {
+    "documents": 0,
+    "tokens": 0,
+    "flops": 0.0,
+    "gemm_peak": 1.0,
+    "warning": "",
+    "precision": "",
+    "error": "",
+    "problem": "",
+}
+
+
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
@@ -304,13 +332,14 @@ class _ShardEncoder:
         path: Path,
         workers_a_node: int,
         computed_in: Computed | None,
+        held: Lease | None = None,
         stages: StageStore | None = None,
         source: str = "",
     ) -> None:
-        self._stages = stages
         if source and not path.exists():  # the data set is copied to this machine too
             copy_of(source)
-        self._folder, self._encoding, self._path = folder, encoding, path
+        self._folder, self._encoding, self._path, self._held = folder, encoding, path, held
+        self._stages = stages
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
     @cached_property
@@ -339,9 +368,7 @@ class _ShardEncoder:
         What is wrong travels as a value: Ray would drop the exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
-        figures["precision"] = ""
-        figures |= {"error": "", "problem": ""}
+        figures = dict(_NO_FIGURES)
         try:
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
@@ -366,5 +393,19 @@ class _ShardEncoder:
             computed_in=self._encoder.precision,
         )
         ids = [document.id for document in documents]
+        if self._held is not None:
+            self._held.check()
         self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
         return record
+
+
+class _Worker(_ShardEncoder):
+    """One of Ray Data's, which would put advice of its own in the place of what an error says."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(batch)
+        except Exception as error:
+            name = type(error).__name__
+            figures = _NO_FIGURES | {"error": name, "problem": f"{name} on {platform.node()}: {error}"}
+            return {name: [value] for name, value in figures.items()}

@@ -39,6 +39,11 @@ class StudyDisplay:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._lock = threading.Lock()
+        self._left, self._asked, self._ask_at = (
+            0.0,
+            0.0,
+            0.0,
+        )  # seconds left; when asked, and asked again
 
     def __enter__(self) -> StudyDisplay:
         if self.stream is not None:
@@ -103,9 +108,16 @@ class StudyDisplay:
         return ", ".join(parts + ([f"about {duration(left)} left"] if left > 0 else []))
 
     def _seconds_left(self) -> float:
+        """Asked anew so seldom that it is a twentieth of a core's work at most, of however many trials."""
+        began = time.monotonic()
+        if began < self._ask_at:
+            return max(0.0, self._left - (began - self._asked))
         known, unknown, tests = self.proposals.to_come()
         running = [(activity.stage, activity.since) for activity in current(self.study)]
-        return self.estimate.seconds_left(known, unknown, tests, running)
+        self._left = self.estimate.seconds_left(known, unknown, tests, running)
+        self._asked = time.monotonic()
+        self._ask_at = self._asked + 20 * (self._asked - began)
+        return self._left
 
     def _title(self, row: TrialRow) -> str:
         return self.proposals.space.title(row.schedule, row.backbone)

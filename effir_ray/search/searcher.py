@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,11 +19,13 @@ from ray.tune.search import Searcher
 
 from effir_ray.cluster.lost import check_local_processes, pause_seconds
 from effir_ray.errors import InputError, TrialFailure
+from effir_ray.leases import Lease
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.folder import attempts, finished_rows
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.trial import failed_row
+from effir_ray.training.run.reservations import release_abandoned
 
 ROW = "row"  # under this key a trial process reports its row (JSON)
 ABORT = "abort"  # or, under this one, why no trial of this study can run
@@ -30,6 +33,8 @@ LOST = "lost"  # or, under this one, that a process it needed is gone
 
 MAX_LOSSES = 3
 """A trial is tried so often again after it lost a process; then it counts as failed."""
+
+_LOOK_SECONDS = 10.0
 
 _KILLED = "the trial's process ended without a result (killed, or out of memory)"
 
@@ -124,7 +129,9 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
 
 
 class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
-    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone.
+    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone, and when another
+    search has taken over what this one ``held``. Now and then it gives back what trainings of killed trials,
+    of this study or of one before, have reserved.
 
     Asked in every round, as a callback would be; but for callbacks Ray imports every tracker there is, and
     wandb's folders in the system's temporary one outlive a killed process.
@@ -133,6 +140,13 @@ class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
+    def __init__(self, held: Lease) -> None:
+        self._held, self._looked = held, -math.inf
+
     def stop_all(self) -> bool:
         check_local_processes()
+        if time.monotonic() > self._looked + _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._held.check()
+            release_abandoned()
         return False

@@ -20,6 +20,7 @@ from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
 from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
@@ -113,7 +114,7 @@ def search(
         name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
-    with exclusive(study):
+    with exclusive(study) as held:
         remove_leftovers(study)
         backbones = load_backbones(space)
         proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
@@ -121,7 +122,8 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, study, estimate, collector, here, address, restart=not given)
+        _work(proposals, study, estimate, collector, here, address, held, restart=not given)
+        held.check()
         remove_leftovers(study)
         stages.remove_locks()
         pull_rows(study)
@@ -170,13 +172,17 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
     return Cleaned(freed_bytes=before - left, kept_bytes=left)
 
 
-def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
+def submit_search(
+    space: Path, out: str | None = None, *, address: str | None = None, resume: bool = False
+) -> str:
     """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
 
-    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Raises InputError for a space
-    that cannot run, for a relative ``out`` and when no job server answers.
+    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Without ``out`` it is the
+    folder of the study's name in ``$EFFIR_RAY_OUT``, where this cluster's studies lie. Raises InputError for
+    a space that cannot run, for no or a relative ``out`` and when no job server answers.
     """
     loaded = load_yaml(space, SearchSpace)
+    out = out or _cluster_folder(loaded.name)
     dry_run(loaded.model_copy(update={"priors": ()}))  # they may lie where only the cluster sees them
     if not storage.is_uri(out) and not PurePosixPath(out).is_absolute():
         raise InputError(
@@ -191,6 +197,16 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
     )
 
 
+def _cluster_folder(study: str) -> str:
+    place = os.environ.get("EFFIR_RAY_OUT")
+    if not place:
+        raise InputError(
+            "submit needs --out FOLDER, where every node of the cluster sees it, or EFFIR_RAY_OUT: the "
+            "folder there that all studies lie in, each in one of its name"
+        )
+    return storage.join(place, study)
+
+
 def _work(
     proposals: Proposals,
     study: Mirror,
@@ -198,22 +214,24 @@ def _work(
     collector: Collector,
     here: Hardware,
     address: str | None,
+    held: Lease,
     *,
     restart: bool,
 ) -> None:
     """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
 
-    Raises LostProcess when that does not help.
+    Raises LostProcess when that does not help, and when another search has taken the folder over.
     """
     losses = 0
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here)
+            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, held)
             return
         except Exception as error:
             if not is_lost_process(error):
                 raise
+            held.check()
             losses += 1
             if losses > _RESTARTS or not restart:
                 raise LostProcess(
@@ -226,7 +244,12 @@ def _work(
 
 
 def _run(
-    proposals: Proposals, study: Mirror, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals,
+    study: Mirror,
+    display: StudyDisplay,
+    collector: Collector,
+    here: Hardware,
+    held: Lease,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -253,7 +276,9 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere()),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere(held)
+        ),
     )
     with display:
         tuner.fit()

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from effir_ray import hardware
+from effir_ray.cluster.devices import on_device
 from effir_ray.compression.pipeline import (
     count_tokens,
     cut,
@@ -67,6 +69,12 @@ TIMING = "timing.json"
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
 _MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
 _DEPTH = {"drop_attention", "drop_mlp", "drop_block", "drop_last_blocks"}
+
+
+def settle(config: TrialConfig) -> None:
+    """What sums and draws depend on besides a stage's own inputs, in whatever process computes."""
+    torch.set_num_threads(config.threads or hardware.available_cores())
+    torch.manual_seed(config.seed)
 
 
 # -- models -------------------------------------------------------------------------------------------
@@ -216,22 +224,42 @@ def _embeddings(task: StageTask) -> None:
         workers=task.config.encoding_workers,
         max_length=task.config.document_max_length,
         stages=task.store,
+        held=task.store.lease_of(task.out),
     )
 
 
 def _scores(task: StageTask) -> None:
-    """Encode the queries, search the embedded corpus exactly, score."""
+    """Encode the queries, search the embedded corpus exactly, score.
+
+    Where several workers encode, as many search, and have the GPUs to themselves meanwhile: the queries'
+    was given back. The ranking is the same bit for bit.
+    """
     dataset = _sampled(task.config, task.split)
-    queries = dataset.queries(task.split)
-    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
-    length = task.config.query_max_length
-    vectors = encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
-    embedded = CorpusEmbeddings(ShardFolder(task.parents["embeddings"] / SHARDS))
-    run = search_corpus(list(queries), vectors, embedded)
+    embedded = CorpusEmbeddings(ShardFolder(_shards(task)))
+    workers = min(task.config.encoding_workers, embedded.encoding.shards)
+    vectors = on_device(_query_vectors, task).value  # of one worker this is where its GPU is
+    run = search_corpus(list(dataset.queries(task.split)), vectors, embedded, workers=workers)
     scores = score_run(run, dataset.qrels(task.split))
     spread = isotropy(embedded.shards()) if len(embedded) > 1 else None
     (task.out / ISOTROPY).write_text(json.dumps(spread))
     (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
+
+
+def _shards(task: StageTask) -> str:
+    """Where whoever searches reads them."""
+    if task.config.encoding_workers == 1:
+        return str(task.parents["embeddings"] / SHARDS)
+    return task.store.target(task.parents["embeddings"], SHARDS)
+
+
+def _query_vectors(task: StageTask) -> npt.NDArray[np.float32]:
+    """(queries, d), in the data set's order."""
+    settle(task.config)
+    task.store.bring(task.parents["model"])
+    queries = _sampled(task.config, task.split).queries(task.split)
+    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
+    length = task.config.query_max_length
+    return encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
 
 
 def _read_scores(task: StageTask) -> Scores:
@@ -435,6 +463,10 @@ def _always(config: TrialConfig) -> bool:
     return True
 
 
+def _one_worker(config: TrialConfig) -> bool:
+    return config.encoding_workers == 1
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="backbone",
@@ -549,9 +581,7 @@ STAGES: tuple[Stage, ...] = (
         },
         parents={"model": _MODEL},
         each_dataset=True,
-        on_device=lambda config: (
-            config.encoding_workers == 1
-        ),  # several are Ray Data's, which reserves theirs
+        on_device=_one_worker,  # several are Ray Data's, which reserves theirs
         computed_on="device",
         workers=lambda config: config.encoding_workers,
         resumable=True,
@@ -570,8 +600,9 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
         each_dataset=True,
-        on_device=_always,
+        on_device=_one_worker,
         computed_on="device",
+        workers=lambda config: config.encoding_workers,
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
     ),
     Stage(

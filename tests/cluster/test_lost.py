@@ -6,7 +6,8 @@ import pytest
 from ray import exceptions
 from ray.train import ControllerError, WorkerGroupError
 
-from effir_ray.cluster.lost import is_lost_process
+from effir_ray.cluster.lost import in_one_line, is_lost_process
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -46,3 +47,25 @@ def test_a_process_that_is_gone_is_found_wherever_the_error_comes_from(error: Ex
 )
 def test_errors_of_the_work_itself_are_not_tried_again(error: Exception) -> None:
     assert not is_lost_process(error)
+
+
+@pytest.mark.parametrize("cause", [InputError("no file"), TrialFailure("NaN"), LostProcess("taken over")])
+def test_our_own_errors_come_out_as_they_were_raised(cause: Exception) -> None:
+    with pytest.raises(type(cause)) as raised, in_one_line("searching"):
+        raise task_error(cause)
+    assert raised.value is cause
+
+
+def test_of_other_errors_the_cause_is_kept_without_a_remote_traceback() -> None:
+    with pytest.raises(ValueError, match=r"^bad shape$"), in_one_line("searching"):
+        raise task_error(ValueError("bad shape"))
+
+
+@pytest.mark.parametrize("error", [exceptions.WorkerCrashedError(), exceptions.NodeDiedError("gone\nmore")])
+def test_a_lost_process_is_one_line(error: Exception) -> None:
+    with (
+        pytest.raises(LostProcess, match=r"^searching: a process was lost") as raised,
+        in_one_line("searching"),
+    ):
+        raise error
+    assert "\n" not in str(raised.value)

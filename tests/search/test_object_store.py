@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import ray
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect
@@ -87,8 +88,6 @@ def test_a_study_in_a_bucket(tmp_path: Path, object_store: str, another_machine:
     again = search(space, place, resume=True)
     assert (again.trials, again.front) == (result.trials, result.front)
     assert scores(place) == wanted, "nothing was done again"
-    more = search(space.model_copy(update={"parameters": {}, "keep": "all"}), place, resume=True)
-    assert more.front == result.front
     freed = clean(place, keep="none")
     assert freed.freed_bytes > 0 and freed.kept_bytes == 0
     with pytest.raises(InputError, match="is not there"):
@@ -98,7 +97,7 @@ def test_a_study_in_a_bucket(tmp_path: Path, object_store: str, another_machine:
 
 
 @pytest.fixture
-def unreliable_store() -> Iterator[str]:
+def unreliable_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """As ``object_store``, but every seventh answer or so is that the server is busy."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from pyarrow import fs
@@ -116,12 +115,14 @@ def unreliable_store() -> Iterator[str]:
     server = make_server("127.0.0.1", 0, busy, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    place = f"127.0.0.1:{server.port}"
-    keys = {"access_key": "key", "secret_key": "secret", "region": "us-east-1"}
-    system = fs.S3FileSystem(endpoint_override=place, scheme="http", allow_bucket_creation=True, **keys)
-    system.create_dir("bucket")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+    ray.shutdown()  # workers of one that runs already would not see them
+    system, bucket = fs.FileSystem.from_uri("s3://bucket?region=us-east-1&allow_bucket_creation=true")
+    system.create_dir(bucket)
     failing.set()
-    yield f"s3://key:secret@bucket/{{}}?endpoint_override={place}&scheme=http&region=us-east-1"
+    yield "s3://bucket/{}?region=us-east-1"
     server.shutdown()
     thread.join()
 

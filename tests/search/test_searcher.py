@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from effir_ray.cluster.lost import pause_seconds
-from effir_ray.errors import InputError, TrialFailure
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.results import store
 from effir_ray.search.dry_run import load_backbones
+from effir_ray.search.folder import exclusive
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.searcher import ABORT, LOST, MAX_LOSSES, ROW, ScheduleSearcher
+from effir_ray.search.searcher import ABORT, LOST, MAX_LOSSES, ROW, RayIsThere, ScheduleSearcher
 from effir_ray.search.space import TrialConfig
 from tests.helpers.search_examples import row, small_space
 
@@ -91,3 +92,11 @@ def test_wrong_input_stops_the_study_without_a_row(searcher: ScheduleSearcher) -
     assert isinstance(searcher.fatal, InputError)
     assert searcher.suggest("c") == ScheduleSearcher.FINISHED
     assert not searcher.proposals.done("dev") > 1
+
+
+def test_a_search_whose_folder_another_took_over_ends(tmp_path: Path) -> None:
+    with exclusive(tmp_path) as held:
+        asked = RayIsThere(held)
+        held.file.with_suffix(".2").write_text("{}")
+        with pytest.raises(LostProcess, match="another process took this work over"):
+            asked.stop_all()

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from effir_ray import storage
 from effir_ray.config import Config, parse
+from effir_ray.leases import Lease
 from effir_ray.readers import read_json_object
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.engine import Engine, largest, rank
@@ -56,8 +57,9 @@ class StepReports:
     room for it: the system's temporary folder may be small, or memory.
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig, run: str) -> None:
+    def __init__(self, engine: Engine, config: TrainConfig, run: str, lease: Lease | None = None) -> None:
         self._engine, self._every, self._stop = engine, config.checkpoint_every, config.stop_after
+        self._lease = lease
         self._staging = _staging(run)
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
@@ -117,6 +119,8 @@ class StepReports:
 
         metrics = {"rows": self._rows, DEV_SCORE: row.get(DEV_SCORE, -1.0), "step": row["step"]}
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        if self._lease is not None and rank() == 0:  # what the driver's successor has is not written over
+            self._lease.check()
         ray.train.report(metrics, checkpoint=checkpoint)
         self._rows, self._sent = [], time.monotonic()
 

@@ -108,7 +108,8 @@ def train(
     ``track``: "mlflow" and "wandb" (Weights & Biases), where the curves are then shown too.
 
     Raises InputError for data or settings that cannot work (a folder of another run included) and
-    TrialFailure when the weights can no longer be trusted.
+    TrialFailure when the weights can no longer be trusted; LostProcess when processes are lost again and
+    again, or another process took over the stage of ``stages`` that ``out`` is.
     """
     check_installed(track)
     if config.distillation.teacher == STUDY_TEACHER:
@@ -126,6 +127,7 @@ def train(
     if (out / _RESULT).is_file():
         return _finished(out)
     job["begun"] = _go_on_from(begun, out) if begun is not None else None
+    job["lease"] = lease = stages.lease_of(out)
     began = time.monotonic()
     connect(address)
     job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
@@ -135,6 +137,8 @@ def train(
         outcome, state = _fit(job, config, out, boards)
     if config.stop_after is not None:
         _copy(state, out / STATE)
+    if lease is not None:
+        lease.check()
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
@@ -272,7 +276,7 @@ def _fit(
     from ray.train import TrainingFailedError, WorkerGroupError
 
     lost = 0
-    release(job["run"])  # of a driver that was killed
+    _release(job)  # of a driver that was killed
     while True:
         budget = halved_budget(job["run"])
         try:
@@ -282,7 +286,7 @@ def _fit(
         except SystemExit:
             raise KeyboardInterrupt from None  # Ray's own handler of Ctrl-C ends the process with code 0
         except (TrainingFailedError, RayError) as error:
-            release(job["run"])
+            _release(job)
             halved = _budget_after(error, job, config)
             if halved is None or halved == budget:
                 lost += 1
@@ -298,6 +302,13 @@ def _fit(
         kind = InputError if outcome["error"] == "InputError" else TrialFailure
         raise kind(outcome["message"])
     return dict(outcome), result.checkpoint
+
+
+def _release(job: dict[str, Any]) -> None:
+    """Give back what this run has reserved; LostProcess where another driver goes on with it."""
+    if job["lease"] is not None:
+        job["lease"].check()
+    release(job["run"])
 
 
 def _lost(error: Exception, config: TrainConfig) -> LostProcess:

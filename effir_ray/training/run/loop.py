@@ -17,6 +17,7 @@ from effir_ray.config import parse
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import cpu_precision, detect
+from effir_ray.leases import Lease
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.stages import StageStore
@@ -40,7 +41,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
     survey (of a stream), begun (the state of a shorter run to go on from, or None), run (folder or URI of the
-    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype.
+    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype, lease (to be held for the
+    run's folder, or None).
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
@@ -55,6 +57,7 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
+        self.lease: Lease | None = job["lease"]
         stages = StageStore(Path(job["stages"]), job["remote_stages"])
         self.begun = job["begun"] and stages.local(job["begun"])
         device, bfloat16 = _device(config)
@@ -112,7 +115,7 @@ class Worker:
         )
 
     def train(self) -> dict[str, Any]:
-        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run)
+        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run, self.lease)
         step = start = reporter.restore(self.begun)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),
