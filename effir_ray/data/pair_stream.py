@@ -80,7 +80,7 @@ def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -
 def is_stream(source: str) -> bool:
     """Whether ``source`` is read as a stream: Parquet, pair files at a URI or in a folder, a huge JSONL."""
     if storage.is_uri(source):
-        return not storage.exists(storage.join(source, "queries.jsonl"))
+        return bool(_suffix(source)) or not storage.exists(storage.join(source, "queries.jsonl"))
     if source.endswith(".parquet"):
         return True
     path = Path(source)
