@@ -72,6 +72,7 @@ def test_a_study_in_a_bucket(tmp_path: Path, object_store: str, another_machine:
     space = small_space(**SPACE)
     here = search(space, tmp_path / "study")
     result = search(space, place)
+    assert [row["reason"] for row in store.read(place).to_pylist() if row["reason"]] == []
     assert (result.trials, result.failed, result.out) == (3, 0, place)
     assert result.front == here.front
     wanted = scores(tmp_path / "study")
