@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_yaml, quoted, read_text
+from effir_ray.storage import check_no_credentials, redacted
 
 _LARGEST = 2**53
 """Above it floats, and so JSON of others, no longer tell whole numbers apart."""
@@ -27,10 +28,25 @@ Length = Annotated[int, Field(ge=2, le=2**20)]
 """Tokens of one text."""
 
 
-class Config(BaseModel):
-    """Base of all configuration objects: immutable, unknown keys are errors, and numbers are finite."""
+def _without_credentials(place: str) -> str:
+    try:
+        check_no_credentials(place, "it")
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return place
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+Place = Annotated[str, AfterValidator(_without_credentials)]
+"""A name, path or URI of data or of a model: it is written to rows and configurations."""
+
+
+class Config(BaseModel):
+    """Base of all configuration objects: immutable, unknown keys are errors, and numbers are finite.
+
+    Errors say no values: what was refused may be somebody's key.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def says_nothing(value: Any) -> bool:
@@ -115,7 +131,9 @@ def _describe(problem: Any, model: type[BaseModel], source: str, node: yaml.Node
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(sorted(known))}"
         return f"{where}: unknown key '{field}'; {hint}"
     message = " ".join(str(problem["msg"]).removeprefix("Value error, ").split())
-    given = "" if problem["type"] == "missing" else f" (found {quoted(problem['input'])})"
+    value = problem["input"]
+    shown = quoted(redacted(value) if isinstance(value, str) else value)
+    given = "" if problem["type"] == "missing" else f" (found {shown})"
     return f"{where}: {field or 'settings'}: {message}{given}"
 
 

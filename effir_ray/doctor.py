@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from effir_ray.caches import data_folder
 from effir_ray.encoding.cpu_kernels import build
@@ -41,7 +42,8 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Look at hardware, optional parts and versions. Starts nothing, and writes nothing but the compiled
     kernels of encoding, where they are not there yet."""
-    return [*_hardware(), _faiss(), *_deepspeed(), _ray(), _memory_and_disk(), _data(), *_versions()]
+    cluster = [_ray(), _token()]
+    return [*_hardware(), _faiss(), *_deepspeed(), *cluster, _memory_and_disk(), _data(), *_versions()]
 
 
 def _hardware() -> list[Finding]:
@@ -134,6 +136,41 @@ def _ray() -> Finding:
         + ("" if address else "; it listens on 127.0.0.1 only, asks for a token, its files have mode 0700")
         + ("; job submission available" if jobs else "; for submit and jobs: pip install 'ray[default]'"),
     )
+
+
+def _token() -> Finding:
+    """Whether Ray asks for a token, and where it finds one: in this order."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    left = Path.home() / ".ray" / "auth_token"
+    places = {
+        "RAY_AUTH_TOKEN": bool(os.environ.get("RAY_AUTH_TOKEN")),
+        f"RAY_AUTH_TOKEN_PATH ({file})": file is not None and Path(file).is_file(),
+        str(left): left.is_file(),
+    }
+    source = next((place for place, there in places.items() if there), None)
+    ok = True
+    if mode.lower() == "token":
+        ok = source is not None
+        reason = "RAY_AUTH_MODE=token; every node of a cluster needs the same"
+        if not ok:
+            reason = (
+                "RAY_AUTH_MODE=token, and there is none: set RAY_AUTH_TOKEN, or ray get-auth-token --generate"
+            )
+    elif mode:
+        reason = f"RAY_AUTH_MODE={mode}: no cluster that asks for a token can be reached"
+    elif source == str(left):
+        ok = False
+        reason = (
+            "RAY_AUTH_MODE is not set, and `ray.init()` leaves a token here: the next `ray start --head` "
+            "asks for it, and nodes without it fail with InvalidAuthToken; set RAY_AUTH_MODE=token and give "
+            "all nodes this one, or remove the file"
+        )
+    elif source:
+        reason = "RAY_AUTH_MODE is not set: `ray start --head` would ask for this token; set it to token"
+    else:
+        reason = "RAY_AUTH_MODE is not set; whoever reaches a cluster without a token can run code on it"
+    return Finding(subject="Ray's token", found=source or "none", reason=reason, ok=ok)
 
 
 def _memory_and_disk() -> Finding:

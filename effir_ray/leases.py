@@ -30,6 +30,7 @@ import psutil
 from effir_ray import storage
 from effir_ray.errors import LostProcess
 from effir_ray.files import write_whole
+from effir_ray.progress import duration, progress_stream
 
 _HEARTBEAT = 5.0
 """Seconds between two touches."""
@@ -43,6 +44,11 @@ _CLOCK_STEP = 60.0
 
 _SETTLING = 1.0
 """Seconds in which those that tried at the same moment in an object store make way for one of them."""
+
+_SAY_FIRST, _SAY_AGAIN = 2.0, 10.0  # seconds of waiting until it is said, and said again
+
+LEASES = ".leases"
+"""The folder of leases inside one that holds other things."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0  # seconds between two looks
 
@@ -64,7 +70,7 @@ class Owner:
         return cls(host=platform.node(), machine=_machine(), pid=process.pid, started=process.create_time())
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+        return f"{self.host} (process {self.pid})"
 
     @property
     def nearby(self) -> bool:
@@ -118,10 +124,15 @@ class Lease:
     generation: int
     key: str
 
+    @property
+    def held(self) -> bool:
+        """Whether nobody has taken it over; may be asked by any process that sees the folder."""
+        last = self.place.last(self.name)
+        return last is not None and last.generation == self.generation
+
     def check(self) -> None:
         """Raise LostProcess when another process has taken it over: what was done since does not count."""
-        last = self.place.last(self.name)
-        if last is None or last.generation != self.generation:
+        if not self.held:
             raise LostProcess(
                 f"{self.name}: another process took this work over while this one was stopped or cut off"
             )
@@ -137,6 +148,26 @@ class Held(Exception):
 
 Waiting = Callable[[Owner | None, float], None]
 """Hears, at every look, whom one waits for and since how many seconds."""
+
+
+def aloud(what: str, begins: Callable[[], object] = lambda: None) -> Waiting:
+    """Says on the progress display, now and then, who holds ``what``: of one wait alone. ``begins`` is called
+    before it is said first."""
+    said: float | None = None
+
+    def waiting(owner: Owner | None, seconds: float) -> None:
+        nonlocal said
+        if seconds < (_SAY_FIRST if said is None else said + _SAY_AGAIN):
+            return
+        if said is None:
+            begins()
+        said = seconds
+        stream = progress_stream()
+        if stream is not None:
+            held = f", held by {owner}" if owner else ""
+            print(f"waiting for {what}{held}, {duration(seconds)}", file=stream, flush=True)
+
+    return waiting
 
 
 @contextmanager
@@ -276,8 +307,8 @@ _FREE = "free"
 class _Objects:
     """In an object store, which lets everybody write everything, but shows at once what was written.
 
-    Who wants a generation puts ``NAME@<generation>@<token>``, then looks: who sees nobody else has it. Of two,
-    the one that put second sees the first, so never both have it. Who sees others makes way, but for the
+    Who wants a generation puts ``NAME@<generation>@<token>``, then looks: who sees nobody else has it. Of
+    two, the one that put second sees the first, so never both have it. Who sees others makes way, but for the
     first of them, which looks again when they had time to. Its holder touches ``...@beat``, and ``...@free``
     says that it let go.
     """
@@ -315,7 +346,7 @@ class _Objects:
 
     def _remove(self, key: str) -> None:
         for each in (key, f"{key}{_BEAT}", f"{key}{_LET_GO}"):
-            storage.discard(storage.join(self.uri, each))
+            storage.remove(storage.join(self.uri, each))
 
     def _rivals(self, name: str, generation: int) -> list[str]:
         """Those of this generation and higher ones."""

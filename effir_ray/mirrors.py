@@ -98,4 +98,4 @@ class Mirror:
         for each in here.keys() - there.keys():
             self.push(here[each])
         for each in there.keys() - here.keys():
-            storage.discard(self.at(f"{name}/{each}"))
+            storage.remove(self.at(f"{name}/{each}"))

@@ -6,14 +6,16 @@ short number: the file may be one that its owner did not mean to show.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,6 +26,9 @@ MAX_SETTINGS_BYTES = 256 * 1024
 
 MAX_JSON_BYTES = 64 * 2**20
 """The tensor index of the largest sharded checkpoints is a tenth of that."""
+
+MAX_LINE_BYTES = 10 * 2**20
+"""The longest line of any BEIR set is under 2 MB; longer means a file without line ends."""
 
 MAX_DEPTH = 32
 MAX_NODES = 50_000
@@ -50,7 +55,7 @@ def quoted(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """``path`` opened for reading bytes; InputError unless it is an ordinary file.
 
     A pipe or a device would be waited for, or never end.
@@ -62,12 +67,25 @@ def open_regular(path: Path) -> BinaryIO:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    try:
+        _check_mode(os.fstat(descriptor).st_mode, path)
+    except InputError:
         os.close(descriptor)
+        raise
+    return io.BufferedReader(io.FileIO(descriptor, "rb", closefd=True))
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError where ``path`` is something else than an ordinary file, for libraries that open it
+    themselves; one that is missing is theirs to miss."""
+    with contextlib.suppress(OSError, ValueError):
+        _check_mode(path.stat().st_mode, path)
+
+
+def _check_mode(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise InputError(f"{path}: cannot be read: it is {kind}; expected an ordinary file")
-    return io.BufferedReader(io.FileIO(descriptor, "rb", closefd=True))
 
 
 def read_text(path: Path, *, limit: int = MAX_SETTINGS_BYTES) -> str:
@@ -82,6 +100,26 @@ def read_text(path: Path, *, limit: int = MAX_SETTINGS_BYTES) -> str:
         raise InputError(
             f"{path}: cannot be read as UTF-8 text: byte 0x{raw[error.start]:02x} at {error.start}"
         ) from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, raw line) of every line that is not blank; InputError for one of more
+    than ``MAX_LINE_BYTES``, before it is in memory.
+    """
+    with open_regular(path) as file:
+        number = offset = 0
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            check_line(len(raw), f"{path}:{number}")
+            if not raw.isspace():
+                yield number, offset, raw
+            offset += len(raw)
+
+
+def check_line(size: int, where: str) -> None:
+    """Raise InputError for a line of too many bytes."""
+    if size > MAX_LINE_BYTES:
+        raise InputError(f"{where}: line longer than {MAX_LINE_BYTES >> 20} MiB; are line ends missing?")
 
 
 def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> Any:
@@ -131,13 +169,18 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
         raise InputError(f"{source}: {name} is no JSON number; expected a finite one")
 
     try:
-        return json.loads(
+        # json.loads itself would guess at encodings, and let halves of characters through
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
+        value = json.loads(
             text,
             parse_int=number,
             parse_float=real,
             parse_constant=constant,
             object_pairs_hook=pairs if unique else None,
         )
+        if "\\ud" in text or "\\uD" in text:
+            check_characters(json.dumps(value, ensure_ascii=False), source)
+        return value
     except RecursionError:
         raise InputError(f"{source}: not valid JSON: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -145,6 +188,17 @@ def parse_json(text: str | bytes, source: str, *, unique: bool = False) -> Any:
         raise InputError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError:
         raise InputError(f"{source}: not valid JSON: not UTF-8") from None
+
+
+def check_characters(text: str, source: str) -> None:
+    """Raise InputError for half of a surrogate pair, which JSON and YAML can escape ("\\ud83d"): it can be
+    neither written nor printed, nor tokenized."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{source}: a text holds half of a surrogate pair; write the whole character"
+        ) from None
 
 
 def _check_depth(value: Any, source: str) -> None:
@@ -248,6 +302,7 @@ class _Check:
     def scalar(self, node: yaml.ScalarNode) -> None:
         if node.tag == _DATE_TAG:
             raise self.refused(node, f"the date {quoted(node.value)}; settings hold none: put text in quotes")
+        check_characters(node.value, f"{self.source}:{node.start_mark.line + 1}")
         if node.tag not in _PLAIN_TAGS:
             raise self.refused(node, f"the unknown tag {quoted(node.tag)}; expected plain YAML")
         if node.tag.endswith((":int", ":float")) and len(node.value) > _LONGEST_NUMBER:
@@ -261,6 +316,7 @@ class _Check:
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
                 raise self.refused(key, "a key that is not text; put it in quotes")
             line = key.start_mark.line + 1
+            check_characters(key.value, f"{self.source}:{line}")
             if key.value in seen:
                 first = seen[key.value]
                 raise self.refused(key, f"the key {quoted(key.value)} again, after line {first}; remove one")

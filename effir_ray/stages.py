@@ -7,15 +7,16 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from effir_ray import storage
-from effir_ray.errors import InputError, TrialFailure, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 from effir_ray.files import write_whole
-from effir_ray.leases import Lease, Waiting, lease
+from effir_ray.leases import Lease, Waiting, aloud, lease
 from effir_ray.provenance import __version__
+from effir_ray.readers import json_object, parse_json, read_json_object, read_text
 
 _RECORD = "stage.json"
 _FREED = "freed.json"
@@ -37,7 +38,8 @@ class StageStore:
 
     A stage is built in a folder ``<its name>.tmp...`` beside its place and renamed when complete, so a killed
     run leaves nothing that a later one mistakes for a result. Who builds holds a lease: a builder that was
-    cut off and comes back can finish nothing any more.
+    cut off and comes back can finish nothing any more, and one of long work asks ``lease_of`` its folder on
+    the way whether it still holds it.
 
     With ``remote``, a URI, the stages of all machines are kept there, with the same names; ``root`` holds
     those that this machine built or needed, in the same folder on each. ``root/runs.log`` holds one line a
@@ -47,6 +49,7 @@ class StageStore:
 
     def __init__(self, root: Path, remote: str = "") -> None:
         self.root, self.remote = Path(root), remote
+        self._building: dict[Path, Lease] = {}
         self._records: dict[str, dict[str, Any]] = {}  # of stages that are in the object store
         self._listed: dict[str, tuple[float, set[str]]] = {}  # kind -> when it was listed, names
 
@@ -111,12 +114,13 @@ class StageStore:
         an object store it may be some seconds old."""
         if not self.remote:
             file = place / _RECORD
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            return _checked(read_text(file), str(file)) if file.exists() else None
         key = self._key(place)
         if key not in self._records and place.name in self._names(place.parent.name):
-            content = storage.get(storage.join(self._at(place), _RECORD))
+            there = storage.join(self._at(place), _RECORD)
+            content = storage.get(there)
             if content is not None:
-                self._records[key] = json.loads(content)
+                self._records[key] = _checked(content, there)
         return self._records.get(key)
 
     def finished(self, stage: str) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -139,8 +143,8 @@ class StageStore:
         if self.remote:
             there = self._at(place)
             storage.put(storage.join(there, gone), b"")
-            storage.discard(storage.join(there, part))
-            storage.discard(storage.join(there, gone))
+            storage.remove(storage.join(there, part))
+            storage.remove(storage.join(there, gone))
         if (place / part).exists():
             (place / part).rename(place / gone)
         shutil.rmtree(place / gone, ignore_errors=True)
@@ -170,10 +174,14 @@ class StageStore:
         place = storage.join(self.remote, _LOCKS) if self.remote else self.root / _LOCKS
         return lease(place, name, waiting=waiting)
 
+    def lease_of(self, folder: Path) -> Lease | None:
+        """What this process holds while it builds a stage in ``folder``; None where it builds none there."""
+        return self._building.get(folder.absolute())
+
     def remove_locks(self) -> None:
         """To be called when no other process works in this store, and none can begin to."""
         if self.remote:
-            storage.discard(storage.join(self.remote, _LOCKS))
+            storage.remove(storage.join(self.remote, _LOCKS))
         shutil.rmtree(self.root / _LOCKS, ignore_errors=True)
 
     def free(self, place: Path, part: str) -> None:
@@ -194,14 +202,14 @@ class StageStore:
             return
         note = json.dumps({"part": part, "bytes": self.bytes_of(place, part)})
         storage.put(storage.join(there, _FREED), note.encode())
-        storage.discard(storage.join(there, part))
+        storage.remove(storage.join(there, part))
         shutil.rmtree(place, ignore_errors=True)
         write_whole(_made(self.root / _FREED_HERE) / f"{place.parent.name}-{place.name}.json", note)
 
     def freed_bytes(self) -> int:
         """What was freed and not built again since; of an object store what this machine freed."""
         notes = self.root.glob(f"{_FREED_HERE}/*" if self.remote else f"*/*/{_FREED}")
-        return sum(int(json.loads(note.read_text(encoding="utf-8"))["bytes"]) for note in notes)
+        return sum(_noted_bytes(note) for note in notes)
 
     def run(
         self,
@@ -211,13 +219,14 @@ class StageStore:
         *,
         version: int = 1,
         resumable: bool = False,
-        waiting: Waiting = lambda owner, seconds: None,
+        waiting: Waiting | None = None,
     ) -> Path:
         """The stage's folder, built by ``build(folder)`` unless it is there already.
 
         ``inputs`` must hold everything that determines the content and be JSON-serialisable; ``version`` is
         raised when the stage's code changes what it writes. Two callers that need the same stage at once
-        share one build: the second waits, and ``waiting`` hears for whom. A ``resumable`` build finds in its
+        share one build: the second waits, and ``waiting`` (or else the progress display) hears for whom. A
+        ``resumable`` build finds in its
         folder what an interrupted one had written; one that ended with an InputError or a TrialFailure leaves
         nothing. Raises LostProcess when another process took the stage over meanwhile.
         """
@@ -226,13 +235,13 @@ class StageStore:
             return self.bring(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with self.lease(f"{stage}-{place.name}", waiting) as mine:
+            with self.lease(f"{stage}-{place.name}", waiting or aloud(stage)) as mine:
                 if self.has(place):
                     self.bring(place)
                 else:
                     self._build(stage, inputs, build, version, place, resumable, mine)
         except Exception as error:
-            if is_disk_full(error):
+            if is_disk_full(error) and not isinstance(error, LostProcess):  # that was a node's own
                 raise InputError(
                     f"{self.root}: no disk space left while building stage '{stage}'; free some and resume"
                 ) from None
@@ -251,9 +260,9 @@ class StageStore:
     ) -> None:
         """Called with the stage's lease held. ``build`` may do so on another machine and ``send`` it from
         there."""
-        shutil.rmtree(place, ignore_errors=True)
+        _discard(place, mine)
         if self.remote and not resumable:
-            storage.discard(self._at(place))
+            storage.remove(self._at(place))
         # What is begun records its own paths; what is not continued must not meet what a builder that was
         # cut off still writes.
         aside = place.with_name(f"{place.name}{_ASIDE}" + ("" if resumable else str(mine.generation)))
@@ -262,6 +271,7 @@ class StageStore:
                 shutil.rmtree(interrupted, ignore_errors=True)
         aside.mkdir(exist_ok=True)
         started = time.perf_counter()
+        self._building[aside.absolute()] = mine
         try:
             build(aside)
             elsewhere = self.remote and not any(aside.iterdir())  # on another machine, which has sent it
@@ -278,17 +288,45 @@ class StageStore:
             mine.check()
             if self.remote:
                 storage.put(storage.join(self._at(place), _RECORD), (aside / _RECORD).read_bytes())
-                storage.discard(storage.join(self._at(place), _FREED))
+                storage.remove(storage.join(self._at(place), _FREED))
             if elsewhere:
                 shutil.rmtree(aside)
             else:
                 aside.rename(place)
         except BaseException as error:
-            if not resumable or isinstance(error, InputError | TrialFailure):
+            # The folder of a resumable build is its next builder's, who may have it already.
+            if not resumable or (isinstance(error, InputError | TrialFailure) and mine.held):
                 shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, Exception):
+                mine.check()  # whatever a builder ran into whose folder had gone to another
             raise
+        finally:
+            del self._building[aside.absolute()]
         with (self.root / "runs.log").open("a") as log:
             log.write(f"{stage} {place.name} {record['seconds']}\n")
+
+
+def _checked(content: str | bytes, source: str) -> dict[str, Any]:
+    """The record of a stage; InputError for anything else."""
+    what = f"{source}: not the record of a stage; delete its folder, and the stage is built again"
+    try:
+        record = json_object(parse_json(content, source, unique=True), source)
+    except InputError as error:
+        raise InputError(f"{what} ({error})") from None
+    if not isinstance(record.get("inputs"), dict) or not _is_number(record.get("seconds")):
+        raise InputError(what)
+    return record
+
+
+def _noted_bytes(note: Path) -> int:
+    size = read_json_object(note).get("bytes")
+    if not _is_number(size):
+        raise InputError(f"{note}: expected the bytes that were freed; delete the folder it is in")
+    return int(size)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _place_of(aside: Path) -> Path:
@@ -302,6 +340,22 @@ def _whole(place: Path) -> bool:
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _discard(place: Path, mine: Lease) -> None:
+    """Delete what is at ``place`` but no whole stage. Raises LostProcess when another builder has the lease
+    now, of whom nothing is deleted: what it may have finished is put back."""
+    mine.check()
+    old = place.with_name(f"{place.name}{_ASIDE}-old{mine.generation}")
+    try:
+        place.rename(old)
+    except FileNotFoundError:
+        return
+    if not mine.held:
+        with suppress(OSError):  # it has finished since
+            old.rename(place)
+    mine.check()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def size_on_disk(place: Path) -> int:

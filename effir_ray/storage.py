@@ -1,12 +1,14 @@
 """The one way to files on local disks and in object stores: folders complete or not there at all.
 
 A place is a path or a URI that pyarrow knows (``s3://``, ``gs://``, ``hdfs://``); a URI's options stay at its
-end (``s3://bucket/runs?endpoint_override=...``).
+end (``s3://bucket/runs?endpoint_override=...``). Keys are never part of one: it is written to rows,
+configurations and logs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -23,8 +25,46 @@ from effir_ray.readers import parse_json
 
 T = TypeVar("T")
 
-_TRIES, _LONGEST_PAUSE = 7, 10.0
-"""An object store that fails is asked again for about half a minute."""
+_TRIES, _FIRST_TRIES, _LONGEST_PAUSE = 7, 3, 10.0
+"""An object store that fails is asked again for about half a minute, one that has not answered yet for two
+seconds."""
+
+_WITH_FOLDERS = ("local", "hdfs")  # file systems that need them, and whose files appear before they are whole
+
+_answered: set[tuple[str, str]] = set()
+"""Stores that this process has reached."""
+_USERINFO = re.compile(
+    r"""\b([a-z][a-z0-9+.-]*)://(?!anonymous@)   # which is how public buckets of gs:// are read
+    (?: [^/\s?#,;"'<>()\[\]{}:@]*:(?!\d+[/?#])[^\s?#,;"'<>()\[\]{}]*  # key:sec/ret, but no host:port
+      | [^/\s?#,;"'<>()\[\]{}]*                                      # a token or a user
+    )@""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_TOKENS = re.compile(r"\b(hf_|AKIA|ASIA|gh[opsu]_|AIza)[A-Za-z0-9_-]{16,}")
+"""Of Hugging Face, AWS, GitHub and Google, by how they begin."""
+
+
+def redacted(text: str) -> str:
+    """``text`` for messages, without users and keys of URIs, and without tokens of kinds that are known."""
+    return _TOKENS.sub(r"\1...", _USERINFO.sub(r"\1://...@", text))
+
+
+def check_no_credentials(text: str, what: str | None = None) -> None:
+    """Raise InputError where ``text``, a place or a whole file, holds a URI's user or key, or a token; the
+    message opens with ``what``, by default with ``text`` itself, and repeats none of it."""
+    uri, token = _USERINFO.search(text), _TOKENS.search(text)
+    if uri:
+        found = "credentials in a URI" if what is None else f"credentials in a URI ({uri[1]}://...@...)"
+    elif token:
+        found = f"a token ({token[1]}...)"
+    else:
+        return
+    raise InputError(
+        f"{redacted(text) if what is None else what} holds {found}, which would be written to rows, logs and "
+        "job descriptions; leave them out, and set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_ENDPOINT_URL, HF_TOKEN and their like in the environment of each machine, or use the usual "
+        "files (~/.aws)"
+    )
 
 
 def is_uri(place: str | Path) -> bool:
@@ -33,10 +73,15 @@ def is_uri(place: str | Path) -> bool:
 
 
 def locate(place: str | Path) -> tuple[Any, str]:
-    """pyarrow's file system of ``place``, and the path in it. Raises InputError for an unusable URI."""
+    """pyarrow's file system of ``place``, and the path in it.
+
+    Raises InputError for an unusable URI, and for one that holds credentials.
+    """
     from pyarrow import fs  # commands that only ask ``is_uri`` start without it
 
-    if not is_uri(place):
+    if is_uri(place):
+        check_no_credentials(str(place))
+    else:
         return fs.LocalFileSystem(), str(Path(place).expanduser().absolute())
     try:
         system, path = fs.FileSystem.from_uri(str(place))
@@ -79,6 +124,8 @@ def list_files(place: str | Path) -> list[StoredFile]:
     system, path = locate(place)
     try:
         whole = system.get_file_info(path)
+        if whole.type == fs.FileType.Unknown:
+            raise InputError(f"{place} cannot be read: it is a pipe, a socket or a device")
         folder = whole.type != fs.FileType.File
         found = system.get_file_info(fs.FileSelector(path)) if folder else [whole]
     except OSError as error:
@@ -155,11 +202,14 @@ def upload(target: str, write: Callable[[Path], object], aside: Path) -> None:
     try:
         folder = aside / "folder"
         write(folder)
-        with reached(target):
+
+        def attempt() -> None:
             system.create_dir(path, recursive=True)
             fs.copy_files(str(folder), path, destination_filesystem=system)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+        steadily(target, attempt)
 
 
 def fetch(source: str, folder: Path) -> None:
@@ -183,26 +233,30 @@ def write_json(target: str, value: Any) -> None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(target), text)
         return
+    put(target, text.encode())
+
+
+# -- object stores alone, whose failures of a moment nobody sees ---------------------------------------
+#
+# Tried again for half a minute. Then a store that answered before is lost (LostProcess: the same command goes
+# on when it is back), and one that never did was given wrongly (InputError).
+
+
+def put(target: str, content: Any) -> None:
+    """The object at the URI ``target``: whole or not there. ``content``: bytes, or anything like them."""
     system, path = locate(target)
-    with reached(target):
-        system.create_dir(path.rpartition("/")[0], recursive=True)
-        with system.open_output_stream(path) as stream:
-            stream.write(text.encode())
-
-
-# -- what goes on where an object store fails for a moment -------------------------------------------
-
-
-def put(target: str, content: bytes) -> None:
-    """The object at the URI ``target``: whole or not there. Raises LostProcess as the others here do, for a
-    store that does not answer for half a minute."""
-    system, path = locate(target)
+    folders = system.type_name in _WITH_FOLDERS
+    aside = f"{path}.tmp-{uuid.uuid4().hex[:8]}" if folders else path
 
     def attempt() -> None:
-        with system.open_output_stream(path) as stream:
+        if folders:
+            system.create_dir(path.rpartition("/")[0], recursive=True)
+        with system.open_output_stream(aside) as stream:
             stream.write(content)
+        if folders:
+            system.move(aside, path)
 
-    _steadily(target, attempt)
+    steadily(target, attempt)
 
 
 def get(source: str) -> bytes | None:
@@ -217,7 +271,7 @@ def get(source: str) -> bytes | None:
             return None
         return content
 
-    return _steadily(source, attempt)
+    return steadily(source, attempt)
 
 
 def entries(folder: str) -> dict[str, int]:
@@ -230,7 +284,7 @@ def entries(folder: str) -> dict[str, int]:
         found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
         return {info.base_name: info.mtime_ns or 0 for info in found}
 
-    return _steadily(folder, attempt)
+    return steadily(folder, attempt)
 
 
 def there(place: str) -> bool:
@@ -238,7 +292,7 @@ def there(place: str) -> bool:
     from pyarrow import fs
 
     system, path = locate(place)
-    return _steadily(place, lambda: bool(system.get_file_info(path).type == fs.FileType.File))
+    return steadily(place, lambda: bool(system.get_file_info(path).type == fs.FileType.File))
 
 
 def send(source: Path, target: str) -> None:
@@ -252,7 +306,7 @@ def send(source: Path, target: str) -> None:
             system.create_dir(path.rpartition("/")[0], recursive=True)
         fs.copy_files(str(source), path, destination_filesystem=system)
 
-    _steadily(target, attempt)
+    steadily(target, attempt)
 
 
 def bring(source: str, target: Path) -> None:
@@ -260,19 +314,9 @@ def bring(source: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         new = Path(scratch) / "new"
-
-        def attempt() -> None:
-            shutil.rmtree(new, ignore_errors=True)
-            _copy(source, new)
-
-        _steadily(source, attempt)
+        _copy(source, new)
         if not target.exists():
             new.rename(target)
-
-
-def discard(place: str) -> None:
-    """Delete the object or folder at a URI; nothing happens when there is none."""
-    _steadily(place, lambda: remove(place))
 
 
 def bytes_at(folder: str) -> int:
@@ -281,25 +325,40 @@ def bytes_at(folder: str) -> int:
 
     system, path = locate(folder)
     selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
-    return _steadily(folder, lambda: sum(info.size or 0 for info in system.get_file_info(selector)))
+    return steadily(folder, lambda: sum(info.size or 0 for info in system.get_file_info(selector)))
 
 
-def _steadily(place: str, attempt: Callable[[], T]) -> T:
-    for failures in range(_TRIES - 1):
+def steadily(place: str, attempt: Callable[[], T]) -> T:
+    """``attempt()``, again where it fails."""
+    store = _store_of(place)
+    for failures in range(_TRIES):
         try:
-            return attempt()
-        except (OSError, ValueError, InputError) as error:  # pyarrow's own errors are ValueErrors
-            if isinstance(error, FileNotFoundError):
-                raise
+            found = attempt()
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            if store not in _answered and failures + 1 >= _FIRST_TRIES:
+                raise InputError(f"{place} cannot be used: {_reason(error)}") from error
+            if failures + 1 == _TRIES:
+                raise LostProcess(f"{place} does not answer any more: {_reason(error)}") from error
             time.sleep(min(0.25 * 2**failures, _LONGEST_PAUSE))
-    try:
-        return attempt()
-    except (OSError, ValueError, InputError) as error:
-        raise LostProcess(f"{place} does not answer any more: {_reason(error)}") from error
+        else:
+            _answered.add(store)
+            return found
+    raise AssertionError("unreachable")
+
+
+def _store_of(place: str) -> tuple[str, str]:
+    """Bucket and options of a URI."""
+    base, _, options = place.partition("?")
+    return "/".join(base.split("/", 3)[:3]), options
 
 
 def read_json(source: str) -> Any:
     """What ``write_json`` wrote; None where there is no file."""
+    if is_uri(source):
+        content = get(source)
+        return None if content is None else parse_json(content, source)
     if not exists(source):
         return None
     with open_file(source) as stream:
@@ -319,21 +378,32 @@ def remove(source: str) -> None:
     system, path = locate(source)
     kind = _type(source).name
     if kind != "NotFound":
-        with reached(source):
-            (system.delete_file if kind == "File" else system.delete_dir)(path)
+
+        def attempt() -> None:
+            try:
+                (system.delete_file if kind == "File" else system.delete_dir)(path)
+            except FileNotFoundError:  # by the attempt that failed, or by another process
+                return
+
+        steadily(source, attempt)
 
 
 def _type(source: str) -> Any:
     """pyarrow's ``FileType`` of what is there."""
     system, path = locate(source)
-    with reached(source):
-        return system.get_file_info(path).type
+    if is_uri(source):
+        return steadily(source, lambda: system.get_file_info(path).type)
+    return system.get_file_info(path).type
 
 
 def _copy(source: str, folder: Path) -> None:
     from pyarrow import fs
 
     system, path = locate(source)
-    folder.mkdir()
-    with reached(source):
+
+    def attempt() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         fs.copy_files(path, str(folder), source_filesystem=system)
+
+    steadily(source, attempt)

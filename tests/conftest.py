@@ -42,23 +42,23 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def object_store() -> Iterator[str]:
-    """A bucket of an S3 server on this machine, as ``store.format(folder)``: the URI of a folder in it."""
+    """A bucket of an S3 server on this machine, as ``store.format(folder)``: the URI of a folder in it.
+
+    Where it is and its keys are in the environment, for Ray's processes too.
+    """
+    import ray
     from moto.server import ThreadedMotoServer
     from pyarrow import fs
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     _, port = server.get_host_and_port()
-    place = f"127.0.0.1:{port}"
-    system = fs.S3FileSystem(
-        access_key="key",
-        secret_key="secret",
-        endpoint_override=place,
-        scheme="http",
-        region="us-east-1",
-        allow_bucket_creation=True,
-    )
-    system.create_dir("bucket")
-    # Workers of a Ray that runs already do not see this process's environment: the URI carries the keys.
-    yield f"s3://key:secret@bucket/{{}}?endpoint_override={place}&scheme=http&region=us-east-1"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "key")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        maker, bucket = fs.FileSystem.from_uri("s3://bucket?region=us-east-1&allow_bucket_creation=true")
+        maker.create_dir(bucket)
+        ray.shutdown()  # workers of one that runs already would not see them
+        yield "s3://bucket/{}?region=us-east-1"
     server.stop()

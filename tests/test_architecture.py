@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("errors", "provenance"),
     ("files", "readers", "progress", "contrastive", "pages"),
-    ("caches", "storage"),
+    ("caches", "parquet_files", "storage"),
     ("hardware", "leases", "mirrors"),
     ("config", "stages", "cluster"),
     ("models", "data"),

@@ -250,8 +250,12 @@ def test_kubernetes_clusters_ask_for_a_token_and_share_nothing_with_strangers(na
     assert spec["authOptions"] == {"mode": "token"}
     assert "serviceType" not in spec["headGroupSpec"]  # ClusterIP, inside alone
     assert {port["containerPort"] for port in containers(name)[0]["ports"]} == {6379, 8265}
-    for template in pod_templates(name):
+    head, *workers = pod_templates(name)
+    for template in (head, *workers):
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert template["spec"]["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert "automountServiceAccountToken" not in head["spec"], "its autoscaler asks Kubernetes for nodes"
+    assert all(template["spec"]["automountServiceAccountToken"] is False for template in workers)
     for container in containers(name):
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
 

@@ -1,5 +1,6 @@
 """Leases: one holder at a time, taken over from the dead, and never counted for one that lost it."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -13,7 +14,8 @@ import pytest
 
 from effir_ray import leases, storage
 from effir_ray.errors import LostProcess
-from effir_ray.leases import Held, Owner, lease
+from effir_ray.leases import Held, Owner, aloud, lease
+from effir_ray.progress import show_progress
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -60,7 +62,7 @@ def test_a_killed_holder_is_followed_at_once(tmp_path: Path) -> None:
     with pytest.raises(Held) as held, lease(tmp_path, "x", wait=False):
         pass
     assert held.value.owner is not None and held.value.owner.pid == process.pid
-    assert str(held.value.owner).startswith(f"process {process.pid} on ")
+    assert str(held.value.owner).endswith(f" (process {process.pid})")
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join(60)
     begun = time.monotonic()
@@ -85,7 +87,7 @@ def test_a_silent_machine_is_followed_after_its_time(tmp_path: Path, monkeypatch
     with lease(tmp_path, "x", waiting=lambda owner, seconds: heard.append(f"{owner}")) as mine:
         assert mine.generation == 8
     assert 1.0 < time.monotonic() - begun < 10
-    assert set(heard) == {"process 12 on node-4"}
+    assert set(heard) == {"node-4 (process 12)"}
 
 
 def test_a_machine_that_is_heard_of_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +135,21 @@ def test_holders_are_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         while file.stat().st_mtime < 100:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_who_waits_says_for_whom_now_and_then() -> None:
+    display, begun = io.StringIO(), []
+    there = replace(Owner.here(), host="node-4", pid=12)
+    with show_progress(display):
+        waiting = aloud("embeddings", lambda: begun.append(1))
+        for seconds in (0.1, 1.9, 2.1, 5.0, 12.0, 13.0, 72.2):
+            waiting(None if seconds < 3 else there, seconds)
+    assert display.getvalue().splitlines() == [
+        "waiting for embeddings, 2 s",
+        "waiting for embeddings, held by node-4 (process 12), 13 s",
+        "waiting for embeddings, held by node-4 (process 12), 1 min 12 s",
+    ]
+    assert begun == [1]
 
 
 def test_what_was_taken_over_does_not_count(tmp_path: Path) -> None:

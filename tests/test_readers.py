@@ -50,3 +50,16 @@ def test_files_are_ordinary_small_and_text(tmp_path: Path) -> None:
         read_text(Path("/dev/zero"))
     with pytest.raises(InputError, match="cannot be read"):
         read_text(tmp_path / "a\0b")
+
+
+@pytest.mark.parametrize(
+    "text", ['["\\ud800"]', '{"a": {"b\\uDFFF": 1}}', b'["\xed\xa0\x80"]', '["\\ud83d x"]']
+)
+def test_half_a_character_is_refused(text: str | bytes) -> None:
+    """It could be neither printed nor written."""
+    with pytest.raises(InputError, match=r"half of a surrogate pair|not UTF-8"):
+        parse_json(text, "line")
+    if isinstance(text, str):
+        with pytest.raises(InputError, match=r"file:1: .*half of a surrogate pair"):
+            parse_yaml(f"a: {text}", "file")
+    assert parse_json('["\\ud83d\\ude00", "\\\\ud800"]', "line") == ["\U0001f600", "\\ud800"]

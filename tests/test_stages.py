@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from effir_ray import leases
 from effir_ray.errors import InputError, LostProcess, TrialFailure
-from effir_ray.stages import StageStore, fingerprint
+from effir_ray.leases import Lease
+from effir_ray.stages import StageStore, _discard, fingerprint
 
 
 def _write(folder: Path) -> None:
@@ -123,6 +125,14 @@ def test_a_full_disk_is_named(tmp_path: Path, error: Exception) -> None:
         StageStore(tmp_path).run("s", {}, full)
 
 
+def test_a_full_disk_of_a_node_alone_is_not_the_studys(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        raise LostProcess("node left: no space in /tmp") from OSError(28, "No space left on device")
+
+    with pytest.raises(LostProcess, match="node left"):
+        StageStore(tmp_path).run("s", {}, full)
+
+
 def test_fingerprint_sees_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     before = fingerprint(tmp_path)
@@ -143,6 +153,82 @@ def test_a_build_that_another_process_took_over_finishes_nothing(tmp_path: Path)
     with pytest.raises(LostProcess, match="took this work over"):
         store.run("s", {}, cut_off)
     assert not list(tmp_path.glob("s/*"))
+
+
+def _stopped_build(root: Path, resumable: bool) -> None:
+    def build(folder: Path) -> None:
+        (folder / "value").write_text("of the first")
+        (root / "begun").touch()
+        while not (root / "go").exists():
+            time.sleep(0.01)
+        (folder / "value").write_text("of the first, again")
+
+    store = StageStore(root)
+    try:
+        store.run("slow", {}, build, resumable=resumable)
+    except LostProcess as error:
+        (root / "lost").write_text(str(error))
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_stopped_builder_that_wakes_up_changes_nothing_of_its_successors(
+    resumable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "EXPIRY", 1.0)
+    worker = SPAWN.Process(target=_stopped_build, args=(tmp_path, resumable))
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert worker.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(worker.pid or 0, signal.SIGSTOP)
+    place = StageStore(tmp_path).run("slow", {}, _write, resumable=resumable)
+    before = {file.name: (file.read_text(), file.stat().st_mtime_ns) for file in place.iterdir()}
+    (tmp_path / "go").touch()
+    os.kill(worker.pid or 0, signal.SIGCONT)
+    worker.join(60)
+    assert "another process took this work over" in (tmp_path / "lost").read_text()
+    assert {file.name: (file.read_text(), file.stat().st_mtime_ns) for file in place.iterdir()} == before
+    assert before["value"][0] == "1"
+    assert len((tmp_path / "runs.log").read_text().splitlines()) == 1
+    assert [item.name for item in (tmp_path / "slow").iterdir()] == [place.name]
+
+
+def test_what_a_builder_that_was_cut_off_raises_is_no_failure_of_the_stage(tmp_path: Path) -> None:
+    """Its folder was gone, or half of another's; and what is in it now is its successor's to go on with."""
+    store = StageStore(tmp_path)
+
+    def cut_off(folder: Path) -> None:
+        lease = store.lease_of(folder)
+        assert lease is not None
+        lease.check()
+        (folder / "half").write_text("of the second")
+        (tmp_path / "locks" / lease.key).with_suffix(".2").write_text("{}")
+        with pytest.raises(LostProcess):
+            lease.check()
+        raise InputError("other settings")
+
+    with pytest.raises(LostProcess, match="took this work over"):
+        store.run("s", {}, cut_off, resumable=True)
+    (kept,) = tmp_path.glob("s/*.tmp/half")
+    assert store.lease_of(kept.parent) is None
+
+
+def test_a_stage_that_another_builder_finished_meanwhile_is_not_deleted(tmp_path: Path) -> None:
+    """The lease goes between the look at it and the deletion."""
+
+    class Going(Lease):
+        looks = iter([True, False, False])
+
+        @property
+        def held(self) -> bool:
+            return next(self.looks)
+
+    place = StageStore(tmp_path).run("s", {}, _write)
+    with pytest.raises(LostProcess):
+        _discard(place, Going(leases._Files(tmp_path), "s", 1, "s.1"))
+    assert (place / "value").read_text() == "1"
+    assert [item.name for item in (tmp_path / "s").iterdir()] == [place.name]
 
 
 def test_who_waits_hears_for_whom(tmp_path: Path) -> None:

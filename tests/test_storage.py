@@ -41,6 +41,42 @@ def test_options_of_a_uri_stay_at_its_end() -> None:
     assert storage.join("s3://b/runs/?scheme=http", "a") == "s3://b/runs/a?scheme=http"
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://KEY:HIDDEN@bucket/runs",
+        "s3://KEY:HID/DEN@bucket/runs?scheme=http",
+        "S3://HIDDEN@bucket/runs",
+        "https://HIDDEN@host:8265/a",
+        "s3://bucket/hf_HIDDENHIDDENHIDDEN",
+        "s3://bucket/AKIAHIDDENHIDDENHIDD",
+    ],
+)
+def test_a_place_with_credentials_is_refused_and_they_are_not_repeated(place: str) -> None:
+    with pytest.raises(InputError, match="environment") as refused:
+        storage.check(place)
+    said = str(refused.value)
+    assert "HID" not in said and "\n" not in said and said.startswith(place.partition("://")[0])
+    assert "HID" not in storage.redacted(f"cannot write {place}: denied")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "s3://bucket/model@main/x",
+        "http://head:8265/a@b",
+        "[http://head:8265,a@b]",
+        "http://head:8265 me@there",
+        "gs://anonymous@bucket/x",
+        "/data/hf_models/a@b:c",
+        "the hf_hub of AKIA",
+    ],
+)
+def test_what_only_looks_like_credentials_is_let_through(place: str) -> None:
+    storage.check_no_credentials(place)
+    assert storage.redacted(place) == place
+
+
 def test_a_place_that_cannot_be_written_is_named_at_once(tmp_path: Path) -> None:
     storage.check(tmp_path.as_uri())
     assert not list(tmp_path.iterdir())
@@ -75,7 +111,7 @@ def test_a_folder_is_listed_by_name_and_a_file_is_itself(tmp_path: Path) -> None
 
 @pytest.mark.integration
 def test_pairs_in_an_object_store_are_read_through_its_options(object_store: str) -> None:
-    """The files of a folder are reached as the folder is: with the endpoint and keys that its URI names."""
+    """The files of a folder are reached as the folder is: with the options of its URI."""
     place, rows = object_store.format("pairs"), [{"query": f"q{i}", "positive": f"p{i}"} for i in range(3)]
     system, path = storage.locate(place)
     system.create_dir(path)

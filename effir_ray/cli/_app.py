@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
+from effir_ray.storage import redacted
 
 _WRONG_PLACE = frozenset(
     {
@@ -75,8 +76,9 @@ def _explain(error: Exception) -> None:
 
 
 def _message(error: Exception) -> str:
-    """Ray wraps what a worker raised; its ``cause`` is the original, without the remote traceback."""
-    return str(getattr(error, "cause", None) or error)
+    """Ray wraps what a worker raised; its ``cause`` is the original, without the remote traceback. What the
+    user typed is repeated without keys."""
+    return redacted(str(getattr(error, "cause", None) or error))
 
 
 def _fail(message: str, *, code: int) -> None:

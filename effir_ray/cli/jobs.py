@@ -17,12 +17,18 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id that submit printe
 def submit(
     space: Annotated[Path, typer.Argument(help="YAML of a search space.")],
     out: Annotated[
-        str,
-        typer.Option(help="Folder of the study as the cluster sees it: shared storage.", show_default=False),
-    ],
+        str | None,
+        typer.Option(
+            help="Folder of the study as the cluster sees it: shared storage. $EFFIR_RAY_OUT/NAME, with the "
+            "study's name, when left out.",
+            show_default=False,
+        ),
+    ] = None,
     address: JobAddress = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the output until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show the output until the job ends.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a search as a job on a Ray cluster; it goes on when this terminal closes.
@@ -34,6 +40,7 @@ def submit(
     [bold]Examples[/bold]
     effir-ray submit search_spaces/mistral-7b.yaml --address http://head:8265 --out /shared/mistral
     effir-ray submit search_spaces/demo.yaml --out /tmp/demo --follow
+    EFFIR_RAY_OUT=/shared effir-ray submit search_spaces/demo.yaml --address http://head:8265
     """
     job = effir_ray.submit_search(space, out, address=address, resume=resume)
     if as_json:
@@ -67,7 +74,7 @@ def jobs(address: JobAddress = None, as_json: AsJson = False) -> None:
 def logs(
     job: JobId,
     address: JobAddress = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
 ) -> None:
     """Print what a job has written.
 

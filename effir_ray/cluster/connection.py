@@ -161,6 +161,13 @@ def is_private() -> bool:
     return bool(ray.util.get_node_ip_address() == LOOPBACK)
 
 
+def through_client() -> bool:
+    """Whether this process talks to its cluster through the Ray client, and is on none of its nodes."""
+    import ray
+
+    return bool(ray.util.client.ray.is_connected())
+
+
 def private_folder() -> Path:
     """Where private instances keep tokens, sockets and logs, one folder each; those of killed ones go.
 

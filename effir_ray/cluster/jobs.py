@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from effir_ray.cluster.connection import check_reachable, token_refused
 from effir_ray.errors import InputError, LostProcess
+from effir_ray.storage import check_no_credentials
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -36,8 +37,6 @@ OLDEST_RAY = (2, 60)
 _PORTS = {"http": 80, "https": 443}
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """Ray prefers these to the address it is given."""
-
-_CREDENTIALS = re.compile(r"\b(\w+)://[^/\s@]+:[^/\s@]+@([^/\s?]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,9 @@ def submit(
     Raises InputError when no job server answers or its Ray is too old, for credentials in what is sent, and
     for more than a job server takes.
     """
+    # A job's command and files can be read by whoever sees the cluster's dashboard.
     for place, text in {"the command": shlex.join(arguments), **files}.items():
-        _check_credentials(place, text)
+        check_no_credentials(text, place)
     client = _client(address)
     _check_version(client)
     check_upload_size(_PACKAGE)
@@ -106,15 +106,6 @@ def check_upload_size(module: Path) -> None:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
-
-
-def _check_credentials(place: str, text: str) -> None:
-    """A job's command and files can be read by whoever sees the cluster's dashboard."""
-    if found := _CREDENTIALS.search(text):
-        raise InputError(
-            f"{place} holds credentials in a URI ({found[1]}://...@{found[2]}), which would travel to the "
-            "cluster and its logs; set them in the environment of its nodes"
-        )
 
 
 def _check_version(client: JobSubmissionClient) -> None:

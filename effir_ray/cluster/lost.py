@@ -6,13 +6,22 @@ An error that the work itself raised would only come again.
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from contextvars import copy_context
+from pathlib import Path
 from typing import Any, TypeVar
 
-from effir_ray.errors import LostProcess
+from effir_ray.caches import cache_folder
+from effir_ray.cluster.connection import is_private
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 
 T = TypeVar("T")
 
@@ -20,6 +29,7 @@ FIRST_PAUSE = 2.0  # seconds; doubled with every further try
 RESTARTS = 2  # of a Ray that was lost, before a command stops
 
 _POLL_SECONDS = 0.5
+_NEXT_TO_NOTHING = 16 * 2**20  # bytes
 
 _PARTS = ("cause", "controller_failure", "health_check_failure", "__cause__", "__context__")
 """Where errors of Ray, Ray Train and Python keep the one they came from."""
@@ -46,6 +56,90 @@ def is_lost_process(error: BaseException) -> bool:
     return any(
         isinstance(part, kinds) and not getattr(part, "actor_init_failed", False) for part in _parts(error)
     )
+
+
+@contextmanager
+def in_one_line(work: str) -> Iterator[None]:
+    """What Ray raises within it while it does ``work`` comes out as one line: our own errors as the processes
+    there raised them, a lost process as LostProcess, anything else without the other process's traceback."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, InputError | TrialFailure | LostProcess):
+            raise cause from None
+        if is_lost_process(error):
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise LostProcess(
+                f"{work}: a process was lost (killed, out of memory, or its node gone); run it again to "
+                f"go on ({reason.strip()})"
+            ) from error
+        if cause is None or isinstance(cause, RayError):
+            raise
+        raise cause from None
+
+
+class UnfitNode(LostProcess):
+    """The node of that id cannot do the work, and another one may."""
+
+    def __init__(self, message: str, node: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+    def __reduce__(self) -> tuple[type[UnfitNode], tuple[str, str]]:
+        return type(self), (str(self), self.node)
+
+
+@contextmanager
+def own_disks(study: Path) -> Iterator[None]:
+    """A disk of this node's own that is full within is an UnfitNode; that of the folder ``study``, which all
+    nodes share, stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        place = _full_place(error, study) if is_disk_full(error) and not _alone() else None
+        if place is None or isinstance(error, LostProcess):
+            raise
+        node = sys.modules["ray"].get_runtime_context().get_node_id()
+        raise UnfitNode(f"node {platform.node()}: no space in {place}", node) from None
+
+
+def unfit_node(error: BaseException) -> str:
+    """The id of the node that ``error`` says is unfit; "" for none."""
+    return next((part.node for part in _parts(error) if isinstance(part, UnfitNode)), "")
+
+
+def _alone() -> bool:
+    """Whether there is no other node that could do better."""
+    ray = sys.modules.get("ray")
+    return ray is None or not ray.is_initialized() or is_private()
+
+
+def _full_place(error: BaseException, study: Path) -> Path | None:
+    """The folder of this node that is full; None where it is on the file system of ``study``.
+
+    Not every error names its file: then a folder for temporary files or caches is it that has next to
+    nothing left.
+    """
+    names = [part.filename for part in _parts(error) if isinstance(part, OSError) and part.filename]
+    if names:
+        place = _existing(Path(os.fsdecode(names[0])))
+        return None if _same_disk(place, study) else place
+    for place in map(_existing, (Path(tempfile.gettempdir()), cache_folder())):
+        if not _same_disk(place, study) and shutil.disk_usage(place).free < _NEXT_TO_NOTHING:
+            return place
+    return None
+
+
+def _same_disk(place: Path, study: Path) -> bool:
+    return place.stat().st_dev == _existing(study).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """The folder that ``path`` lies in, or the next one above it that is there."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
 
 
 def check_local_processes() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from effir_ray.config import Config, Length, Seed, says_nothing
+from effir_ray.config import Config, Length, Place, Seed, says_nothing
 
 Criterion = Literal["cosine", "pooled", "dev-loss", "random"]
 Unit = Literal["attention", "mlp", "block"]
@@ -102,9 +102,9 @@ class Calibration(Config):
     and pairs are drawn, and everything random in the methods.
     """
 
-    dataset: str = "stdlib"
+    dataset: Place = "stdlib"
     texts: int = Field(default=256, ge=1, le=10**7)
-    texts_from: str | None = None
+    texts_from: Place | None = None
     gates: GateTraining = GateTraining()
     max_length: Length = 512
     seed: Seed = 0

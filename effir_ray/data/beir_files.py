@@ -5,8 +5,7 @@
     queries.jsonl    {"_id": "1", "text": "..."}
     qrels/test.tsv   header, then query-id <tab> corpus-id <tab> score
 
-Text files are read once, as a stream of bytes: a line longer than ``MAX_LINE_BYTES`` is refused before it
-is in memory.
+Text files are read once, as a stream of bytes: a line that is too long is refused before it is in memory.
 """
 
 from __future__ import annotations
@@ -23,14 +22,10 @@ import numpy as np
 
 from effir_ray.data.parquet_corpus import ParquetRows, part_files
 from effir_ray.errors import InputError
-from effir_ray.readers import open_regular, parse_json, quoted
+from effir_ray.readers import open_regular, parse_json, quoted, read_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-MAX_LINE_BYTES = (
-    10 * 2**20
-)  # the longest line of any BEIR set is under 2 MB; longer means a file without line ends
 
 # Published collections carry a few blemishes that BEIR users score as they are: Cranfield has 2 empty
 # documents in 1,400 (one of them judged relevant), ArguAna's qrels name 1 missing document in 1,406. Within
@@ -150,10 +145,10 @@ def _documents(path: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int, Do
             digest.update(raw)
             yield number, offset, _document(_json_object(raw, path, number), path, number)
         return
+    rows = ParquetRows(path)  # first: what is no Parquet may be too large to be hashed
     for part in part_files(path):
-        with part.open("rb") as file:
+        with open_regular(part) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    rows = ParquetRows(path)
     for row, record in enumerate(rows.read(range(len(rows)))):
         yield row + 1, row, _document(record, path, row + 1)
 
@@ -239,17 +234,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise InputError(
             f"{path}: no such file; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
         )
-    with open_regular(path) as file:
-        number = offset = 0
-        while raw := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(raw) > MAX_LINE_BYTES:
-                raise InputError(
-                    f"{path}:{number}: line longer than {MAX_LINE_BYTES >> 20} MiB; are line ends missing?"
-                )
-            if not raw.isspace():
-                yield number, offset, raw
-            offset += len(raw)
+    return read_lines(path)
 
 
 def _decode(raw: bytes, path: Path, number: int) -> str:
@@ -280,7 +265,7 @@ def _identifier(record: dict[str, Any], path: Path, number: int) -> str:
         raise InputError(
             f"{path}:{number}: _id is {identifier!r}; expected a string that is not empty and has no tabs"
         )
-    return _encodable(identifier, "_id", path, number)
+    return identifier
 
 
 def _text(record: dict[str, Any], field: str, path: Path, number: int, *, default: str | None = None) -> str:
@@ -290,20 +275,7 @@ def _text(record: dict[str, Any], field: str, path: Path, number: int, *, defaul
     if not isinstance(value, str):
         found = "is missing" if field not in record else f"is a JSON {type(value).__name__}"
         raise InputError(f"{path}:{number}: field '{field}' {found}; expected a string")
-    return _encodable(value, field, path, number)
-
-
-def _encodable(text: str, field: str, path: Path, number: int) -> str:
-    """JSON can escape halves of a character ("\\ud83d"), which neither tokenizers nor Arrow take."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{path}:{number}: field '{field}' holds half of a surrogate pair at character "
-                f"{error.start + 1}; write the whole character"
-            ) from None
-    return text
+    return value
 
 
 def _check_new(identifier: str, first_line: dict[str, int], path: Path, number: int) -> None:

@@ -171,14 +171,37 @@ def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
 
     Raises InputError for anything missing or malformed, naming file and line.
     """
+    folder, name = _place(name_or_path)
+    found = read_beir_folder(folder, name=name, queries=queries)
+    return dataclasses.replace(found, source=str(name_or_path)) if storage.is_uri(name_or_path) else found
+
+
+def dataset_files(name_or_path: str | Path) -> dict[str, Path]:
+    """Name -> file of everything that ``load_dataset`` reads; nothing is read. Raises InputError for a data
+    set that is not here."""
+    folder, _ = _place(name_or_path)
+    files = [folder / "queries.jsonl", *(folder / "qrels" / f"{split}.tsv" for split in _SPLITS)]
+    judged = {file.relative_to(folder).as_posix(): file for file in files if file.is_file()}
+    return corpus_files(_corpus_file(folder)) | judged
+
+
+def corpus_files(corpus: Path) -> dict[str, Path]:
+    """The same of a corpus alone, a ``.jsonl`` or ``.parquet``. Raises InputError where it is not there."""
+    files = part_files(corpus) if corpus.suffix == ".parquet" else [corpus]
+    if not files or not all(file.is_file() for file in files):
+        raise InputError(f"{corpus}: no such file")
+    return {file.name: file for file in files}
+
+
+def _place(name_or_path: str | Path) -> tuple[Path, str | None]:
+    """The folder of a data set, and what it is called if not as its folder is."""
     if storage.is_uri(name_or_path):
-        found = read_beir_folder(copy_of(str(name_or_path)), queries=queries)
-        return dataclasses.replace(found, source=str(name_or_path))
+        return copy_of(str(name_or_path)), None
     path = Path(name_or_path).expanduser()
     if str(name_or_path) == "stdlib":
-        return read_beir_folder(build_stdlib(), name="stdlib", queries=queries)
+        return build_stdlib(), "stdlib"
     if path.is_dir():
-        return read_beir_folder(path, queries=queries)
+        return path, None
     if path.is_absolute() or str(name_or_path).startswith("."):
         raise InputError(
             f"data set '{name_or_path}': no such folder; give 'stdlib', a BEIR folder (corpus.jsonl, "
@@ -186,7 +209,7 @@ def load_dataset(name_or_path: str | Path, *, queries: bool = True) -> Dataset:
         )
     for name in (str(name_or_path), official_name(str(name_or_path))):
         if ".." not in path.parts and (data_folder() / name).is_dir():
-            return read_beir_folder(data_folder() / name, name=name, queries=queries)
+            return data_folder() / name, name
     raise InputError(
         f"data set '{name_or_path}': no such folder, and nothing of that name in {data_folder()}; "
         f"give 'stdlib', a BEIR folder, or run: effir-ray data get {name_or_path}"
@@ -205,9 +228,7 @@ def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = T
     What this process has read is remembered (see ``_once``) until a file of it changes.
     """
     folder = folder.resolve()
-    corpus = folder / "corpus.jsonl"
-    if not corpus.exists() and (folder / "corpus.parquet").exists():
-        corpus = folder / "corpus.parquet"
+    corpus = _corpus_file(folder)
     parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl"))
     if parts and not corpus.exists():
         names = ", ".join(f"{name or folder}/{part.name}" for part in parts)
@@ -219,6 +240,11 @@ def read_beir_folder(folder: Path, *, name: str | None = None, queries: bool = T
         files = [*files, folder / "queries.jsonl", *(folder / "qrels" / f"{split}.tsv" for split in _SPLITS)]
         found = _once(folder, "whole", files, lambda: _with_queries(alone))
     return dataclasses.replace(found, name=name or folder.name)
+
+
+def _corpus_file(folder: Path) -> Path:
+    parquet = folder / "corpus.parquet"
+    return parquet if parquet.exists() and not (folder / "corpus.jsonl").exists() else folder / "corpus.jsonl"
 
 
 _REMEMBERED = 8  # corpora, with queries or without

@@ -18,12 +18,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
-
 from effir_ray.caches import data_folder
 from effir_ray.data.datasets import official_name
 from effir_ray.data.stdlib_corpus import build_stdlib
 from effir_ray.errors import InputError, is_disk_full
+from effir_ray.leases import LEASES, aloud, lease
 from effir_ray.progress import Progress, progress
 from effir_ray.readers import quoted
 
@@ -149,10 +148,11 @@ def get(name: str, *, base_url: str | None = None) -> Path:
     folder = root / known.name
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{known.name}.lock"):
+        with lease(root / LEASES, known.name, waiting=aloud(f"data set {known.name}")) as mine:
             if not folder.is_dir():
                 url = base_url or os.environ.get("EFFIR_RAY_BEIR_URL") or BEIR_URL
                 archive = _download(f"{url.rstrip('/')}/{known.name}.zip", root, known)
+                mine.check()
                 _unpack(archive, folder)
                 archive.unlink()
     return folder / part if part else folder
@@ -160,6 +160,8 @@ def get(name: str, *, base_url: str | None = None) -> Path:
 
 def _download(url: str, root: Path, known: BeirSet) -> Path:
     """The checked archive. What arrived stays in a ``.partial`` file, from which the next call goes on."""
+    if not url.lower().startswith(("http://", "https://")):  # urllib opens files of this machine too
+        raise InputError(f"{quoted(url)} is no address to download from; expected http:// or https://")
     partial = root / f"{known.name}.zip.partial"
     problem: Exception | None = None
     with progress(f"Downloading {known.name}", unit="MiB") as bar:

@@ -203,10 +203,12 @@ def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(quoted(key) for key in list(record)[:10]) or "none"
 
 
-def parse_line(line: str, where: str) -> Pair:
+def parse_line(line: str | bytes, where: str) -> Pair:
     """One line of JSON as a pair; ``where`` (``file:line``) opens the message of the InputError."""
     try:
-        return parse_pair(parse_json(line, where))
+        return parse_pair(parse_json(line if isinstance(line, str) else line.decode(), where))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text: byte 0x{error.object[error.start]:02x}") from None
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 

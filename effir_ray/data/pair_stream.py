@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from effir_ray import storage
 from effir_ray.caches import file_hash
 from effir_ray.cluster.connection import connect
-from effir_ray.data.datasets import load_dataset
+from effir_ray.data.datasets import dataset_files, load_dataset
 from effir_ray.data.pair_layouts import Pair, normalised, parse_line, parse_pair, to_json
 from effir_ray.errors import InputError
+from effir_ray.parquet_files import ParquetGroups
+from effir_ray.readers import check_line
 
 CHUNK_BYTES = 4 << 20  # of JSONL: a few thousand pairs
 WINDOW = 20_000  # pairs mixed at once
@@ -80,7 +80,7 @@ def take_survey(pairs: Iterable[Pair], held_out: frozenset[str] = frozenset()) -
 def is_stream(source: str) -> bool:
     """Whether ``source`` is read as a stream: Parquet, pair files at a URI or in a folder, a huge JSONL."""
     if storage.is_uri(source):
-        return not storage.exists(storage.join(source, "queries.jsonl"))
+        return bool(_suffix(source)) or not storage.exists(storage.join(source, "queries.jsonl"))
     if source.endswith(".parquet"):
         return True
     path = Path(source)
@@ -100,6 +100,21 @@ def source_fingerprint(source: str) -> str:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return file_hash(path)
+
+
+def source_files(source: str) -> dict[str, Path]:
+    """Name -> file of all that ``source_fingerprint`` looks at, on this machine: none of a URI. Raises
+    InputError as it does."""
+    if storage.is_uri(source):
+        return {}
+    if is_stream(source):
+        return {Path(file.place).name: Path(file.place) for file in _files(source)}
+    path = Path(source)
+    if path.suffix != ".jsonl":
+        return dataset_files(source)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    return {path.name: path}
 
 
 class PairStream:
@@ -217,21 +232,22 @@ def _suffix(place: str) -> str:
 def _chunks(path: str) -> Iterator[Chunk]:
     with storage.open_file(path) as file:
         if _suffix(path) == ".parquet":
-            groups = _parquet(file, path).metadata
-            for group in range(groups.num_row_groups):
-                yield Chunk(path, 0, 0, group, groups.row_group(group).num_rows)
+            for group, rows in enumerate(ParquetGroups(file, path).rows):
+                yield Chunk(path, 0, 0, group, rows)
             return
         start, line = 0, 1
         while data := file.read(CHUNK_BYTES):
             if not data.endswith(b"\n"):
-                data += _to_line_end(file)
-            rows = sum(1 for text in data.split(b"\n") if text.strip())
+                data += _to_line_end(file, f"{path}: after line {line - 1}")
+            texts = data.split(b"\n")
+            check_line(max(map(len, texts)), f"{path}: after line {line - 1}")
+            rows = sum(1 for text in texts if text.strip())
             if rows:
                 yield Chunk(path, start, len(data), line, rows)
             start, line = start + len(data), line + data.count(b"\n")
 
 
-def _to_line_end(file: Any) -> bytes:
+def _to_line_end(file: Any, where: str) -> bytes:
     """The rest of the line in which a read ended; the file is then at the next line."""
     rest = b""
     while data := bytes(file.read(1 << 16)):
@@ -240,6 +256,7 @@ def _to_line_end(file: Any) -> bytes:
             file.seek(file.tell() - len(data) + end + 1)
             return rest + data[: end + 1]
         rest += data
+        check_line(len(rest), where)
     return rest
 
 
@@ -252,32 +269,23 @@ def _read(chunk: Chunk) -> Iterator[Pair]:
         lines = file.read(chunk.size).split(b"\n")
     for number, line in enumerate(lines, start=chunk.line):
         if line.strip():
-            where = f"{chunk.path}:{number}"
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where}: not UTF-8 text: {error}") from None
-            yield parse_line(text, where)
-
-
-def _parquet(file: Any, path: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+            yield parse_line(line, f"{chunk.path}:{number}")
 
 
 def _row_group(file: Any, chunk: Chunk) -> Iterator[Pair]:
+    number = 0
+    for batch in ParquetGroups(file, chunk.path).batches(chunk.line):
+        for record in _records(batch, chunk):
+            try:
+                yield parse_pair(record)
+            except ValueError as error:
+                raise InputError(f"{chunk.path}: row group {chunk.line}, row {number}: {error}") from None
+            number += 1
+
+
+def _records(batch: Any, chunk: Chunk) -> list[dict[str, Any]]:
     try:
-        records = _parquet(file, chunk.path).read_row_group(chunk.line).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{chunk.path}: row group {chunk.line} is damaged: {_reason(error)}") from None
-    for number, record in enumerate(records):
-        try:
-            yield parse_pair(record)
-        except ValueError as error:
-            raise InputError(f"{chunk.path}: row group {chunk.line}, row {number}: {error}") from None
+        found: list[dict[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{chunk.path}: row group {chunk.line} is not UTF-8: {error}") from None
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.data.pair_layouts import Pair, normalised, parse_line, to_json
 from effir_ray.data.pair_stream import PairStream, is_stream
 from effir_ray.errors import InputError
-from effir_ray.readers import open_regular
+from effir_ray.readers import read_lines
 
 __all__ = ["Pair", "load_pairs", "shared_positives", "shuffled", "write_pairs"]
 
@@ -59,13 +58,8 @@ def check_split(source: str | Path, split: str) -> None:
 
 def read_jsonl(path: Path) -> Iterator[Pair]:
     """The pairs of a JSONL file, line by line; blank lines are passed over."""
-    try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield parse_line(line, f"{path}:{number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    for number, _, raw in read_lines(path):
+        yield parse_line(raw, f"{path}:{number}")
 
 
 def write_pairs(pairs: Iterable[Pair], path: Path) -> None:

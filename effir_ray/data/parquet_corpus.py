@@ -17,7 +17,8 @@ from effir_ray.errors import InputError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_BATCH = 1024  # rows whose texts are in memory at once
+    from effir_ray.parquet_files import ParquetGroups
+
 _COLUMNS = ("_id", "title", "text")
 
 
@@ -25,16 +26,13 @@ class ParquetRows:
     """Rows of a Parquet corpus by their number from 0. Raises InputError for what is no such corpus."""
 
     def __init__(self, path: Path) -> None:
-        from pyarrow import parquet
+        from effir_ray.parquet_files import ParquetGroups
 
         self._path = path
-        self._files = [_open(part) for part in _parts(path)]
-        self._columns = {file: _columns(file, path) for file in self._files}
-        self._groups: list[tuple[parquet.ParquetFile, int]] = [
-            (file, group) for file in self._files for group in range(file.num_row_groups)
-        ]
-        sizes = [file.metadata.row_group(group).num_rows for file, group in self._groups]
-        self._starts: list[int] = list(accumulate(sizes, initial=0))
+        files = [ParquetGroups(part, str(part)) for part in _parts(path)]
+        self._columns = {file: _columns(file, path) for file in files}
+        self._groups = [(file, group) for file in files for group in range(len(file.rows))]
+        self._starts: list[int] = list(accumulate((rows for file in files for rows in file.rows), initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -49,7 +47,7 @@ class ParquetRows:
             if wanted != group or row < first:
                 group, first = wanted, self._starts[wanted]
                 file, number = self._groups[group]
-                batches = file.iter_batches(_BATCH, row_groups=[number], columns=self._columns[file])
+                batches = file.batches(number, self._columns[file])
                 batch = self._next(batches, row)
             assert batch is not None
             while row >= first + len(batch):
@@ -62,13 +60,9 @@ class ParquetRows:
             yield record
 
     def _next(self, batches: Iterator[pa.RecordBatch], row: int) -> pa.RecordBatch:
-        from pyarrow import ArrowException
-
-        try:
-            return next(batches)
-        except (ArrowException, OSError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"{self._path}:{row + 1}: damaged from this row on: {reason}") from None
+        for batch in batches:
+            return batch
+        raise InputError(f"{self._path}:{row + 1}: no such row, although the file says so; it is damaged")
 
 
 def part_files(path: Path) -> list[Path]:
@@ -83,18 +77,8 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _open(path: Path) -> Any:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{path}: cannot be read as Parquet: {reason}") from None
-
-
-def _columns(file: Any, path: Path) -> list[str]:
-    found = file.schema_arrow.names
+def _columns(file: ParquetGroups, path: Path) -> list[str]:
+    found = file.names
     for name in ("_id", "text"):
         if name not in found:
             raise InputError(

@@ -26,11 +26,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from effir_ray.caches import data_folder
 from effir_ray.data.near_duplicates import near_duplicates
 from effir_ray.errors import InputError
+from effir_ray.leases import LEASES, aloud, lease
 
 _VERSION = 1  # of this construction; raise it when the same Python would give other documents
 _SHARES = {"train": 0.6, "dev": 0.15, "test": 0.25}
@@ -93,11 +92,12 @@ def build_stdlib(library: Path | None = None) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    with lease(folder.parent / LEASES, folder.name, waiting=aloud("data set stdlib")) as mine:
         if not folder.is_dir():
             aside = Path(tempfile.mkdtemp(prefix=".stdlib-", dir=folder.parent))
             try:
                 write_examples(collect(library or Path(sysconfig.get_path("stdlib"))), aside)
+                mine.check()
                 aside.replace(folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import resource
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ import numpy as np
 import torch
 
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import on_device
-from effir_ray.cluster.lost import RESTARTS, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.devices import on_device, room, uses_gpus
+from effir_ray.cluster.lost import RESTARTS, in_one_line, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
-from effir_ray.data.datasets import Corpus, Dataset, load_dataset
+from effir_ray.data.datasets import Corpus, Dataset, corpus_files, load_dataset
 from effir_ray.encoding.embedding_shards import (
     CorpusEmbeddings,
     Encoding,
@@ -42,8 +44,9 @@ from effir_ray.encoding.encoder import Encoder, as_encoder
 from effir_ray.encoding.gemm_peak import gemm_peak
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.hardware import Computed, Precision, available_cores, detect
+from effir_ray.leases import Held, Lease, aloud, lease
 from effir_ray.mirrors import copy_of
-from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.progress import progress
 from effir_ray.stages import StageStore
 
@@ -51,7 +54,11 @@ SHARD_SIZE = 1024
 """Documents a shard: seconds of work on a GPU, minutes on a CPU; what a killed worker loses at most."""
 
 
-_ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (InputError, TrialFailure)}
+_WRITER = ".writer"
+
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (InputError, TrialFailure, LostProcess)
+}
 
 
 def encode_corpus(
@@ -66,6 +73,7 @@ def encode_corpus(
     precision: Precision | None = None,
     address: str | None = None,
     stages: StageStore | None = None,
+    held: Lease | None = None,
 ) -> CorpusEmbeddings:
     """Encode all documents of ``dataset`` with ``model`` (a name or a folder workers can read) into ``out``.
 
@@ -74,9 +82,13 @@ def encode_corpus(
     Runs on the Ray cluster at ``address`` (this machine without one), one GPU a worker where there are GPUs;
     one worker without an address is this process. ``stages``: the store that a stage's ``model`` lies in,
     from which workers of other machines get it. A second call returns what is there, without Ray and without
-    loading the model. Raises InputError for bad arguments, for an ``out`` that holds other
-    embeddings, and while another run writes to it; TrialFailure when one text alone does not fit a worker's
-    memory.
+    loading the model.
+    ``held``: the lease of the stage whose folder has ``out``. Who holds it is the only writer, whatever a
+    stopped predecessor left; every shard is written while it is held.
+
+    Raises InputError for bad arguments, for an ``out`` that holds other embeddings, and while another run
+    writes to it; TrialFailure when one text alone does not fit a worker's memory; LostProcess when another
+    process took the work over.
     """
     if shard_size < 1 or workers < 1:
         raise InputError(f"shard_size and workers must be at least 1, not {shard_size} and {workers}")
@@ -96,10 +108,10 @@ def encode_corpus(
     )
     folder = ShardFolder(out)
     if not _complete(folder, encoding):
-        with _only_writer(folder):
+        with _only_writer(folder, held) as mine:
             _prepare(folder, encoding)
             missing = sorted(set(range(encoding.shards)) - folder.finished())
-            _encode_missing(folder, encoding, data, missing, workers, address, stages)
+            _encode_missing(folder, encoding, data, missing, workers, address, stages, mine)
     return CorpusEmbeddings(folder)
 
 
@@ -129,24 +141,23 @@ def _prepare(folder: ShardFolder, encoding: Encoding) -> None:
 
 
 @contextmanager
-def _only_writer(folder: ShardFolder) -> Iterator[None]:
-    """Two runs at once would do every shard twice. The system drops the lock when its holder is killed."""
-    from filelock import FileLock, Timeout
-
-    if folder.local is None:  # object stores have no locks; shards are put atomically and are all alike
-        yield
+def _only_writer(folder: ShardFolder, held: Lease | None) -> Iterator[Lease | None]:
+    """Two runs at once would do every shard twice."""
+    if held is not None or folder.local is None:  # object stores have no leases; shards there are put whole
+        yield held
         return
-    try:
-        folder.local.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.local / ".lock", timeout=0) as lock:
-            try:
-                yield
-            finally:  # while it is held: who opens the file from now on makes another
-                Path(lock.lock_file).unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(f"{folder.location}: another run is writing here; wait for it or stop it") from None
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{folder.location}: cannot be written: {error}") from None
+    with ExitStack() as stack:
+        try:
+            waiting = aloud(folder.location)
+            mine = stack.enter_context(lease(folder.local, _WRITER, waiting=waiting, wait=False))
+        except Held as other:
+            where = f", on {other.owner}" if other.owner else ""
+            raise InputError(
+                f"{folder.location}: another run is writing here{where}; wait for it or stop it"
+            ) from None
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise InputError(f"{folder.location}: cannot be written: {error}") from None
+        yield mine
 
 
 def _encode_missing(
@@ -157,19 +168,23 @@ def _encode_missing(
     workers: int,
     address: str | None,
     stages: StageStore | None,
+    held: Lease | None,
 ) -> None:
     if not missing:
         return
     corpus = data.corpus
     workers = min(workers, len(missing))
+    reads = model_reads(encoding.model) | {f"data '{encoding.dataset}'": partial(corpus_files, corpus.path)}
     if workers == 1 and not _elsewhere(address):
-        on_device(_encode_here, folder, encoding, corpus, missing)
+        with everywhere(check_shared(folder.local, reads)):
+            on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
     losses, given = 0, _connected()
     while missing:
         connect(address)
         try:
-            _spread(folder, encoding, data, missing, workers, stages)
+            shared = check_shared(folder.local, reads)
+            _spread(folder, encoding, data, missing, workers, stages, held, shared)
             return
         except Exception as error:
             if not is_lost_process(error):
@@ -192,6 +207,8 @@ def _spread(
     missing: list[int],
     workers: int,
     stages: StageStore | None,
+    held: Lease | None,
+    shared: Shared | None,
 ) -> None:
     """Encode the ``missing`` shards in ``workers`` actors of the Ray that this process is connected to."""
     import ray
@@ -204,7 +221,7 @@ def _spread(
         [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
     )
     done = tasks.map_batches(
-        _ShardEncoder,
+        _Worker,
         batch_size=1,
         compute=ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         fn_constructor_kwargs={
@@ -215,11 +232,14 @@ def _spread(
             "computed_in": _computed_in(folder),
             "stages": stages,
             "source": data.source,
+            "held": held,
+            "shared": shared,
         },
         **resources,
     )
     rows = iter(done.iter_rows())
-    _follow(iter(partial(watched, partial(next, rows, None)), None), encoding, missing, workers)
+    with in_one_line("encoding"):
+        _follow(iter(partial(watched, partial(next, rows, None)), None), encoding, missing, workers)
 
 
 def _connected() -> bool:
@@ -234,12 +254,14 @@ def _elsewhere(address: str | None) -> bool:
     if address or ray is None or not ray.is_initialized():
         return bool(address or os.environ.get("RAY_ADDRESS"))
     able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    return len(able) > 1 and not ray.cluster_resources().get("GPU")
+    return len(able) > 1 and not uses_gpus()
 
 
-def _encode_here(folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int]) -> None:
+def _encode_here(
+    folder: ShardFolder, encoding: Encoding, corpus: Corpus, missing: list[int], held: Lease | None
+) -> None:
     """One worker alone is this process: starting another takes longer than encoding a small corpus."""
-    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder))
+    encoder = _ShardEncoder(folder, encoding, corpus.path, 1, _computed_in(folder), held)
     tasks = (_task(corpus, encoding.rows(shard), shard) for shard in missing)
     done = (encoder({name: [value] for name, value in task.items()}) for task in tasks)
     rows = ({name: values[0] for name, values in figures.items()} for figures in done)
@@ -257,7 +279,7 @@ def _follow(done: Iterator[dict[str, Any]], encoding: Encoding, missing: list[in
     with progress("Encoding", total=documents, unit="docs") as bar:
         for row in done:
             if row["problem"]:
-                raise _ERRORS[row["error"]](row["problem"])
+                raise _ERRORS.get(row["error"], RuntimeError)(row["problem"])
             if row["warning"]:  # Python shows it once
                 warnings.warn(row["warning"], RuntimeWarning, stacklevel=3)
             tokens, flops = tokens + int(row["tokens"]), flops + row["flops"]
@@ -304,14 +326,7 @@ def _resources(workers: int) -> dict[str, float]:
     A worker reserves one core and computes on its share of the node's: a larger reservation would wait
     forever beside any other job.
     """
-    import ray
-
-    cluster = ray.cluster_resources()
-    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 0))
-    limit, unit = (gpus, "GPUs") if gpus else (cpus, "cores")
-    if workers > limit:
-        raise InputError(f"{workers} workers need as many {unit}; the Ray cluster has {limit}")
-    return {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 1}
+    return {"num_cpus": 1, "num_gpus": 1} if room(workers).gpus else {"num_cpus": 1}
 
 
 def _workers_a_node(workers: int, resources: dict[str, float]) -> int:
@@ -329,6 +344,18 @@ def _peak_of_this_process(device: torch.device, precision: Computed) -> float:
     return gemm_peak(device, precision)
 
 
+_NO_FIGURES: dict[str, Any] = {
+    "documents": 0,
+    "tokens": 0,
+    "flops": 0.0,
+    "gemm_peak": 1.0,
+    "warning": "",
+    "precision": "",
+    "error": "",
+    "problem": "",
+}
+
+
 class _ShardEncoder:
     """The actor: loads the model once by its path, then encodes and writes one shard a call."""
 
@@ -339,13 +366,15 @@ class _ShardEncoder:
         path: Path,
         workers_a_node: int,
         computed_in: Computed | None,
+        held: Lease | None = None,
         stages: StageStore | None = None,
         source: str = "",
+        shared: Shared | None = None,
     ) -> None:
-        self._stages = stages
         if source and not path.exists():  # the data set is copied to this machine too
             copy_of(source)
-        self._folder, self._encoding, self._path = folder, encoding, path
+        self._folder, self._encoding, self._path, self._held = folder, encoding, path, held
+        self._stages, self._shared = stages, shared
         self._workers_a_node, self._computed_in = workers_a_node, computed_in
 
     @cached_property
@@ -374,10 +403,10 @@ class _ShardEncoder:
         What is wrong travels as a value: Ray would drop the exception and keep its traceback.
         """
         shard, steps, ids = int(batch["shard"][0]), batch["offset_steps"][0], str(batch["ids_sha256"][0])
-        figures = {"documents": 0, "tokens": 0, "flops": 0.0, "gemm_peak": 1.0, "warning": ""}
-        figures["precision"] = ""
-        figures |= {"error": "", "problem": ""}
+        figures = dict(_NO_FIGURES)
         try:
+            if self._shared is not None:
+                self._shared.check()
             before = self._encoder.flops_seen
             record = self._encode(shard, _documents(self._path, steps, ids))
             figures |= {"documents": record.documents, "tokens": record.tokens, "gemm_peak": self._gemm_peak}
@@ -401,5 +430,19 @@ class _ShardEncoder:
             computed_in=self._encoder.precision,
         )
         ids = [document.id for document in documents]
+        if self._held is not None:
+            self._held.check()
         self._folder.write_shard(record, ids, embeddings, self._encoding.dtype)
         return record
+
+
+class _Worker(_ShardEncoder):
+    """One of Ray Data's, which would put advice of its own in the place of what an error says."""
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(batch)
+        except Exception as error:
+            name = type(error).__name__
+            figures = _NO_FIGURES | {"error": name, "problem": f"{name} on {platform.node()}: {error}"}
+            return {name: [value] for name, value in figures.items()}

@@ -119,8 +119,8 @@ class ShardFolder:
         from pyarrow import fs
 
         system, root = self._root()
-        with storage.reached(self.location):
-            listing = system.get_file_info(fs.FileSelector(f"{root}/shards", allow_not_found=True))
+        selector = fs.FileSelector(f"{root}/shards", allow_not_found=True)
+        listing = storage.steadily(self.location, lambda: system.get_file_info(selector))
         names = {item.base_name for item in listing}
         whole = {name[:-5] for name in names if name.endswith(".json")}
         return {int(stem) for stem in whole if stem.isdecimal() and f"{stem}.parquet" in names}
@@ -188,6 +188,8 @@ class ShardFolder:
             leftover.unlink(missing_ok=True)
 
     def _read(self, name: str) -> bytes | None:
+        if storage.is_uri(self.location):
+            return storage.get(storage.join(self.location, name))
         system, root = self._root()
         try:
             with system.open_input_stream(f"{root}/{name}") as stream:
@@ -198,6 +200,9 @@ class ShardFolder:
 
     def _write(self, name: str, content: Any) -> None:
         """Readers see the whole file or none: renamed into place; object stores are atomic by themselves."""
+        if storage.is_uri(self.location):
+            storage.put(storage.join(self.location, name), content)
+            return
         system, root = self._root()
         path = f"{root}/{name}"
         aside = f"{path}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}" if self.local else path

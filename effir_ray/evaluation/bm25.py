@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from effir_ray.data.datasets import Dataset
+from effir_ray.errors import InputError
 from effir_ray.evaluation.metrics import Run, Scores, score_run
 
 NAME = "bm25"
@@ -17,11 +18,17 @@ Rank = Callable[[Sequence[str]], tuple[npt.NDArray[np.floating], npt.NDArray[np.
 
 
 def bm25_ranker(texts: Sequence[str], depth: int) -> Rank:
-    """BM25 (k1 1.5, b 0.75, Lucene's variant) with English stop words, by bm25s."""
+    """BM25 (k1 1.5, b 0.75, Lucene's variant) with English stop words, by bm25s.
+
+    Raises InputError where no document has a word.
+    """
     import bm25s
 
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
+    words = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+    if not any(words.ids):
+        raise InputError(f"BM25: none of the {len(texts)} documents has a word of two letters or more")
+    index.index(words, show_progress=False)
     found = min(depth, len(texts))
 
     def rank(queries: Sequence[str]) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.integer]]:

@@ -10,6 +10,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from effir_ray.cluster.connection import connect
+from effir_ray.cluster.devices import room
+from effir_ray.cluster.lost import in_one_line
+from effir_ray.cluster.probe import Shared, check_shared
 from effir_ray.config import Config
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.errors import InputError
@@ -129,33 +132,32 @@ def search_on_ray(
 
     Every task searches a run of consecutive shards that it reads itself; only queries and (q, k) results
     travel. The result is that of ``exact_search`` bit for bit, however the shards are spread (see ``index``).
-    The corpus must lie where every node can read it. Raises InputError for fewer than one worker, and what
-    ``exact_search`` raises.
+    The corpus must lie where every node can read it. Raises InputError for fewer than one worker, LostProcess
+    when the same part was lost again and again, and what ``exact_search`` raises.
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; at least 1 is needed")
     import ray
-    from ray.exceptions import RayTaskError
 
     connect(address)
-    gpu = 1 if ray.cluster_resources().get("GPU", 0) else 0
-    task = ray.remote(num_cpus=1, num_gpus=gpu)(_search_shards)
+    shared = check_shared(corpus.folder.local, {})
+    gpu = 1 if room().gpus else 0
+    # Without a strategy of its own a task of a study's trial would have to fit into what that has reserved.
+    task = ray.remote(num_cpus=1, num_gpus=gpu, scheduling_strategy="DEFAULT")(_search_shards)
     sent = ray.put(queries)
     runs = [run for run in np.array_split(np.arange(corpus.encoding.shards), workers) if len(run)]
-    pending = [task.remote(sent, corpus.folder, corpus.encoding, run, k, backend) for run in runs]
+    pending = [task.remote(sent, shared, corpus.folder, corpus.encoding, run, k, backend) for run in runs]
     parts = []
-    with progress("Searching", total=len(runs), unit="parts") as bar:
-        try:
-            for reference in pending:
-                parts.append(ray.get(reference))
-                bar.advance()
-        except RayTaskError as error:
-            raise error.cause from None
+    with progress("Searching", total=len(runs), unit="parts") as bar, in_one_line("searching"):
+        for reference in pending:
+            parts.append(ray.get(reference))
+            bar.advance()
     return merge_results(parts, k)
 
 
 def _search_shards(
     queries: Floats,
+    shared: Shared | None,
     folder: ShardFolder,
     encoding: Encoding,
     shards: npt.NDArray[np.int64],
@@ -163,6 +165,8 @@ def _search_shards(
     backend: Backend,
 ) -> tuple[Floats, Ints]:
     """The best k of some consecutive shards, numbered as in the whole corpus."""
+    if shared is not None:
+        shared.check()
     rows = (folder.read_shard(int(shard), ["embedding"])[1] for shard in shards)
     scores, indices = exact_search(queries, rows, k=k, backend=backend)
     return scores, np.where(indices >= 0, indices + encoding.rows(int(shards[0])).start, -1)

@@ -35,7 +35,7 @@ from effir_ray.models.names import Source, resolve
 from effir_ray.models.ordinary import kept_blocks, ordinary_config, restore_config, restore_model
 from effir_ray.models.plan import Plan
 from effir_ray.models.random_models import random_config, random_model, random_tokenizer
-from effir_ray.models.settings import ModelSettings, check_model_files, read_settings
+from effir_ray.models.settings import check_model_files, model_file
 from effir_ray.models.tokenizers import load_tokenizer, with_eos
 from effir_ray.models.weights import check_tensors, dequantised, quiet_transformers
 
@@ -97,19 +97,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Remote code is never run: supported architectures are transformers' own. Raises InputError when there is
     no readable config.json or its architecture is not supported.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
     file = folder / "config.json"
-    settings = read_settings(file, ModelSettings)
-    if settings is None:
-        raise InputError(f"{file}: no such file; expected a Hugging Face model folder")
-    model_type = settings.model_type
+    found = model_file(file)
+    model_type = found["model_type"]
     families.get(model_type)
     own = architecture.compressed_classes()
     try:
         if model_type in own:
-            return own[model_type].config_class.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return own[model_type].config_class.from_dict(found)
+        config = CONFIG_MAPPING[model_type].from_dict(found, name_or_path=str(folder))
     except Exception as error:  # transformers validates with many exception types
         raise InputError(f"{file}: not a valid configuration: {' '.join(str(error).split())}") from None
     place = read_place(folder)
@@ -138,8 +136,10 @@ def load_model(folder: Path, *, dtype: DType, first_blocks: int | None = None) -
                 ignore_mismatched_sizes=True,
                 **architecture.build_options(stored),
             )
-    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-        # LookupError: an activation function that there is none of
+    except (
+        *(OSError, ValueError, LookupError, RuntimeError, SafetensorError),
+        *(TypeError, AttributeError),  # a setting that we do not know, of the wrong type
+    ) as error:  # LookupError: an activation function that there is none of
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{folder}: cannot load weights (safetensors only): {reason}") from None
     family = families.get(config.model_type)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -89,11 +91,37 @@ def backbone_fingerprint(name_or_path: str | Path) -> str:
     else:
         if is_adapter(source.path):
             digest.update(f"base:{backbone_fingerprint(base_of_adapter(source.path))}".encode())
-        for path in sorted(source.path.rglob("*")):
-            inside = path.relative_to(source.path)
-            if path.is_file() and not any(piece.startswith(".") for piece in inside.parts):
-                digest.update(f"{inside.as_posix()}\0{file_hash(path)}\0".encode())
+        for path in _visible_files(source.path):
+            digest.update(f"{path.relative_to(source.path).as_posix()}\0{file_hash(path)}\0".encode())
     return digest.hexdigest()
+
+
+def model_reads(name: str) -> dict[str, Callable[[], dict[str, Path]]]:
+    """What a backbone and an adapter's base are called -> name and path of their files, wherever that is
+    called, which raises InputError where there are none. Nothing of a model of the hub: nodes fetch it."""
+    source = _here(name)
+    if source is None or source.path is None:
+        return {}
+    reads: dict[str, Callable[[], dict[str, Path]]] = {f"model '{name}'": partial(_model_files, name)}
+    if source.path.is_dir() and is_adapter(source.path):
+        reads |= model_reads(base_of_adapter(source.path))
+    return reads
+
+
+def _model_files(name: str) -> dict[str, Path]:
+    source = _here(name)
+    if source is None or source.path is None:
+        raise InputError(f"{name}: no such folder")
+    if source.path.is_file():
+        return {source.path.name: source.path}
+    return {path.relative_to(source.path).as_posix(): path for path in _visible_files(source.path)}
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        hidden = any(piece.startswith(".") for piece in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path
 
 
 def _random(name: str) -> Source:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
@@ -44,6 +44,12 @@ Width = Annotated[int, Field(strict=True, ge=1, le=MAX_WIDTH)]
 Neurons = Annotated[int, Field(strict=True, ge=1, le=MAX_NEURONS)]
 Index = Annotated[int, Field(strict=True, ge=0, lt=MAX_NEURONS)]
 Heads = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Positions = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Base = Annotated[float, Field(strict=True, gt=0, le=1e12)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e6)]
+DTypeName = Annotated[str, Field(pattern=r"^(torch\.)?(float16|bfloat16|float32|float64)$")]
 
 
 class _File(Config):
@@ -53,6 +59,15 @@ class _File(Config):
 
 
 F = TypeVar("F", bound=_File)
+
+
+def model_file(file: Path) -> dict[str, Any]:
+    """config.json as transformers is to see it, checked; InputError where it is missing or does not fit."""
+    found = _object(file)
+    if found is None:
+        raise InputError(f"{file}: no such file; expected a Hugging Face model folder")
+    parse(found, ModelSettings, source=str(file))
+    return {name: value for name, value in found.items() if name not in _OTHERS}
 
 
 def read_settings(file: Path, kind: type[F]) -> F | None:
@@ -77,6 +92,38 @@ class LayerSettings(_File):
     intermediate_size: Neurons | None = None
 
 
+class RopeSettings(_File):
+    """``rope_parameters`` (``rope_scaling`` once): how positions turn queries and keys."""
+
+    rope_type: str | None = Field(default=None, max_length=64)
+    rope_theta: Base | None = None
+    factor: Base | None = None
+    attention_factor: Amount | None = None
+    beta_fast: Amount | None = None
+    beta_slow: Amount | None = None
+    mscale: Amount | None = None
+    mscale_all_dim: Amount | None = None
+    low_freq_factor: Base | None = None
+    high_freq_factor: Base | None = None
+    partial_rotary_factor: Annotated[Share, Field(gt=0)] | None = None
+    original_max_position_embeddings: Positions | None = None
+    short_factor: tuple[Base, ...] | None = None
+    long_factor: tuple[Base, ...] | None = None
+
+
+def _by_kind(value: Any) -> Any:
+    """Of models whose layers turn in several ways, one object a kind of layer."""
+    if not isinstance(value, dict) or (value and all(isinstance(inner, dict) for inner in value.values())):
+        return value
+    return {"all": value}
+
+
+Ropes = Annotated[dict[str, RopeSettings], BeforeValidator(_by_kind)]
+
+_OTHERS = ("num_labels", "id2label", "label2id", "attn_implementation", "_attn_implementation")
+"""Settings of config.json that are of no use to a headless model whose attention we choose."""
+
+
 class ModelSettings(_File):
     """config.json: what decides how large a model is, and what a wrong value of breaks building it.
 
@@ -92,11 +139,47 @@ class ModelSettings(_File):
     head_dim: Annotated[int, Field(strict=True, ge=1, le=8192)] | None = None
     vocab_size: Annotated[int, Field(strict=True, ge=1, le=MAX_VOCABULARY)] | None = None
     type_vocab_size: Annotated[int, Field(strict=True, ge=0, le=MAX_WIDTH)] | None = None
-    max_position_embeddings: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
+    max_position_embeddings: Positions | None = None
     pad_token_id: Annotated[int, Field(strict=True, ge=-1, le=MAX_VOCABULARY)] | None = None
-    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
-    layer_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    rms_norm_eps: Share | None = None
+    layer_norm_eps: Share | None = None
+    norm_eps: Share | None = None
+    sliding_window: Positions | None = None
+    local_attention: Positions | None = None
+    max_window_layers: Count | None = None
+    sliding_window_pattern: Count | None = None
+    global_attn_every_n_layers: Count | None = None
+    rope_theta: Base | None = None
+    global_rope_theta: Base | None = None
+    local_rope_theta: Base | None = None
+    rope_local_base_freq: Base | None = None
+    partial_rotary_factor: Annotated[Share, Field(gt=0)] | None = None
+    rope_parameters: Ropes | None = None
+    rope_scaling: Ropes | None = None
+    query_pre_attn_scalar: Base | None = None
+    attn_logit_softcapping: Base | None = None
+    final_logit_softcapping: Base | None = None
+    attention_dropout: Share | None = None
+    attention_probs_dropout_prob: Share | None = None
+    hidden_dropout_prob: Share | None = None
+    embedding_dropout: Share | None = None
+    mlp_dropout: Share | None = None
+    classifier_dropout: Share | None = None
+    initializer_range: Amount | None = None
+    initializer_cutoff_factor: Amount | None = None
+    chunk_size_feed_forward: Count | None = None
+    pretraining_tp: Count | None = None
+    num_labels: Count | None = None
+    dtype: DTypeName | None = None
+    torch_dtype: DTypeName | None = None
+    quantization_config: None = None
     per_layer_config: dict[str, LayerSettings] | None = None
+
+    @field_validator("quantization_config", mode="before")
+    @classmethod
+    def _is_not_quantised(cls, value: Any) -> None:
+        if value is not None:
+            raise ValueError("quantised weights are not read; give the model that they were made from")
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelSettings:

@@ -13,10 +13,9 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from effir_ray.caches import cache_folder, file_hash
 from effir_ray.errors import InputError
+from effir_ray.leases import LEASES, aloud, lease
 from effir_ray.models.family import Family, get
 from effir_ray.models.settings import check_gguf_file
 
@@ -71,11 +70,12 @@ def dequantised(path: Path) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with lease(target.parent / LEASES, target.name, waiting=aloud(f"the conversion of {path}")) as mine:
         if not target.is_dir():
             temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix="converting-"))
             try:
                 _convert_gguf(path, temporary)
+                mine.check()
                 temporary.rename(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from effir_ray.errors import InputError
-from effir_ray.readers import read_json
+from effir_ray.readers import check_regular, read_json
 from effir_ray.results.tables import Folders, as_places
 
 
@@ -51,6 +51,7 @@ def _in(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> pa.Table:
+    check_regular(file)
     try:
         return _READERS[file.suffix](file)
     except KeyError:

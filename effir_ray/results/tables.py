@@ -26,7 +26,8 @@ from effir_ray import storage
 from effir_ray.errors import InputError, is_disk_full
 from effir_ray.files import whole
 from effir_ray.mirrors import Mirror
-from effir_ray.readers import json_object, parse_json, quoted
+from effir_ray.parquet_files import check_group, check_rows, coded
+from effir_ray.readers import check_regular, json_object, parse_json, quoted
 
 Folders = Path | str | Iterable[Path | str]
 """One study folder (a path or a URI), ``rows`` folder or Parquet file, or several."""
@@ -40,8 +41,8 @@ FILE, ROW = "_file", "_row"
 _COMPACT = ".compact.parquet"
 _REPLACES = b"effir_ray_replaces"
 _EMPTY = b"effir_ray_empty"
-"""Names of a compact file's columns that are null in every row. Parquet's own statistics would say it too, but
-asking pyarrow for those of a damaged file ends the process."""
+"""Names of a compact file's columns that are null in every row. Parquet's own statistics would say it too,
+but asking pyarrow for those of a damaged file ends the process."""
 
 _GROUP = 2048  # rows a row group of a compact file: what one row of it costs to read
 _LISTINGS = 5  # a folder that is compacted that often while it is read is no study's
@@ -238,9 +239,10 @@ def _replaced(files: Iterable[Path]) -> set[Path]:
     for file in files:
         if file.name.endswith(_COMPACT):
             try:
+                check_regular(file)
                 listed = (pq.read_schema(file).metadata or {}).get(_REPLACES, b"[]")
                 gone |= {file.parent / name for name in json.loads(listed) if isinstance(name, str)}
-            except (pa.ArrowException, OSError, ValueError, TypeError):
+            except (pa.ArrowException, OSError, ValueError, TypeError, InputError):
                 continue  # whoever reads its rows says what is wrong with it
     return gone
 
@@ -284,7 +286,10 @@ def _said_when_full(target: Path) -> Iterator[None]:
 def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
     with _opened(file, kind) as parquet:
         present = set(_columns_with_values(file, parquet))
-        table = _decoded(file, lambda: parquet.read(columns=[n for n in schema.names if n in present]))
+        names = [name for name in schema.names if name in present]
+        for group in range(parquet.num_row_groups):
+            check_group(parquet, group, names, f"{file}: row group {group}")
+        table = _decoded(file, lambda: parquet.read(columns=names))
         return _typed(file, table, parquet.metadata.num_rows, kind, schema)
 
 
@@ -296,6 +301,7 @@ def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterato
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
             if here:
+                check_group(parquet, group, names, f"{file}: row group {group}")
                 places = pa.array([row - start for row in here], pa.int64())
                 # One column after the other: a few rows of a million should not hold them all in memory.
                 columns = [_decoded(file, partial(_taken, parquet, group, name, places)) for name in names]
@@ -305,8 +311,8 @@ def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterato
 
 
 def _columns_with_values(file: Path, parquet: pq.ParquetFile) -> list[str]:
-    """Those that are not null in every row of a compact file: of a column that nobody measured, the nulls need
-    not be read."""
+    """Those that are not null in every row of a compact file: of a column that nobody measured, the nulls
+    need not be read."""
     listed = (parquet.metadata.metadata or {}).get(_EMPTY, b"[]")
     empty = parse_json(listed, f"{file}: {_EMPTY.decode()}")
     return [name for name in parquet.schema_arrow.names if not (isinstance(empty, list) and name in empty)]
@@ -317,7 +323,13 @@ def _taken(parquet: pq.ParquetFile, group: int, name: str, places: pa.Array) -> 
 
 
 def _opened(file: Path, kind: TableKind) -> pq.ParquetFile:
-    parquet = _decoded(file, lambda: pq.ParquetFile(file))
+    check_regular(file)
+
+    def opened() -> pq.ParquetFile:
+        with pq.ParquetFile(file) as plain:
+            return coded(file, plain)
+
+    parquet = _decoded(file, opened)
     version = (parquet.schema_arrow.metadata or {}).get(kind.version_key)
     wrong = ""
     if version is None:
@@ -343,6 +355,7 @@ def _decoded(file: Path, decode: Callable[[], Any]) -> Any:
 
 
 def _typed(file: Path, table: pa.Table, rows: int, kind: TableKind, schema: pa.Schema) -> pa.Table:
+    check_rows(table, str(file))
     columns = [_column(file, table, rows, kind, field) for field in schema]
     return _decoded(file, lambda: pa.Table.from_arrays(columns, schema=schema))  # of unequal lengths
 

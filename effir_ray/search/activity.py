@@ -6,26 +6,26 @@ a crash.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from effir_ray import storage
+from effir_ray.config import Config, parse
+from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.mirrors import Mirror
 from effir_ray.progress import show_progress
+from effir_ray.readers import parse_json
 
 FOLDER = "activity"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activity:
+class Activity(Config):
     """``stage`` runs since ``since`` (seconds since the epoch); ``detail`` is its own latest progress
     line."""
 
@@ -45,7 +45,7 @@ class ActivityWriter:
 
     def __call__(self, stage: str) -> None:
         activity = Activity(trial=self.trial, split=self.split, stage=stage, since=time.time())
-        write_whole(self.file, json.dumps(asdict(activity)))
+        write_whole(self.file, activity.model_dump_json())
         self.file.with_suffix(".log").write_text("")
         self.study.push(self.file)
 
@@ -66,7 +66,7 @@ def reporting(study: Mirror, trial_id: str, trial: str, split: str) -> Iterator[
     finally:
         file.unlink(missing_ok=True)
         if study.uri:
-            storage.discard(study.at(f"{FOLDER}/{file.name}"))
+            storage.remove(study.at(f"{FOLDER}/{file.name}"))
         log.unlink(missing_ok=True)
 
 
@@ -74,7 +74,7 @@ def remove_leftovers(study: Mirror) -> None:
     """Remove what killed processes left."""
     shutil.rmtree(study.folder / FOLDER, ignore_errors=True)
     if study.uri:
-        storage.discard(study.at(FOLDER))
+        storage.remove(study.at(FOLDER))
 
 
 def current(study: Mirror) -> list[Activity]:
@@ -83,12 +83,13 @@ def current(study: Mirror) -> list[Activity]:
     found = _elsewhere(study) if study.uri else []
     for file in sorted((study.folder / FOLDER).glob("*.json")):
         try:
-            activity = Activity(**json.loads(file.read_text()))
+            activity = _parsed(file.read_text(), file)
             with file.with_suffix(".log").open("rb") as log:
                 detail = _last_line(log)
         except FileNotFoundError:  # ended between listing and reading
             continue
-        found.append(Activity(**{**asdict(activity), "detail": detail}))
+        if activity is not None:
+            found.append(activity.model_copy(update={"detail": detail}))
     return sorted(found, key=lambda activity: activity.since)
 
 
@@ -102,9 +103,18 @@ def _elsewhere(study: Mirror) -> list[Activity]:
         here = {file.name for file in (study.folder / FOLDER).glob("*.json")}
         names = storage.entries(study.at(FOLDER)).keys() - here
         texts = [storage.get(study.at(f"{FOLDER}/{name}")) for name in sorted(names)]
-        found = [Activity(**json.loads(text)) for text in texts if text]
+        read = [_parsed(text, name) for name, text in zip(sorted(names), texts, strict=True) if text]
+        found = [activity for activity in read if activity is not None]
         _asked[study.uri] = (time.monotonic(), found)
     return list(found)
+
+
+def _parsed(text: str | bytes, source: object) -> Activity | None:
+    """None for what no trial of this version has written: what is shown is no reason to end a study."""
+    try:
+        return parse(parse_json(text, str(source)), Activity, source=str(source))
+    except InputError:
+        return None
 
 
 def _last_line(log: IO[bytes]) -> str:

@@ -8,7 +8,9 @@ it is built anew, to the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+from effir_ray.results.schema import TrialRow
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split
@@ -26,6 +28,8 @@ class Collector:
         """``sources``: of each backbone, by its name."""
         self.proposals, self.store, self.sources = proposals, store, sources
         self._stages: dict[tuple[str, str], list[KeyedStage]] = {}
+        self._taken: set[tuple[str, str, Any]] = set()  # rows whose stages are among those that can go
+        self._can_go: dict[str, KeyedStage] = {}  # large stages that rows lead to, by key
 
     def collect(self) -> None:
         """Delete the models and embeddings of trials that have their rows, and that nothing to come needs."""
@@ -33,9 +37,20 @@ class Collector:
         if self.proposals.space.keep == "all":
             return
         wanted = {stage.key for stage in self._wanted()}
-        for stage in self._finished():
-            if stage.stage.bulk is not None and stage.key not in wanted:
+        self._take_rows()
+        for key, stage in list(self._can_go.items()):
+            if key not in wanted and stage.stage.bulk is not None:
                 self.store.free(stage.path(self.store), stage.stage.bulk)
+                del self._can_go[key]
+
+    def _take_rows(self) -> None:
+        """A stage that went and was built again has a row that is new."""
+        for (trial, split), row in self._rows():
+            name = (trial, split, row.created_at)
+            if name not in self._taken:
+                self._taken.add(name)
+                stages = self._of(TrialConfig.of(row), "test" if split == "test" else "dev")
+                self._can_go |= {stage.key: stage for stage in stages if stage.stage.bulk is not None}
 
     def _collect_states(self) -> None:
         """What stopped trainings would go on from, where they do not: their models are whole without."""
@@ -57,8 +72,11 @@ class Collector:
         return sum(self.store.bytes_of(place, bulk) for place, bulk in places if bulk)
 
     def _finished(self) -> Iterator[KeyedStage]:
-        for (_, split), row in [*list(self.proposals.rows.items()), *list(self.proposals.repeated.items())]:
+        for (_, split), row in self._rows():
             yield from self._of(TrialConfig.of(row), "test" if split == "test" else "dev")
+
+    def _rows(self) -> list[tuple[tuple[str, str], TrialRow]]:
+        return [*list(self.proposals.rows.items()), *list(self.proposals.repeated.items())]
 
     def _wanted(self) -> Iterator[KeyedStage]:
         """Everything that leads to a row to come, and what the scores of the front's rows are of."""

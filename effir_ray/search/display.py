@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from effir_ray.cluster.devices import lacks_nodes
 from effir_ray.mirrors import Mirror
 from effir_ray.progress import duration, progress_stream
 from effir_ray.results.schema import TrialRow
@@ -26,6 +27,7 @@ _LATEST_ROWS = 12
 _LIVE_INTERVAL = 0.5  # seconds
 _LINE_INTERVAL = 20.0
 _IDLE = "starting a trial process"
+_NOWHERE = "waiting for a node of the cluster"
 
 
 class StudyDisplay:
@@ -39,6 +41,11 @@ class StudyDisplay:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._lock = threading.Lock()
+        self._left, self._asked, self._ask_at = (
+            0.0,
+            0.0,
+            0.0,
+        )  # seconds left; when asked, and asked again
 
     def __enter__(self) -> StudyDisplay:
         if self.stream is not None:
@@ -81,7 +88,7 @@ class StudyDisplay:
             running = current(self.study)
             now = {(activity.trial, activity.stage, activity.since) for activity in running}
             if now - shown or time.monotonic() - last >= _LINE_INTERVAL:
-                for line in [_activity_line(activity) for activity in running] or [_IDLE]:
+                for line in [_activity_line(activity) for activity in running] or [_idle()]:
                     self._print(f"{self._headline()} | {line}")
                 shown, last = now, time.monotonic()
 
@@ -103,9 +110,16 @@ class StudyDisplay:
         return ", ".join(parts + ([f"about {duration(left)} left"] if left > 0 else []))
 
     def _seconds_left(self) -> float:
+        """Asked anew so seldom that it is a twentieth of a core's work at most, of however many trials."""
+        began = time.monotonic()
+        if began < self._ask_at:
+            return max(0.0, self._left - (began - self._asked))
         known, unknown, tests = self.proposals.to_come()
         running = [(activity.stage, activity.since) for activity in current(self.study)]
-        return self.estimate.seconds_left(known, unknown, tests, running)
+        self._left = self.estimate.seconds_left(known, unknown, tests, running)
+        self._asked = time.monotonic()
+        self._ask_at = self._asked + 20 * (self._asked - began)
+        return self._left
 
     def _title(self, row: TrialRow) -> str:
         return self.proposals.space.title(row.schedule, row.backbone)
@@ -120,9 +134,13 @@ class StudyDisplay:
         for row in list(self.rows):
             table.add_row(self._title(row), row.split, *_cells(row))
         bar = ProgressBar(total=self.proposals.planned, completed=self.proposals.done("dev"), width=40)
-        lines = [_activity_line(activity) for activity in current(self.study)] or [_IDLE]
+        lines = [_activity_line(activity) for activity in current(self.study)] or [_idle()]
         running = [Text(line, style="cyan") for line in lines]
         return Group(Text(self._headline(), style="bold"), bar, *running, table)
+
+
+def _idle() -> str:
+    return _NOWHERE if lacks_nodes() else _IDLE
 
 
 def _activity_line(activity: Activity) -> str:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
+from effir_ray.cluster.probe import is_unused
 from effir_ray.config import Config, parse
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.hardware import PINNED, Hardware, available_cores, detect
-from effir_ray.leases import EXPIRY, Held, Lease, Owner, lease
+from effir_ray.leases import LEASES, Held, Lease, aloud, lease
 from effir_ray.mirrors import Mirror
-from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.readers import read_json
 from effir_ray.results import store
@@ -37,7 +37,6 @@ from effir_ray.stages import StageStore
 
 STUDY_FILE = "study.json"
 STAGES_FOLDER = "stages"
-_LEASES = ".leases"
 
 
 _NOT_IDENTITY = (
@@ -78,7 +77,7 @@ def find(out: Path, space: SearchSpace, contents: Mapping[str, str], *, resume: 
     """
     file = out / STUDY_FILE
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if not is_unused(out):
             raise InputError(f"{out} is not empty and holds no study; choose another --out")
         return None
     record = _read(file)
@@ -165,28 +164,15 @@ def stages_of(study: Mirror) -> StageStore:
 @contextmanager
 def exclusive(study: Mirror) -> Iterator[Lease]:
     """Only one search works in a folder. That of a killed one is taken over: at once on its own machine,
-    after ``EXPIRY`` seconds elsewhere."""
-    said = False
-
-    def waiting(owner: Owner | None, seconds: float) -> None:
-        nonlocal said
-        stream = progress_stream()
-        if stream is not None and not said:
-            said = True
-            print(
-                f"{study}: {owner or 'another process'} was searching here; waiting up to {EXPIRY:.0f} s to "
-                "see whether it still lives.",
-                file=stream,
-            )
-
+    after ``leases.EXPIRY`` seconds elsewhere."""
     try:
-        place = study.at(_LEASES) or study.folder / _LEASES
-        with lease(place, "search", waiting=waiting, wait=False) as mine:
+        place = study.at(LEASES) or study.folder / LEASES
+        with lease(place, "search", waiting=aloud(str(study)), wait=False) as mine:
             yield mine
     except Held as held:
+        where = f", on {held.owner}" if held.owner else ""
         raise InputError(
-            f"{study}: another search is running in this folder ({held.owner or 'starting'}); wait for it or "
-            "stop it"
+            f"{study}: another search is running in this folder{where}; wait for it or stop it"
         ) from None
 
 

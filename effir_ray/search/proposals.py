@@ -215,8 +215,11 @@ class Proposals:
         dev = [row for row in list(self.rows.values()) if row.split == "dev" and self._meets(row)]
         if not dev:
             return []
-        table = pa.Table.from_pylist([row.model_dump() for row in dev], schema=ARROW_SCHEMA)
         directions = self.space.directions
+        names = [each for each in ARROW_SCHEMA.names if each.startswith(tuple(directions))]  # and intervals
+        schema = pa.schema([ARROW_SCHEMA.field(name) for name in names])
+        columns = {name: [getattr(row, name) for row in dev] for name in names}
+        table = pa.table(columns, schema=schema)
         best = [row for row, kept in zip(dev, chosen(table, directions), strict=True) if kept]
         first = self.space.objectives[0]
         best.sort(key=lambda row: float(getattr(row, first)), reverse=directions[first] == "max")

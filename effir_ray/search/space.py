@@ -11,12 +11,13 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
-from effir_ray.config import Config, Length, Prompts, Seed, check_different, parse, says_nothing
+from effir_ray.config import Config, Length, Place, Prompts, Seed, check_different, parse, says_nothing
 from effir_ray.errors import InputError
 from effir_ray.readers import parse_json
 from effir_ray.results.conditions import Condition, condition
@@ -72,18 +73,18 @@ class StudySettings(Config):
     documents ``dev`` and ``test`` draw, apart from it, so that trials of several seeds share them.
     """
 
-    backbone: str
+    backbone: Place
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
     prompts: Prompts | None = Field(default=None, exclude_if=says_nothing)
-    dataset: str
-    datasets: tuple[str, ...] = Field(default=(), exclude_if=says_nothing)
+    dataset: Place
+    datasets: tuple[Place, ...] = Field(default=(), exclude_if=says_nothing)
     dev: Sample = Sample()
     test: Sample = Sample()
     query_max_length: Length = 64
     document_max_length: Length = CALIBRATION.max_length
     encoding_workers: int = Field(default=1, ge=1, le=4096)
     calibration_texts: int = Field(default=CALIBRATION.texts, ge=1, le=10**7)
-    calibration_from: str | None = None
+    calibration_from: Place | None = None
     gates: GateTraining = CALIBRATION.gates
     base_training: TrainConfig | None = None
     recovery: TrainConfig | None = None
@@ -187,7 +188,7 @@ def _with_trainings(given: Mapping[str, Any], study: Mapping[str, Any]) -> dict[
 class Backbone(Config):
     """One of several backbones of a study, with what it has of its own; the rest is the study's."""
 
-    backbone: str
+    backbone: Place
     first_blocks: int | None = Field(default=None, ge=1, le=1024)
     prompts: Prompts | None = None
     query_max_length: Length | None = None
@@ -209,14 +210,20 @@ class TrialConfig(StudySettings):
     @classmethod
     def of(cls, row: TrialRow) -> TrialConfig:
         """That of a row. Raises InputError for one that another version wrote, or nobody."""
-        return cls.read(row.trial, f"the row of trial {row.trial_id}")
+        return _of_row(row.trial, row.trial_id)
 
     @classmethod
     def read(cls, text: str, source: str) -> TrialConfig:
         """From JSON that lies in ``source``, which InputError names."""
         return parse(parse_json(text, source), cls, source=source)
 
-    @property
+    def __copy__(self) -> Self:
+        """``model_copy`` changes what it copies: the id of the original is not its own."""
+        copied = super().__copy__()
+        copied.__dict__.pop("id", None)
+        return copied
+
+    @cached_property
     def id(self) -> str:
         """The same on every machine for configurations that come to the same: how many workers encode makes
         no difference to a bit."""
@@ -248,6 +255,12 @@ class TrialConfig(StudySettings):
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
         return self.model_copy(update={"schedule": Schedule(), "recovery": None})
+
+
+@lru_cache(maxsize=8192)
+def _of_row(trial: str, identifier: str) -> TrialConfig:
+    """A driver asks for those of the front at every row."""
+    return TrialConfig.read(trial, f"the row of trial {identifier}")
 
 
 class Budget(Config):
@@ -289,7 +302,7 @@ class SearchSpace(StudySettings):
     strategy: StrategyName = "independent"
     halving: Halving = Halving()
     trials: int = Field(default=0, ge=0, le=10**6)
-    priors: tuple[str, ...] = Field(default=(), max_length=100)
+    priors: tuple[Place, ...] = Field(default=(), max_length=100)
     budget: Budget = Budget()
     objectives: tuple[str, ...] = Field(default=DEFAULT_OBJECTIVES, min_length=1, max_length=len(DIRECTIONS))
     constraints: tuple[str, ...] = Field(default=(), max_length=len(DIRECTIONS))

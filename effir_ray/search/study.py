@@ -12,14 +12,16 @@ from typing import Any, Literal
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import machine
+from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import RESTARTS, is_lost_process, pause_seconds
+from effir_ray.cluster.lost import RESTARTS, is_lost_process, own_disks, pause_seconds, unfit_node
+from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import Hardware
+from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
 from effir_ray.models.loading import load_text_side
 from effir_ray.progress import progress_stream
@@ -51,7 +53,7 @@ from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
-from effir_ray.search.trial import failed_row, failure_reason, run_trial, sources_of
+from effir_ray.search.trial import failed_row, failure_reason, reads_of, run_trial, sources_of
 from effir_ray.stages import size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
@@ -102,6 +104,9 @@ def search(
     find(folder, space, contents, resume=resume)
     given = _ray_runs()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
+    shared = check_shared(
+        None if study.uri else folder, reads_of(space.of(name) for name in space.backbone_names)
+    )
     here = machine()
     record = claim(folder, space, contents, resume=resume, here=here)
     study.push(folder / STUDY_FILE)
@@ -111,7 +116,7 @@ def search(
         name: replace(own, device=here.device, dtype=here.precision, machine=here.name)
         for name, own in sources.items()
     }
-    with exclusive(study):
+    with exclusive(study) as held:
         remove_leftovers(study)
         backbones = load_backbones(space)
         proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
@@ -119,7 +124,9 @@ def search(
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)
-        _work(proposals, study, estimate, collector, here, address, restart=not given)
+        with reserving(uses_gpus()):
+            _work(proposals, study, estimate, collector, here, shared, address, held, restart=not given)
+        held.check()
         remove_leftovers(study)
         stages.remove_locks()
         pull_rows(study)
@@ -168,13 +175,17 @@ def clean(out: Path | str, *, keep: Literal["front", "none"] = "front") -> Clean
     return Cleaned(freed_bytes=before - left, kept_bytes=left)
 
 
-def submit_search(space: Path, out: str, *, address: str | None = None, resume: bool = False) -> str:
+def submit_search(
+    space: Path, out: str | None = None, *, address: str | None = None, resume: bool = False
+) -> str:
     """Start ``effir-ray search space --out out`` on the cluster; returns the job's id.
 
-    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Raises InputError for a space
-    that cannot run, for a relative ``out`` and when no job server answers.
+    ``out`` (a path or a URI) and data sets must be where the cluster sees them. Without ``out`` it is the
+    folder of the study's name in ``$EFFIR_RAY_OUT``, where this cluster's studies lie. Raises InputError for
+    a space that cannot run, for no or a relative ``out`` and when no job server answers.
     """
     loaded = load_yaml(space, SearchSpace)
+    out = out or _cluster_folder(loaded.name)
     dry_run(loaded.model_copy(update={"priors": ()}))  # they may lie where only the cluster sees them
     if not storage.is_uri(out) and not PurePosixPath(out).is_absolute():
         raise InputError(
@@ -189,29 +200,42 @@ def submit_search(space: Path, out: str, *, address: str | None = None, resume: 
     )
 
 
+def _cluster_folder(study: str) -> str:
+    place = os.environ.get("EFFIR_RAY_OUT")
+    if not place:
+        raise InputError(
+            "submit needs --out FOLDER, where every node of the cluster sees it, or EFFIR_RAY_OUT: the "
+            "folder there that all studies lie in, each in one of its name"
+        )
+    return storage.join(place, study)
+
+
 def _work(
     proposals: Proposals,
     study: Mirror,
     estimate: TimeEstimate,
     collector: Collector,
     here: Hardware,
+    shared: Shared | None,
     address: str | None,
+    held: Lease,
     *,
     restart: bool,
 ) -> None:
     """Run what is left; ``restart``: when Ray itself is lost, start or reach it anew and go on.
 
-    Raises LostProcess when that does not help.
+    Raises LostProcess when that does not help, and when another search has taken the folder over.
     """
     losses = 0
     while not proposals.complete:
         connect(address)
         try:
-            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here)
+            _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, shared, held)
             return
         except Exception as error:
             if not is_lost_process(error):
                 raise
+            held.check()
             losses += 1
             if losses > RESTARTS or not restart:
                 raise LostProcess(
@@ -224,7 +248,13 @@ def _work(
 
 
 def _run(
-    proposals: Proposals, study: Mirror, display: StudyDisplay, collector: Collector, here: Hardware
+    proposals: Proposals,
+    study: Mirror,
+    display: StudyDisplay,
+    collector: Collector,
+    here: Hardware,
+    shared: Shared | None,
+    held: Lease,
 ) -> None:
     """One Tune run. Its trial processes are used again from trial to trial: a start costs many seconds."""
     _quiet()
@@ -238,9 +268,10 @@ def _run(
             collector.collect()
 
     space = proposals.space
-    searcher = ScheduleSearcher(proposals, study.folder, changed)
+    searcher = ScheduleSearcher(proposals, study, changed)
     trainable = tune.with_resources(
-        tune.with_parameters(_trial, out=str(study), space=space, here=here), {"cpu": _TRIAL_CPUS}
+        tune.with_parameters(_trial, out=str(study), space=space, here=here, gpus=uses_gpus(), shared=shared),
+        _trial_resources,
     )
     tuner = tune.Tuner(
         trainable,
@@ -251,7 +282,9 @@ def _run(
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere()),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere(held)
+        ),
     )
     with display:
         tuner.fit()
@@ -265,17 +298,28 @@ def _ray_runs() -> bool:
     return bool(ray.is_initialized())
 
 
-def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware) -> None:
-    """What a trial process does with one piece of work. The row is on disk before Tune hears of it."""
+def _trial(
+    config: dict[str, Any], out: str, space: SearchSpace, here: Hardware, gpus: bool, shared: Shared | None
+) -> None:
+    """What a trial process does with one piece of work. The row is on disk before Tune hears of it.
+
+    ``gpus``: whether the study computes on GPUs."""
     from ray import tune
 
-    from effir_ray.search.searcher import ABORT, LOST, ROW
+    from effir_ray.search.searcher import ABORT, FILE, LOST, ROW, UNFIT
 
     trial, split = TrialConfig.model_validate_json(config["trial"]), _split(config["split"])
     study = Mirror.of(out)
     folder = study.folder
-    with reporting(study, trial.id, space.title(trial.name, trial.backbone), split) as listener:
-        try:
+    title = space.title(trial.name, trial.backbone)
+    try:
+        with (
+            everywhere(shared),
+            reserving(gpus),
+            avoiding(config["avoid"]),
+            own_disks(folder),
+            reporting(study, trial.id, title, split) as listener,
+        ):
             rows = run_trial(
                 trial,
                 stages_of(study),
@@ -287,18 +331,28 @@ def _trial(config: dict[str, Any], out: str, space: SearchSpace, here: Hardware)
                 here=here,
                 wrote=study.push,
             )
-        except InputError as error:  # wrong for every trial: schedules were checked before
-            tune.report({ABORT: str(error)})
+    except InputError as error:  # wrong for every trial: schedules were checked before
+        tune.report({ABORT: str(error)})
+        return
+    except Exception as error:
+        if isinstance(error, LostProcess) or is_lost_process(error):
+            tune.report({LOST: failure_reason(error), UNFIT: unfit_node(error)})
             return
-        except Exception as error:
-            if isinstance(error, LostProcess) or is_lost_process(error):
-                tune.report({LOST: failure_reason(error)})
-                return
-            rows = [failed_row(trial, split, space.name, error, attempt=config["attempt"])]
-    study.push(store.append(folder, rows))
+        rows = [failed_row(trial, split, space.name, error, attempt=config["attempt"])]
+    file = store.append(folder, rows)
+    study.push(file)
     row = rows[0]
     numbers = {name: value for name, value in row.model_dump().items() if isinstance(value, int | float)}
-    tune.report({**numbers, ROW: row.model_dump_json()})
+    tune.report({**numbers, ROW: row.model_dump_json(), FILE: file.name})
+
+
+def _trial_resources(config: dict[str, Any]) -> Any:
+    """Of the process of a trial with this configuration; trials with other ones get another process."""
+    from ray.tune import PlacementGroupFactory
+
+    selector = avoided(config["avoid"], "CPU")
+    elsewhere = {"bundle_label_selector": [selector]} if selector else {}
+    return PlacementGroupFactory([{"CPU": _TRIAL_CPUS}], **elsewhere)
 
 
 def _split(name: str) -> Split:

@@ -6,23 +6,22 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import machine, on_device
-from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.cluster.devices import machine, on_device, reserving, uses_gpus
+from effir_ray.cluster.lost import own_disks
+from effir_ray.cluster.probe import Find, check_shared, everywhere, is_unused
+from effir_ray.data.pair_stream import source_files, source_fingerprint
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.evaluation.rows import make_row, mean_columns
-from effir_ray.leases import Owner
-from effir_ray.models.names import backbone_fingerprint
-from effir_ray.progress import duration, progress_stream
+from effir_ray.leases import aloud
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import QueryScores
 from effir_ray.results.schema import TrialRow, sample_in_words
@@ -31,13 +30,12 @@ from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
-from effir_ray.search.trial_stages import trial_stages
+from effir_ray.search.trial_stages import settle, trial_stages
 from effir_ray.stages import StageStore
-from effir_ray.training.identity import training_identity
+from effir_ray.storage import redacted
+from effir_ray.training.identity import training_identity, training_reads
 
 Listener = Callable[[str], None]
-
-_SAY_WAITING, _SAY_AGAIN = 2.0, 10.0  # seconds of waiting for another process
 
 
 def run_trial(
@@ -61,7 +59,7 @@ def run_trial(
     Raises InputError when the configuration cannot be (more dropped than there is, ...) and TrialFailure when
     the result cannot be trusted. The number of compute threads is fixed first: sums depend on it.
     """
-    _settle(config)
+    settle(config)
     started = time.monotonic()
     sources = sources_of(config, here)
     runner = StageRunner(config, split, stages, listener)
@@ -96,21 +94,16 @@ def run_trial(
     return [row, *apart]
 
 
-def _settle(config: TrialConfig) -> None:
-    """What sums and draws depend on besides the stage's own inputs."""
-    torch.set_num_threads(config.threads or hardware.available_cores())
-    torch.manual_seed(config.seed)
-
-
 def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
     """``build`` in whatever process it runs in, of a study in an object store on whatever machine."""
-    _settle(task.config)
+    settle(task.config)
     for parent in task.parents.values():
         task.store.bring(parent)
     elsewhere = bool(task.store.remote) and not task.out.exists()
     if elsewhere:
         task.out.mkdir(parents=True)
-    build(task)
+    with own_disks(task.store.root):
+        build(task)
     if elsewhere:
         task.store.send(task.out)
         shutil.rmtree(task.out)
@@ -122,7 +115,6 @@ class StageRunner:
     def __init__(self, config: TrialConfig, split: Split, store: StageStore, listener: Listener) -> None:
         self.config, self.split, self.store, self.listener = config, split, store, listener
         self.device_seconds = 0.0
-        self._said = 0.0  # into a wait, when it was last said
 
     def make(self, keyed: KeyedStage) -> Path:
         """The folder of the stage, built if it is not there."""
@@ -139,7 +131,7 @@ class StageRunner:
             build,
             version=stage.version,
             resumable=stage.resumable,
-            waiting=partial(self._waits, keyed.name),
+            waiting=aloud(stage.title, partial(self.listener, keyed.name)),
         )
 
     def task(self, keyed: KeyedStage, out: Path) -> StageTask:
@@ -172,21 +164,9 @@ class StageRunner:
         if not stage.exclusive:
             yield
             return
-        with self.store.lease(platform.node(), partial(self._waits, stage.name)):
+        waiting = aloud(f"its turn on {platform.node()}", partial(self.listener, stage.name))
+        with self.store.lease(platform.node(), waiting):
             yield
-
-    def _waits(self, stage: str, owner: Owner | None, seconds: float) -> None:
-        """Another trial, maybe of another node, makes it or has the machine."""
-        said = self._said if seconds > self._said else 0.0  # this may be another wait
-        if seconds - said < (_SAY_AGAIN if said else _SAY_WAITING):
-            return
-        if not said:
-            self.listener(stage)
-        self._said = seconds
-        stream = progress_stream()
-        if stream is not None:
-            held_by = f", which {owner} has" if owner else ""
-            print(f"waiting {duration(seconds)} for it{held_by}", file=stream)
 
 
 def failed_row(
@@ -213,6 +193,18 @@ def sources_of(config: StudySettings, here: hardware.Hardware | None = None) -> 
     )
 
 
+def reads_of(configs: Iterable[StudySettings]) -> dict[str, Find]:
+    """All that ``sources_of`` looks at: what it is called -> its files, wherever that is called."""
+    reads: dict[str, Find] = {}
+    for config in configs:
+        reads |= model_reads(config.backbone)
+        for name in dict.fromkeys((*config.dataset_names, config.calibration_from or config.dataset)):
+            reads[f"data '{name}'"] = partial(source_files, name)
+        for training in config.trainings.values():
+            reads |= training_reads(training)
+    return reads
+
+
 def _known_columns(config: TrialConfig, split: Split, study: str, attempt: int) -> Mapping[str, Any]:
     """The columns that are known before anything ran."""
     return {
@@ -235,8 +227,8 @@ def failure_reason(error: BaseException) -> str:
     that came from another process only its last line, the error there, is kept."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     if isinstance(error, InputError | TrialFailure | LostProcess):
-        return " ".join(lines)
-    return f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}"
+        return redacted(" ".join(lines))
+    return redacted(f"{type(error).__name__}: {lines[-1] if len(lines) > 2 else ' '.join(lines)}")
 
 
 def repeat(
@@ -255,24 +247,26 @@ def repeat(
     """
     folder = Path(out).resolve()
     originals = _measured(store.read(results), trial, split)
-    if folder.exists() and any(folder.iterdir()):
+    if not is_unused(folder):
         raise InputError(f"{folder} is not empty; a repetition starts from nothing, choose another --out")
     connect(address)
+    reads = reads_of(TrialConfig.of(original) for original in originals)
     stages, here = StageStore(folder / STAGES_FOLDER), machine()
     repeated: dict[tuple[str, str, str], TrialRow] = {}
-    for original in originals:
-        if _measures(original) in repeated:
-            continue
-        rows = run_trial(
-            TrialConfig.of(original),
-            stages,
-            split="test" if original.split == "test" else "dev",
-            study=original.study,
-            out=folder,
-            here=here,
-        )
-        store.append(folder, rows)
-        repeated |= {_measures(row): row for row in rows}
+    with everywhere(check_shared(folder, reads)), reserving(uses_gpus()):
+        for original in originals:
+            if _measures(original) in repeated:
+                continue
+            rows = run_trial(
+                TrialConfig.of(original),
+                stages,
+                split="test" if original.split == "test" else "dev",
+                study=original.study,
+                out=folder,
+                here=here,
+            )
+            store.append(folder, rows)
+            repeated |= {_measures(row): row for row in rows}
     return [(original, repeated[_measures(original)]) for original in originals]
 
 

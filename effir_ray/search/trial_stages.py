@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from effir_ray import hardware
+from effir_ray.cluster.devices import on_device
 from effir_ray.compression.pipeline import (
     count_tokens,
     cut,
@@ -48,6 +50,7 @@ from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
+from effir_ray.readers import read_json
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
@@ -66,6 +69,12 @@ TIMING = "timing.json"
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
 _MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
 _DEPTH = {"drop_attention", "drop_mlp", "drop_block", "drop_last_blocks"}
+
+
+def settle(config: TrialConfig) -> None:
+    """What sums and draws depend on besides a stage's own inputs, in whatever process computes."""
+    torch.set_num_threads(config.threads or hardware.available_cores())
+    torch.manual_seed(config.seed)
 
 
 # -- models -------------------------------------------------------------------------------------------
@@ -215,26 +224,46 @@ def _embeddings(task: StageTask) -> None:
         workers=task.config.encoding_workers,
         max_length=task.config.document_max_length,
         stages=task.store,
+        held=task.store.lease_of(task.out),
     )
 
 
 def _scores(task: StageTask) -> None:
-    """Encode the queries, search the embedded corpus exactly, score."""
+    """Encode the queries, search the embedded corpus exactly, score.
+
+    Where several workers encode, as many search, and have the GPUs to themselves meanwhile: the queries'
+    was given back. The ranking is the same bit for bit.
+    """
     dataset = _sampled(task.config, task.split)
-    queries = dataset.queries(task.split)
-    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
-    length = task.config.query_max_length
-    vectors = encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
-    embedded = CorpusEmbeddings(ShardFolder(task.parents["embeddings"] / SHARDS))
-    run = search_corpus(list(queries), vectors, embedded)
+    embedded = CorpusEmbeddings(ShardFolder(_shards(task)))
+    workers = min(task.config.encoding_workers, embedded.encoding.shards)
+    vectors = on_device(_query_vectors, task).value  # of one worker this is where its GPU is
+    run = search_corpus(list(dataset.queries(task.split)), vectors, embedded, workers=workers)
     scores = score_run(run, dataset.qrels(task.split))
     spread = isotropy(embedded.shards()) if len(embedded) > 1 else None
     (task.out / ISOTROPY).write_text(json.dumps(spread))
     (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
 
 
+def _shards(task: StageTask) -> str:
+    """Where whoever searches reads them."""
+    if task.config.encoding_workers == 1:
+        return str(task.parents["embeddings"] / SHARDS)
+    return task.store.target(task.parents["embeddings"], SHARDS)
+
+
+def _query_vectors(task: StageTask) -> npt.NDArray[np.float32]:
+    """(queries, d), in the data set's order."""
+    settle(task.config)
+    task.store.bring(task.parents["model"])
+    queries = _sampled(task.config, task.split).queries(task.split)
+    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
+    length = task.config.query_max_length
+    return encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
+
+
 def _read_scores(task: StageTask) -> Scores:
-    return Scores(**json.loads((task.out / SCORES).read_text()))
+    return Scores(**read_json(task.out / SCORES))
 
 
 def _score_columns(task: StageTask) -> dict[str, Any]:
@@ -243,7 +272,7 @@ def _score_columns(task: StageTask) -> dict[str, Any]:
     model = task.parents["model"]
     return {
         **score_columns(_read_scores(task)),
-        "isotropy": json.loads((task.out / ISOTROPY).read_text()),
+        "isotropy": read_json(task.out / ISOTROPY),
         **size_columns(backbone, _plan_of(task, model), document_tokens=config.document_max_length),
         "model": (model / CHECKPOINT).relative_to(task.store.root.parent).as_posix(),
     }
@@ -255,7 +284,7 @@ def _bm25(task: StageTask) -> None:
 
 
 def _bm25_columns(task: StageTask) -> dict[str, Any]:
-    return {"bm25_ndcg_at_10": json.loads((task.out / BM25).read_text())["ndcg@10"]}
+    return {"bm25_ndcg_at_10": read_json(task.out / BM25)["ndcg@10"]}
 
 
 def _timing(task: StageTask) -> None:
@@ -299,7 +328,7 @@ def _speed(task: StageTask, model: Path) -> dict[str, Any]:
         "timing": config.timing.model_dump(),
     }
     place = task.store.run("speed", inputs, build)
-    found: dict[str, Any] = json.loads((place / TIMING).read_text())
+    found: dict[str, Any] = read_json(place / TIMING)
     return found
 
 
@@ -324,7 +353,7 @@ def _timing_columns(task: StageTask) -> dict[str, Any]:
     Times are the full model's, which were measured once, divided by the speed-ups, so that they agree with
     them; the 95th percentile keeps its ratio to the median.
     """
-    timing = json.loads((task.out / TIMING).read_text())
+    timing = read_json(task.out / TIMING)
     full = timing["full"]
     backbone = load_config(task.config.backbone, first_blocks=task.config.first_blocks)
     interval = timing["document_speedup_interval"] if timing["rounds"] >= FEWEST_ROUNDS else (None, None)
@@ -432,6 +461,10 @@ def _lengths(config: TrialConfig) -> int:
 
 def _always(config: TrialConfig) -> bool:
     return True
+
+
+def _one_worker(config: TrialConfig) -> bool:
+    return config.encoding_workers == 1
 
 
 STAGES: tuple[Stage, ...] = (
@@ -548,9 +581,7 @@ STAGES: tuple[Stage, ...] = (
         },
         parents={"model": _MODEL},
         each_dataset=True,
-        on_device=lambda config: (
-            config.encoding_workers == 1
-        ),  # several are Ray Data's, which reserves theirs
+        on_device=_one_worker,  # several are Ray Data's, which reserves theirs
         computed_on="device",
         workers=lambda config: config.encoding_workers,
         resumable=True,
@@ -569,8 +600,9 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda config, sources, split: {"max_length": config.query_max_length},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
         each_dataset=True,
-        on_device=_always,
+        on_device=_one_worker,
         computed_on="device",
+        workers=lambda config: config.encoding_workers,
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
     ),
     Stage(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from effir_ray.config import Config, Length, Prompts, Seed, says_nothing
+from effir_ray.config import Config, Length, Place, Prompts, Seed, says_nothing
 from effir_ray.training.step.ladder import Ladder, check_nested
 
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
@@ -44,7 +44,7 @@ class DistillationConfig(Config):
 
     scores: float = Field(default=1.0, ge=0, le=1e6)
     temperature: float = Field(default=1.0, ge=1e-4, le=1e4)
-    teacher: str | None = None
+    teacher: Place | None = None
     embedding: float = Field(default=0.0, ge=0, le=1e6)
     distance: Literal["cosine", "l2"] = "cosine"
     similarity: float = Field(default=0.0, ge=0, le=1e6)
@@ -67,7 +67,7 @@ class DevConfig(Config):
     """
 
     every: int = Field(ge=1, le=10**9)
-    dataset: str | None = None
+    dataset: Place | None = None
     queries: int = Field(default=100, ge=1, le=10**9)
     documents: int = Field(default=1000, ge=1, le=10**9)
 
@@ -96,12 +96,12 @@ class TrainConfig(Config):
     run that goes further begins with: a rung of a search by halving.
     """
 
-    model: str | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
-    dataset: str
+    model: Place | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
+    dataset: Place
     prompts: Prompts | None = Field(default=None, exclude_if=says_nothing)
     split: str = "train"
-    held_out: str | tuple[str, ...] | None = None
-    negatives: str = "given"  # MS MARCO's come with its triples; data sets here have none: see `Batches.note`
+    held_out: Place | tuple[Place, ...] | None = None
+    negatives: Place = "given"  # MS MARCO's come with its triples; data here has none: see `Batches.note`
     hard_negatives: int = Field(default=7, ge=0, le=10**4)
     epochs: float = Field(default=1.0, gt=0, le=1e5)
     steps: int | None = Field(default=None, ge=1, le=10**9)
@@ -138,7 +138,7 @@ class TrainConfig(Config):
         default=1, ge=1, le=10**4
     )  # the best by dev score, or the newest; and the newest
     max_failures: int = Field(default=2, ge=0, le=10**4)
-    storage_path: str | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
+    storage_path: Place | None = None  # a folder or s3://...; None keeps checkpoints in the output folder
 
     @property
     def held_out_names(self) -> tuple[str, ...]:

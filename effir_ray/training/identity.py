@@ -7,13 +7,15 @@ stages of a search.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from effir_ray.data import download
-from effir_ray.data.pair_stream import source_fingerprint
+from effir_ray.data.pair_stream import source_files, source_fingerprint
 from effir_ray.errors import InputError
 from effir_ray.models import names
-from effir_ray.models.names import backbone_fingerprint
+from effir_ray.models.names import backbone_fingerprint, model_reads
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 # None of these reaches the weights: where checkpoints lie, how many, how often a run starts again.
@@ -47,6 +49,16 @@ def training_identity(
         "settings": settings,
         "contents": {role: content(name) for role, (content, name) in read.items()},
     }
+
+
+def training_reads(config: TrainConfig) -> dict[str, Callable[[], dict[str, Path]]]:
+    """What a training reads besides its model -> its files, wherever that is called."""
+    reads: dict[str, Callable[[], dict[str, Path]]] = {}
+    for name in _data_read(config).values():
+        reads[f"data '{name}'"] = partial(source_files, name)
+    for name in _models_read(config).values():
+        reads |= model_reads(name)
+    return reads
 
 
 def check_names(config: TrainConfig) -> None:

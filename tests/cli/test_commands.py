@@ -14,6 +14,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from effir_ray import doctor
 from effir_ray.cli import app
 from effir_ray.cli._output import show_as
 from effir_ray.demo import Demo
@@ -231,6 +232,40 @@ def test_doctor_gives_a_reason_for_everything_it_found() -> None:
         (products,) = (f["found"] for f in findings if f["subject"] == "matrix products")
         assert products.startswith("float32 ") and products.endswith(" GFLOP/s")
     assert all(finding["found"] and finding["reason"] for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("environment", "left", "found", "ok"),
+    [
+        ({}, False, "none", True),
+        ({}, True, "/.ray/auth_token", False),
+        ({"RAY_AUTH_MODE": "token"}, False, "none", False),
+        ({"RAY_AUTH_MODE": "token"}, True, "/.ray/auth_token", True),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "planted"}, True, "RAY_AUTH_TOKEN", True),
+        ({"RAY_AUTH_MODE": "disabled"}, True, "/.ray/auth_token", True),
+        ({"RAY_AUTH_TOKEN": "planted"}, False, "RAY_AUTH_TOKEN", True),
+    ],
+)
+def test_doctor_says_where_rays_token_is_and_warns_of_one_that_was_left(
+    environment: dict[str, str],
+    left: bool,
+    found: str,
+    ok: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    if left:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text("planted")
+    finding = doctor._token()
+    assert finding.found.endswith(found)
+    assert finding.ok is ok
+    assert ("InvalidAuthToken" in finding.reason) is (not ok and left)
+    assert "planted" not in f"{finding}"
 
 
 def test_data_sets_are_listed_with_their_sizes() -> None:

@@ -1,4 +1,4 @@
-"""A study that is told to stop: one line, the exit code of the signal, and it goes on where it was."""
+"""What is told to stop says so in one line, with the exit code of the signal, and goes on where it was."""
 
 from __future__ import annotations
 
@@ -7,14 +7,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from effir_ray.results import store
+from effir_ray.training.run.history import HISTORY, read_history
 from tests.helpers.beir_folders import write_folder
 
 _SECONDS = 240
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a command that starts a Ray of its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def _are_more(out: Path, pattern: str, than: int) -> bool:
+    return len(list(out.glob(pattern))) > than
+
+
+def _stop(command: list[str], begun: Callable[[], bool], number: int, code: int) -> None:
+    """Send the signal when ``begun`` is true, and look at how the command ends."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=_alone())
+    deadline = time.monotonic() + _SECONDS
+    while not begun():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert said.splitlines()[-1] == "effir-ray: interrupted; what is finished is kept"
+    assert "Traceback" not in said and "SIGTERM received" not in said
 
 
 @pytest.mark.integration
@@ -28,19 +54,41 @@ def test_a_stopped_study_says_so_and_goes_on(tmp_path: Path) -> None:
         "parameters: {drop_mlp: [0, 1, 2], drop_attention: [0, 1, 2]}\n"
     )
     command = [sys.executable, "-m", "effir_ray", "search", str(space), "--out", str(out), "--resume"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     for stop, (number, code) in enumerate([(signal.SIGTERM, 143), (signal.SIGINT, 130)]):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        deadline = time.monotonic() + _SECONDS
-        while len(list(out.glob("rows/*.parquet"))) <= stop:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == code
-        assert said.splitlines()[-1] == "effir-ray: interrupted; what is finished is kept"
-        assert "Traceback" not in said and "SIGTERM received" not in said
-    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=environment)
+        begun = partial(_are_more, out, "rows/*.parquet", stop)
+        _stop(command, begun, number, code)
+    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=_alone())
     rows = [row for row in store.read([out]).to_pylist() if row["split"] == "dev"]
     names = ["1A", "1M", "1M1A", "1M2A", "2A", "2M", "2M1A", "2M2A", "full"]
     assert sorted(row["schedule"] for row in rows) == names
+
+
+@pytest.mark.integration
+def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
+    settings, out = tmp_path / "train.yaml", tmp_path / "out"
+    settings.write_text(
+        f"dataset: {write_folder(tmp_path / 'data')}\nsteps: 100\nbatch_size: 4\nworkers: 1\nlora: null\n"
+        "query_max_length: 16\ndocument_max_length: 16\ncheckpoint_every: 5\n"
+    )
+    command = [sys.executable, "-m", "effir_ray", "train", str(settings), "--model", "random:bert"]
+    command += ["--out", str(out)]
+    _stop(command, partial(_are_more, out, "run/*/checkpoint_*", 0), signal.SIGTERM, 143)
+    before = read_history(out / HISTORY)
+    assert before and len(before) < 100
+    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=_alone())
+    rows = read_history(out / HISTORY)
+    assert [row["step"] for row in rows] == list(range(1, 101))
+    assert rows[: 5 * (len(before) // 5)] == before[: 5 * (len(before) // 5)]  # not done again
+
+
+@pytest.mark.integration
+def test_a_stopped_encoding_goes_on(tmp_path: Path) -> None:
+    data, out = write_folder(tmp_path / "data", documents=4000), tmp_path / "out"
+    command = [sys.executable, "-m", "effir_ray", "encode", "--model", "random:llama", "--dataset", str(data)]
+    command += ["--out", str(out), "--shard-size", "20"]
+    _stop(command, partial(_are_more, out, "shards/*.json", 0), signal.SIGTERM, 143)
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("shards/*.json")}
+    assert 0 < len(kept) < 200
+    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=_alone())
+    assert len(list(out.glob("shards/*.json"))) == 200
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept  # not encoded again

@@ -128,3 +128,51 @@ def test_every_stage_of_a_trial_that_computes_in_one_process_has_reserved_a_gpu(
     assert {name for name, gpus in told.items() if gpus == ["0"]} == computing
     left = {name for name, gpus in told.items() if gpus == []}
     assert left >= {"pruned", "recovered", "bm25"}
+
+
+SEARCHES = """
+import json, shutil, sys
+from pathlib import Path
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from effir_ray.encoding.corpus_encoding import encode_corpus
+from effir_ray.evaluation import corpus_search
+from effir_ray.search.space import TrialConfig
+from effir_ray.search.trial import run_trial
+from effir_ray.stages import StageStore
+
+def work(config, root):
+    searched, search = [], corpus_search.search_on_ray
+    def told(*arguments, **options):
+        searched.append(options["workers"])
+        return search(*arguments, **options)
+    corpus_search.search_on_ray = told
+    encode_corpus.__kwdefaults__["shard_size"] = 8
+    (row,) = run_trial(TrialConfig.model_validate_json(config), StageStore(root))
+    (scores,) = root.glob("scores/*/scores.json")
+    return searched, row.isotropy, scores.read_text()
+
+ray.init("local", num_cpus=3, num_gpus=2, include_dashboard=False, log_to_driver=False)
+root, found = Path(sys.argv[3]), []
+for config in sys.argv[1:3]:
+    group = placement_group([{"CPU": 0.01}])  # what Tune reserves for a trial, and keeps its tasks in
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    task = ray.remote(num_cpus=0.01, scheduling_strategy=strategy)(work)
+    found.append(ray.get(task.remote(config, root), timeout=200))
+    shutil.rmtree(root / "scores")
+print(json.dumps(found))
+"""
+
+
+def test_a_trial_searches_with_as_many_workers_as_encode_and_finds_the_same(tmp_path: Path) -> None:
+    """The GPU that encodes the queries is given back before: the workers that search wait for both."""
+    data = str(write_corpus(tmp_path / "data"))
+    configs = [
+        small_space(dataset=data, dev={}, test={}, encoding_workers=workers).trial(Candidate())
+        for workers in (2, 1)
+    ]
+    out = run(SEARCHES, *(config.model_dump_json() for config in configs), tmp_path / "stages")
+    shared, alone = json.loads(out.splitlines()[-1])
+    assert (shared[0], alone[0]) == ([2], [])
+    assert shared[1:] == alone[1:]

@@ -109,9 +109,18 @@ def test_nothing_of_the_environment_travels_with_a_job(
 
 
 def test_credentials_in_a_uri_are_not_sent(server: JobServer, space: Path) -> None:
-    with pytest.raises(InputError, match=r"credentials in a URI \(s3://\.\.\.@bucket\)") as refused:
-        jobs.submit(["search"], name="x", files={"space.yaml": "a: s3://key:hidden@bucket/x"}, address="auto")
-    assert "hidden" not in str(refused.value)
+    sent = {
+        r"^space.yaml holds credentials in a URI \(s3://": "a: s3://key:hid/den@bucket/x",
+        r"^space.yaml holds credentials in a URI \(https://": "a: https://hidden@host/x",
+        r"^space.yaml holds a token \(hf_\.\.\.\)": "a: 1\n# hf_hiddenhiddenhidden",
+        r"^space.yaml holds a token \(AKIA\.\.\.\)": "name: AKIAhiddenhiddenhidd",
+    }
+    for said, text in sent.items():
+        with pytest.raises(InputError, match=said) as refused:
+            jobs.submit(["search"], name="x", files={"space.yaml": text}, address=server.address)
+        assert "hid" not in str(refused.value)
+    with pytest.raises(InputError, match=r"^the command holds credentials"):
+        submit_search(space, "/shared/s3://key:secret@bucket", address=server.address)
     assert server.sent() == b""
 
 
@@ -310,6 +319,21 @@ def test_an_unknown_job_and_a_wrong_token_are_named(head: Head, token: str | Non
 def test_nobody_listening_is_said_at_once() -> None:
     with pytest.raises(InputError, match="no Ray job server answers"):
         list_jobs(address=f"http://127.0.0.1:{_free_port()}")
+
+
+def test_studies_lie_where_the_environment_says(
+    server: JobServer, space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EFFIR_RAY_OUT", raising=False)
+    with pytest.raises(InputError, match=r"submit needs --out FOLDER, .* or EFFIR_RAY_OUT"):
+        submit_search(space, address=server.address)
+    monkeypatch.setenv("EFFIR_RAY_OUT", "/shared/studies/")
+    submit_search(space, address=server.address)
+    (listed,) = list_jobs(address=server.address)
+    assert listed.command.endswith("--out /shared/studies/tiny")
+    monkeypatch.setenv("EFFIR_RAY_OUT", "studies")
+    with pytest.raises(InputError, match=r"--out studies/tiny: .* absolute path"):
+        submit_search(space, address=server.address)
 
 
 def test_a_relative_folder_would_end_with_the_job(space: Path) -> None:

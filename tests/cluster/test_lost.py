@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ray import exceptions
 from ray.train import ControllerError, WorkerGroupError
 
-from effir_ray.cluster.lost import is_lost_process
+from effir_ray.cluster import lost
+from effir_ray.cluster.lost import (
+    UnfitNode,
+    _full_place,
+    in_one_line,
+    is_lost_process,
+    own_disks,
+    unfit_node,
+)
+from effir_ray.errors import InputError, LostProcess, TrialFailure
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -52,6 +64,28 @@ def test_errors_of_the_work_itself_are_not_tried_again(error: Exception) -> None
     assert not is_lost_process(error)
 
 
+@pytest.mark.parametrize("cause", [InputError("no file"), TrialFailure("NaN"), LostProcess("taken over")])
+def test_our_own_errors_come_out_as_they_were_raised(cause: Exception) -> None:
+    with pytest.raises(type(cause)) as raised, in_one_line("searching"):
+        raise task_error(cause)
+    assert raised.value is cause
+
+
+def test_of_other_errors_the_cause_is_kept_without_a_remote_traceback() -> None:
+    with pytest.raises(ValueError, match=r"^bad shape$"), in_one_line("searching"):
+        raise task_error(ValueError("bad shape"))
+
+
+@pytest.mark.parametrize("error", [exceptions.WorkerCrashedError(), exceptions.NodeDiedError("gone\nmore")])
+def test_a_lost_process_is_one_line(error: Exception) -> None:
+    with (
+        pytest.raises(LostProcess, match=r"^searching: a process was lost") as raised,
+        in_one_line("searching"),
+    ):
+        raise error
+    assert "\n" not in str(raised.value)
+
+
 _WAITS_FOR_EVER = """
 import threading
 import psutil
@@ -78,3 +112,38 @@ def test_work_that_waits_for_a_ray_that_is_gone_ends_at_once(victim: str) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert "Ray's own" in done.stdout and victim.rpartition("/")[2] in done.stdout, done.stderr
     assert "terminated" not in done.stdout + done.stderr
+
+
+def full(place: Path | None = None) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(place)] if place else []))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs another file system")
+def test_a_full_disk_is_the_nodes_own_where_the_study_lies_on_another(tmp_path: Path) -> None:
+    study, elsewhere = tmp_path / "study" / "stages", Path("/dev/shm/cache/new/file")
+    assert _full_place(full(elsewhere), study) == Path("/dev/shm")
+    assert _full_place(caused(ValueError("not written"), full(elsewhere)), study) == Path("/dev/shm")
+    assert _full_place(full(tmp_path / "study" / "rows"), study) is None
+
+
+def test_an_error_without_a_name_is_of_a_disk_with_next_to_nothing_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost, "_same_disk", lambda place, study: False)
+    monkeypatch.setenv("EFFIR_RAY_CACHE", str(tmp_path))
+    assert _full_place(full(), tmp_path) is None
+    monkeypatch.setattr(lost, "_NEXT_TO_NOTHING", 2**60)
+    assert _full_place(full(), tmp_path) is not None
+
+
+def test_which_node_is_unfit_is_told_to_other_processes() -> None:
+    error = pickle.loads(pickle.dumps(UnfitNode("node left: no space in /tmp", "0123")))
+    assert str(error) == "node left: no space in /tmp"
+    assert unfit_node(task_error(error)) == "0123"
+    assert unfit_node(ValueError("bad schedule")) == ""
+    assert is_lost_process(error)
+
+
+def test_without_other_nodes_a_full_disk_is_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), own_disks(tmp_path):
+        raise full(Path("/dev/shm/file"))

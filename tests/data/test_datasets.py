@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from effir_ray import readers
 from effir_ray.compression.calibration import draw_pairs, draw_texts
 from effir_ray.data import beir_files, datasets
 from effir_ray.data.datasets import load_dataset
@@ -109,7 +110,7 @@ def _replace_line(path: Path, number: int, line: bytes) -> None:
             "corpus.jsonl",
             5,
             b'{"_id": "d4", "text": "\\ud83d"}',
-            "field 'text' holds half of a surrogate pair",
+            "a text holds half of a surrogate pair",
         ),
         ("corpus.jsonl", 5, b'{"_id": "d4", "text": "x", "n": 1' + b"0" * 5000 + b"}", "too many digits"),
         ("queries.jsonl", 2, b'{"_id": "q1", "text": ""}', "query 'q1' has no text"),
@@ -239,7 +240,7 @@ def test_a_missing_folder_is_not_said_to_be_downloadable(tmp_path: Path) -> None
 
 def test_lines_up_to_the_limit_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(len(line) for line in (folder / "corpus.jsonl").read_bytes().splitlines(keepends=True))
-    monkeypatch.setattr(beir_files, "MAX_LINE_BYTES", longest)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", longest)
     assert len(load_dataset(folder).corpus) == 40
 
 

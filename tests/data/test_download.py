@@ -1,17 +1,24 @@
+import base64
 import dataclasses
 import hashlib
 import io
+import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from effir_ray import leases
+from effir_ray.caches import data_folder
 from effir_ray.data import download
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError
+from effir_ray.leases import LEASES, lease
+from effir_ray.progress import show_progress
 
 WriteFolder = Callable[..., Path]
 
@@ -86,8 +93,20 @@ def test_a_data_set_is_downloaded_once_and_then_loads_by_name(server: Server, tm
     assert load_dataset("scifact").qrels("test")["q20"] == {"d20": 1}
     assert download.get("SciFact") == folder
     assert server.ranges == [None]
-    assert sorted(path.name for path in folder.parent.iterdir() if path.suffix != ".lock") == ["scifact"]
+    assert sorted(path.name for path in folder.parent.iterdir() if path.name != LEASES) == ["scifact"]
     assert {listing.name: listing.folder for listing in download.list_datasets()}["scifact"] == folder
+
+
+def test_who_waits_for_another_download_says_so(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_SAY_FIRST", 0.1)
+    root = data_folder()
+    display, other = io.StringIO(), ExitStack()
+    other.enter_context(lease(root / LEASES, "scifact"))
+    threading.Timer(0.5, other.close).start()
+    with show_progress(display):
+        assert download.get("scifact").is_dir()
+    assert f"(process {os.getpid()}), 0 s" in display.getvalue()
+    assert display.getvalue().startswith("waiting for data set scifact, held by ")
 
 
 def test_an_interrupted_transfer_goes_on_where_it_broke(server: Server) -> None:
@@ -112,7 +131,9 @@ def test_a_length_that_is_no_number_is_refused(server: Server, length: str) -> N
         download.get("scifact")
 
 
-@pytest.mark.parametrize("url", ["nowhere", "htp://x", "http://[", "http://a b/", "http://x:port/"])
+@pytest.mark.parametrize(
+    "url", ["nowhere", "htp://x", "http://[", "http://a b/", "http://x:port/", "ftp://localhost:1"]
+)
 def test_a_mirror_that_is_no_address_is_named(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +142,20 @@ def test_a_mirror_that_is_no_address_is_named(
         download.get("scifact", base_url=url)
     assert "\n" not in str(raised.value)
     assert url[:8] in str(raised.value)
+
+
+@pytest.mark.parametrize("encoded", [True, False], ids=["data", "file"])
+def test_a_mirror_is_on_the_network(
+    encoded: bool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right archive would come of both, if they were opened."""
+    (tmp_path / "scifact.zip").write_bytes(server.content)
+    content = base64.b64encode(server.content).decode()
+    url = f"data:application/zip;base64,{content}#" if encoded else tmp_path.as_uri()
+    monkeypatch.setenv("EFFIR_RAY_BEIR_URL", url)
+    with pytest.raises(InputError, match="expected http:// or https://"):
+        download.get("scifact")
+    assert not (tmp_path / "data" / "scifact").exists()
 
 
 def test_a_finished_transfer_is_not_repeated(server: Server, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from effir_ray.data import parquet_corpus
+from effir_ray import parquet_files
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.errors import InputError
 
@@ -31,7 +31,7 @@ def write(folder: Path, table: pa.Table, parts: int) -> None:
 
 @pytest.fixture(params=[1, 3], ids=["file", "folder"])
 def pair(request, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Dataset, Dataset]:
-    monkeypatch.setattr(parquet_corpus, "_BATCH", 3)
+    monkeypatch.setattr(parquet_files, "_ROWS", 3)
     other = shutil.copytree(folder, folder.parent / "columns")
     write(other, pa.Table.from_pylist(records(folder)), request.param)
     return load_dataset(folder), load_dataset(other)
@@ -78,7 +78,7 @@ def test_damaged_pages_are_named_while_reading(folder: Path) -> None:
     content = bytearray(path.read_bytes())
     content[4:200] = b"\xff" * 196  # the first row group; the footer stays readable
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"corpus.parquet:1: damaged from this row on"):
+    with pytest.raises(InputError, match=r"corpus.parquet: row group 0 is damaged"):
         load_dataset(folder)
 
 

@@ -17,6 +17,7 @@ from effir_ray.data.stdlib_corpus import (
     write_examples,
 )
 from effir_ray.errors import InputError
+from effir_ray.leases import LEASES
 
 SOURCE = b'''
 """Module text."""
@@ -105,7 +106,7 @@ def test_the_folder_is_built_once_and_by_splits_of_modules(
     (library / "broken.py").write_text("def (")
     monkeypatch.setenv("EFFIR_RAY_DATA", str(tmp_path / "data"))
     folder = build_stdlib(library)
-    assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path for path in folder.parent.iterdir() if path.name.startswith(".")] == [folder.parent / LEASES]
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert build_stdlib(library) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

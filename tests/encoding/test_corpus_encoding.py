@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
 import os
+import platform
 import random
 import shutil
 import signal
@@ -13,20 +16,23 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from effir_ray import leases
 from effir_ray.data.datasets import load_dataset
 from effir_ray.encoding import corpus_encoding
 from effir_ray.encoding.corpus_encoding import _only_writer, _ShardEncoder, _task, encode_corpus
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, Encoding, ShardFolder
 from effir_ray.encoding.encoder import Encoder
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, LostProcess
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
+from effir_ray.stages import StageStore
 from tests.helpers.lost_node import lose_a_node
 
 MODEL = "random:llama"
@@ -118,14 +124,69 @@ def no_memory(tokens):
 no_memory.padded = True
 
 
-def test_two_runs_do_not_write_one_folder_and_leave_no_lock(tmp_path: Path) -> None:
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
     folder = ShardFolder(str(tmp_path / "embeddings"))
-    refused = pytest.raises(InputError, match="another run is writing here")
-    with _only_writer(folder), refused, _only_writer(folder):
+    refused = pytest.raises(
+        InputError, match=rf"another run is writing here, on .* \(process {os.getpid()}\)"
+    )
+    with _only_writer(folder, None), refused, _only_writer(folder, None):
         pass
-    with _only_writer(folder):
+    with _only_writer(folder, None):
         pass
-    assert list((tmp_path / "embeddings").iterdir()) == []
+    assert [file.name for file in (tmp_path / "embeddings").iterdir()] == [".writer.2"]
+
+
+def _encode_in_a_stage(root: Path, data: Path) -> CorpusEmbeddings:
+    store = StageStore(root)
+
+    def build(folder: Path) -> None:
+        encode_corpus(MODEL, data, folder / "shards", shard_size=64, held=store.lease_of(folder))
+
+    return CorpusEmbeddings(ShardFolder(store.run("embeddings", {}, build, resumable=True) / "shards"))
+
+
+def _encode_until_stopped(root: Path, data: Path) -> None:
+    """Waits in its third shard until it may go on."""
+    encode, shards = Encoder.encode, itertools.count(1)
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        if next(shards) == 3:
+            (root / "begun").touch()
+            while not (root / "go").exists():
+                time.sleep(0.01)
+        return encode(*arguments, **options)
+
+    Encoder.encode = slowly  # type: ignore[method-assign]
+    try:
+        _encode_in_a_stage(root, data)
+    except LostProcess as error:
+        (root / "lost").write_text(str(error))
+
+
+def test_a_stage_is_gone_on_with_while_the_run_that_began_it_is_stopped(
+    beir_folder, tmp_path, monkeypatch
+) -> None:
+    """Which then writes no shard any more, and finishes nothing."""
+    monkeypatch.setattr(leases, "EXPIRY", 1.0)
+    spawn = multiprocessing.get_context("spawn")
+    worker = spawn.Process(target=_encode_until_stopped, args=(tmp_path, beir_folder))
+    worker.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert worker.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(worker.pid, signal.SIGSTOP)
+    found = _encode_in_a_stage(tmp_path, beir_folder)
+    files = sorted(found.folder.local.glob("shards/*"))
+    before = [(file.name, file.stat().st_mtime_ns) for file in files]
+    (tmp_path / "go").touch()
+    os.kill(worker.pid, signal.SIGCONT)
+    worker.join(60)
+    assert "another process took this work over" in (tmp_path / "lost").read_text()
+    again = sorted(found.folder.local.glob("shards/*"))
+    assert [(file.name, file.stat().st_mtime_ns) for file in again] == before
+    assert len(found) == DOCUMENTS
+    assert len((tmp_path / "runs.log").read_text().splitlines()) == 1
 
 
 @pytest.mark.integration
@@ -184,8 +245,16 @@ def test_an_object_store_holds_the_same_shards_and_resumes(
 
 @pytest.mark.integration
 def test_more_workers_than_cores_is_an_input_error(beir_folder, tmp_path):
-    with pytest.raises(InputError, match="the Ray cluster has"):
+    with pytest.raises(InputError, match="500 CPUs, and the cluster has"):
         encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=1, workers=500)
+
+
+@pytest.mark.integration
+def test_what_a_worker_cannot_write_is_said_in_one_line_with_its_machine(beir_folder, tmp_path):
+    (tmp_path / "out" / "shards" / "000001.parquet").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match=rf"^\w*Error on {platform.node()}: .*000001.parquet") as refused:
+        encode_corpus(MODEL, str(beir_folder), tmp_path / "out", shard_size=64, workers=2)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.integration

@@ -133,6 +133,52 @@ def _rows(metadata: dict[str, str] | None, **columns: Any) -> Case:
     return lambda file: _table(file, metadata, **columns)
 
 
+def _pointing(rows: int, size: int) -> Any:
+    """Rows that all have the same long text, which a file holds once."""
+    import pyarrow as pa
+
+    return pa.DictionaryArray.from_arrays(pa.nulls(rows, pa.int32()).fill_null(0), ["a" * size])
+
+
+def _in_lists(rows: int, values: Any) -> Any:
+    import pyarrow as pa
+
+    step = len(values) // rows
+    return pa.ListArray.from_arrays(pa.array(range(0, len(values) + 1, step), pa.int32()), values)
+
+
+def _bomb(
+    make: Callable[[], dict[str, Any]],
+    metadata: dict[str, str] | None = None,
+    *,
+    times: int = 1,
+    groups: int = 1,
+) -> Case:
+    """A small file that unpacks to gigabytes: what ``make`` gives, ``times`` over."""
+
+    def write(file: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        table = pa.table(make()).replace_schema_metadata(metadata)
+        once = times == 1  # a text that many rows have is in one dictionary; others are written out
+        options: dict[str, Any] = {"dictionary_pagesize_limit": 2**30, "use_dictionary": once}
+        options["row_group_size"] = len(table) * times // groups
+        parquet.write_table(pa.concat_tables([table] * times), file, compression="zstd", **options)
+
+    return write
+
+
+def _empty(size: int) -> Case:
+    """A file that takes no room on the disk, and would fill memory or time."""
+
+    def write(file: Path) -> None:
+        with file.open("wb") as out:
+            out.truncate(size)
+
+    return write
+
+
 _SECOND = {"effir_ray_schema": "2"}
 _RAW: dict[str, Case] = {
     "empty": _bytes(b""),
@@ -167,6 +213,8 @@ ROWS: dict[str, Case] = {
     "trial-list": _rows(_SECOND, study=["s"], trial=["[]"]),
     "trial-deep": _rows(_SECOND, study=["s"], trial=["[" * 5000 + "]" * 5000]),
     "versions-broken": _rows(_SECOND, study=["s"], versions=["nope"]),
+    "long-once": _bomb(lambda: {"study": _pointing(3000, 2 * 10**6)}, _SECOND),
+    "long-everywhere": _bomb(lambda: {"study": ["a" * 2 * 10**6] * 10}, _SECOND, times=30),
 }
 
 PAIR_TABLES: dict[str, Case] = {
@@ -175,6 +223,21 @@ PAIR_TABLES: dict[str, Case] = {
     "query-number": _rows(None, query=[1], positive=["b"]),
     "positive-null": _rows(None, query=["a"], positive=[None]),
     "score-nan": _rows(None, query=["a"], positive=["b"], scores=[[float("nan")]]),
+    "compressed": _bomb(lambda: {"query": ["a" * 2 * 10**6] * 10, "positive": ["b"] * 10}, times=30),
+    "compressed-in-parts": _bomb(
+        lambda: {"query": ["a" * 2 * 10**6] * 10, "positive": ["b"] * 10}, times=150, groups=15
+    ),
+    "long-once": _bomb(lambda: {"query": _pointing(3000, 10**6), "positive": ["b"] * 3000}),
+    "very-long-once": _bomb(lambda: {"query": _pointing(3000, 10**8), "positive": ["b"] * 3000}),
+    "long-once-in-lists": _bomb(
+        lambda: {"query": ["a"] * 10, "positives": _in_lists(10, _pointing(10**6, 10**6))}
+    ),
+}
+
+PAIR_LINES: dict[str, Case] = {
+    "one-line-of-5-gib": _empty(5 * 2**30),
+    "one-line-of-500-mib": _empty(500 * 2**20),
+    "one-line-of-11-mib": _bytes(b'{"query": "a", "positive": "' + b"b" * (11 * 2**20) + b'"}\n'),
 }
 
 CORPUS_TABLES: dict[str, Case] = {
@@ -183,6 +246,8 @@ CORPUS_TABLES: dict[str, Case] = {
     "id-number": _rows(None, _id=[1], text=["b"]),
     "text-number": _rows(None, _id=["a"], text=[1]),
     "no-rows": lambda file: _table(file, None, _id=[], text=[]),
+    "40-gib-of-nothing": _empty(40 * 2**30),
+    "long-once": _bomb(lambda: {"_id": [str(n) for n in range(3000)], "text": _pointing(3000, 10**6)}),
 }
 
 

@@ -32,6 +32,8 @@ _AFTER_OURS = (
 )
 _ADDRESS_SPACE = 8 * 2**30  # bytes; resident memory is what counts, this one only saves the machine
 
+_LARGE = 2**20  # bytes
+
 Try = Callable[[Path], Any]
 
 
@@ -61,7 +63,11 @@ class _Result:
 
 def _place(source: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    target.unlink(missing_ok=True)
+    if source.is_file() and source.stat().st_size < _LARGE:
+        shutil.copyfile(source, target)
+    else:  # pipes, devices, and files of gigabytes that take no room
+        target.symlink_to(source)
     return target
 
 
@@ -123,11 +129,9 @@ def in_dataset(scratch: Path, name: str) -> Try:
         (folder / "corpus.jsonl").write_text('{"_id": "d1", "title": "", "text": "red car"}\n')
         (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "car"}\n')
         (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
-        if name == "corpus.parquet":
+        if name.startswith("corpus.parquet"):
             (folder / "corpus.jsonl").unlink()
-        target = folder / name
-        target.unlink(missing_ok=True)
-        bad_files.pipe(target) if file.is_fifo() else shutil.copyfile(file, target)
+        _place(file, folder / name)
         return command("evaluate", "--model", "random:bert", "--dataset", folder)
 
     return attempt
@@ -144,10 +148,10 @@ def study(scratch: Path) -> Try:
     return attempt
 
 
-def rows(scratch: Path) -> Try:
+def rows(scratch: Path, name: str = "a.parquet") -> Try:
     def attempt(file: Path) -> Any:
-        out = scratch / "rows"
-        _place(file, out / "rows" / "a.parquet")
+        out = scratch / f"rows-{name}"
+        _place(file, out / "rows" / name)
         return command("pareto", out)
 
     return attempt
@@ -191,6 +195,52 @@ def pairs(scratch: Path) -> Try:
     return attempt
 
 
+def pair_folder(scratch: Path) -> Try:
+    def attempt(file: Path) -> Any:
+        folder = scratch / f"pairs-{file.suffix[1:]}"
+        _place(file, folder / f"a{file.suffix}")
+        return command("annotate", folder, "--by", "random:bert", "--out", scratch / "annotated.jsonl")
+
+    return attempt
+
+
+def stage(scratch: Path, name: str) -> Try:
+    """Put the file under ``name`` into a stage of a study, and look at all stages as a resume does."""
+
+    def attempt(file: Path) -> Any:
+        from effir_ray.stages import StageStore
+
+        store = StageStore(scratch / f"stages-{name}")
+        _place(file, store.root / "recovered" / "0123456789abcdef" / name)
+        return _Result(lambda: (list(store.finished("recovered")), store.freed_bytes()))
+
+    return attempt
+
+
+def training(scratch: Path) -> Try:
+    def attempt(file: Path) -> Any:
+        out = scratch / "begun"
+        _place(file, out / "training.json")
+        pair, settings = scratch / "one-pair.jsonl", scratch / "training.yaml"
+        pair.write_text('{"query": "a car", "positive": "red car"}\n')
+        settings.write_text(f"dataset: {pair}\nbatch_size: 2\n")
+        return command("train", settings, "--model", "random:bert", "--out", out)
+
+    return attempt
+
+
+def progress(file: Path) -> Any:
+    from effir_ray.training.run.fault_tolerance import read_progress
+
+    return _Result(lambda: read_progress(file))
+
+
+def history(file: Path) -> Any:
+    from effir_ray.training.run.history import read_history
+
+    return _Result(lambda: read_history(file))
+
+
 def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
     """Name -> (folder of the corpus, or the list of ``bad_files`` and a suffix; what to do with a file)."""
     return {
@@ -212,12 +262,20 @@ def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
         "gguf": ("GGUF .gguf", _load),
         "pairs": ("pairs", pairs(scratch)),
         "pair-tables": ("PAIR_TABLES .parquet", pairs(scratch)),
+        "pair-lines": ("PAIR_LINES .jsonl", pairs(scratch)),
+        "pair-folders": ("PAIR_LINES .jsonl", pair_folder(scratch)),
         "corpus": ("corpus", in_dataset(scratch, "corpus.jsonl")),
         "corpus-tables": ("CORPUS_TABLES .parquet", in_dataset(scratch, "corpus.parquet")),
+        "corpus-parts": ("CORPUS_TABLES .parquet", in_dataset(scratch, "corpus.parquet/a.parquet")),
         "qrels": ("qrels", in_dataset(scratch, "qrels/test.tsv")),
         "rows": ("ROWS .parquet", rows(scratch)),
         "sql": ("sql", sql(scratch)),
         "study": ("study", study(scratch)),
+        "stage-records": ("own/stage", stage(scratch, "stage.json")),
+        "freed": ("own/freed", stage(scratch, "freed.json")),
+        "begun-trainings": ("own/training", training(scratch)),
+        "progress": ("own/progress", progress),
+        "history": ("own/history", history),
         "archives": ("ARCHIVES .zip", archive(scratch)),
     }
 
@@ -228,19 +286,26 @@ def files(source: str, scratch: Path) -> Iterator[Path]:
         return
     name, suffix = source.split()
     folder = scratch / name
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for case, write in getattr(bad_files, name).items():
         write(folder / f"{case}{suffix}")
         yield folder / f"{case}{suffix}"
 
 
 def pipes(scratch: Path) -> Iterator[tuple[Path, Try]]:
-    """A pipe that nobody writes to, in place of every file that a user names."""
+    """A pipe that nobody writes to, and a device without an end, in place of every file that a user names."""
     every = kinds(scratch)
-    for number, kind in enumerate(("spaces", "trainings", "pairs", "corpus", "qrels", "gguf")):
-        file = scratch / f"pipe-{number}{'.jsonl' if kind == 'pairs' else '.gguf' if kind == 'gguf' else ''}"
+    suffixes = {"pairs": ".jsonl", "gguf": ".gguf", "pair-tables": ".parquet"}
+    for kind in ("spaces", "trainings", "pairs", "corpus", "qrels", "gguf", *_TABLES):
+        file = scratch / f"pipe-{kind}{suffixes.get(kind, '')}"
         bad_files.pipe(file)
-        yield file, every[kind][1]
+        endless = scratch / f"endless-{kind}{suffixes.get(kind, '')}"
+        endless.symlink_to("/dev/zero")
+        yield from ((each, every[kind][1]) for each in (file, endless))
+    yield file, rows(scratch, "a.compact.parquet")
+
+
+_TABLES = ("pair-tables", "corpus-tables", "corpus-parts", "rows")
 
 
 def main() -> None:

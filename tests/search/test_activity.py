@@ -37,3 +37,11 @@ def test_a_trial_that_is_tried_again_is_shown_once(tmp_path: Path) -> None:
         report("scores")
         assert [activity.stage for activity in current(Mirror(tmp_path))] == ["scores"]
     assert current(Mirror(tmp_path)) == []
+
+
+def test_a_file_that_no_trial_has_written_is_not_shown(tmp_path: Path) -> None:
+    with reporting(Mirror(tmp_path), "3f2a", "2M", "dev") as report:
+        report("scores")
+        for number, content in enumerate(["{", "[]", "{}", '{"trial": 5}']):
+            (tmp_path / "activity" / f"{number}-dev.json").write_text(content)
+        assert [activity.stage for activity in current(Mirror(tmp_path))] == ["scores"]

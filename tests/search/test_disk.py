@@ -63,7 +63,7 @@ class Study:
                     (place / STATE).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT)).mkdir(parents=True)
                 (place / (stage.stage.bulk or CHECKPOINT) / "weights").write_bytes(bytes(100))
-                (place / "stage.json").write_text(json.dumps({"inputs": stage.inputs}))
+                (place / "stage.json").write_text(json.dumps({"inputs": stage.inputs, "seconds": 1.0}))
 
     def whole(self, config: TrialConfig, split: Split = "dev") -> set[str]:
         """The stages of a trial that are there with their bulk."""

@@ -1,15 +1,19 @@
 """Study folders: whose they are, and that only one search works in them."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
 
 from effir_ray.errors import InputError
 from effir_ray.mirrors import Mirror
+from effir_ray.progress import show_progress
+from effir_ray.provenance import __version__
 from effir_ray.results import store
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.folder import attempts, claim, exclusive, finished_rows
-from effir_ray.search.study import search
+from effir_ray.search.study import _say_other_version, search
 from effir_ray.search.trial import sources_of
 from tests.helpers.search_examples import row, small_space, write_corpus
 
@@ -112,3 +116,17 @@ def test_an_address_that_cannot_be_used_leaves_no_folder(
         search(space, tmp_path / "study", address=address)
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "study").exists()
+
+
+def test_another_version_than_the_one_that_began_a_study_is_said(tmp_path: Path) -> None:
+    def said() -> str:
+        stream = io.StringIO()
+        with show_progress(stream):
+            _say_other_version(claim(tmp_path / "study", small_space(), CONTENTS, resume=True))
+        return stream.getvalue()
+
+    claim(tmp_path / "study", small_space(), CONTENTS, resume=False)
+    assert said() == ""
+    file = tmp_path / "study" / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"effir_ray": "0.0.7"}))
+    assert said().startswith(f"This study was started with effir-ray 0.0.7, and goes on with {__version__}")

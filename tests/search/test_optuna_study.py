@@ -59,6 +59,16 @@ def test_every_trial_is_there_with_its_times_and_test_score(space: SearchSpace, 
         assert "schedule.drop_mlp" in trial.params
 
 
+@pytest.mark.parametrize("name", ["a?mode=ro", "50%25", "a%2Fb", "a#b?c&d=e"])
+def test_the_database_is_in_a_folder_of_any_name(space: SearchSpace, tmp_path: Path, name: str) -> None:
+    """Pasted into a URL, such a name would be options, or that of another folder."""
+    out = tmp_path / "studies" / name
+    out.mkdir(parents=True)
+    write_all_trials(space, out, run(space, out))
+    assert [file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()] == ["optuna.db"]
+    assert list(out.parent.rglob("*")) == [out, out / "optuna.db"]
+
+
 def test_what_the_sampler_learns_from_has_true_times(space: SearchSpace, tmp_path: Path) -> None:
     rows = {row.trial_id: row for row in run(space, tmp_path) if row.split == "dev"}
     (tmp_path / "optuna.db").unlink()

@@ -44,6 +44,11 @@ def test_shipped_spaces_are_valid_and_begin_with_the_full_model(file: Path) -> N
         ),
         ("parameters: {drop_mlp: [1, 2]}\n", "no trials for sampler tpe: set 'trials', or 'sampler: grid'"),
         ("timing: {documents: 0}\n", "timing.documents"),
+        ("calibration_from: s3://key:hid/den@bucket/x\n", r"yaml:4: calibration_from: it holds credentials"),
+        (
+            "priors: ['https://hidden@host/x']\ntrials: 1\n",
+            r"priors.*credentials .*\(found 'https://\.\.\.@host",
+        ),
         ("trials: 3\n", "gives nothing to vary"),
         ("objectives: [ndcg, parameters]\n", "space.yaml:4: objectives: objective 'ndcg' is not measured"),
         ("objectives: [parameters, parameters]\n", "objectives: 'parameters' is named twice"),

@@ -24,7 +24,7 @@ def finish(root: Path, *names: str, seconds: float) -> None:
         if stage.name in names:
             folder = stage.path(StageStore(root))
             folder.mkdir(parents=True)
-            (folder / "stage.json").write_text(f'{{"seconds": {seconds}}}')
+            (folder / "stage.json").write_text(f'{{"inputs": {{}}, "seconds": {seconds}}}')
 
 
 def test_shared_stages_count_once_and_unknown_trials_count_too(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_seconds_count_once_a_worker() -> None:
     space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
     config = space.trial(Candidate(drop_mlp=1, recover=True))
     counted = {name: STAGES[name].workers(config) for name in ("base", "recovered", "embeddings", "scores")}
-    assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 1}
+    assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 3}
 
 
 def test_a_training_begins_with_the_longest_part_that_is_whole_and_its_own(tmp_path: Path) -> None:

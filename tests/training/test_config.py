@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from effir_ray import train
 from effir_ray.cli._options import local_path
@@ -57,3 +58,25 @@ def test_a_studys_teacher_is_known_in_a_study_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"distillation.teacher: 'base' is a study's own full model"):
         train("random:llama", config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"storage_path": "s3://KEY:HID/DEN@bucket/runs"},
+        {"dataset": "https://HIDDEN@host/pairs.jsonl"},
+        {"held_out": ["scifact", "s3://KEY:HIDDEN@bucket/dev"]},
+        {"dev": {"every": 1, "dataset": "s3://KEY:HIDDEN@bucket/dev"}},
+        {"distillation": {"teacher": "hf://hf_HIDDENHIDDENHIDDEN@x", "embedding": 1}},
+    ],
+)
+def test_credentials_are_refused_by_field_and_shown_nowhere(setting: dict[str, object]) -> None:
+    """A training's settings are written to its folder, and to every row of a study."""
+    data = {"dataset": "stdlib", **setting}
+    field = next(iter(setting))
+    with pytest.raises(InputError, match=rf"^settings: {field}.*environment") as refused:
+        parse(data, TrainConfig, source="settings")
+    assert "HID" not in str(refused.value)
+    with pytest.raises(ValidationError) as of_python:
+        TrainConfig.model_validate(data)
+    assert "HID" not in str(of_python.value)

@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 
 from effir_ray import storage
 from effir_ray.caches import cache_folder
+from effir_ray.config import Config, parse
+from effir_ray.leases import Lease
+from effir_ray.readers import read_json_object
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.step.engine import Engine, largest, rank
 
@@ -36,6 +40,19 @@ _PROGRESS, _BUDGET = "progress.json", "token_budget.json"
 _STAGING = "staging-"
 
 
+class SavedProgress(Config):
+    """``progress.json`` of a training checkpoint: what was done, and the rows that came with it."""
+
+    step: int = Field(ge=0, strict=True)
+    rows: tuple[dict[str, Any], ...] = ()  # older versions wrote none
+
+    @model_validator(mode="after")
+    def _rows_of_a_training(self) -> SavedProgress:
+        if any(type(row.get("step")) is not int for row in self.rows):
+            raise ValueError("rows without the number of their step")
+        return self
+
+
 class StepReports:
     """Sends rows to the driver about once a second; with them a checkpoint where one is due.
 
@@ -44,8 +61,11 @@ class StepReports:
     the data and all random draws follow from the step. It is put together in ``place`` (see ``staging``).
     """
 
-    def __init__(self, engine: Engine, config: TrainConfig, run: str, place: Path) -> None:
+    def __init__(
+        self, engine: Engine, config: TrainConfig, run: str, place: Path, lease: Lease | None = None
+    ) -> None:
         self._engine, self._every, self._stop = engine, config.checkpoint_every, config.stop_after
+        self._lease = lease
         self._run, self._place, self._staging = run, place, own_staging(place)
         shutil.rmtree(self._staging, ignore_errors=True)  # what a killed worker left
         self._rows: list[dict[str, Any]] = []
@@ -83,14 +103,14 @@ class StepReports:
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None and begun is not None:  # its rows are known
             own = ray.train.Checkpoint.from_directory(begun)
-            return int(_load(self._engine, own, self._run, self._place)["step"])
+            return _load(self._engine, own, self._run, self._place).step
         if checkpoint is None:
             return 0
         progress = _load(self._engine, checkpoint, self._run, self._place)
-        self._rows = progress.get("rows", [])  # older versions wrote none
+        self._rows = list(progress.rows)
         if self._rows:
             self._report(self._rows[-1], None)
-        return int(progress["step"])
+        return progress.step
 
     def _periodic(self, step: int, steps: int) -> bool:
         if self._every is not None:
@@ -106,6 +126,8 @@ class StepReports:
 
         metrics = {"rows": self._rows, DEV_SCORE: row.get(DEV_SCORE, -1.0), "step": row["step"]}
         checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        if self._lease is not None and rank() == 0:  # what the driver's successor has is not written over
+            self._lease.check()
         ray.train.report(metrics, checkpoint=checkpoint)
         self._rows, self._sent = [], time.monotonic()
 
@@ -156,14 +178,14 @@ def restore_best(engine: Engine, run: str, place: Path) -> int | None:
     if not reported:
         return None
     _, _, best = max(reported, key=lambda entry: entry[:2])
-    return int(_load(engine, best, run, place)["step"])
+    return _load(engine, best, run, place).step
 
 
-def _load(engine: Engine, checkpoint: Any, run: str, place: Path) -> dict[str, Any]:
+def _load(engine: Engine, checkpoint: Any, run: str, place: Path) -> SavedProgress:
     """What ``StepReports`` wrote of its progress; the engine has the checkpoint's weights."""
     with _on_disk(checkpoint, run, place) as folder:
+        progress = read_progress(folder / _PROGRESS)
         engine.load(folder)
-        progress: dict[str, Any] = json.loads((folder / _PROGRESS).read_text())
         return progress
 
 
@@ -193,6 +215,17 @@ def _on_disk(checkpoint: Any, run: str, place: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_progress(file: Path) -> SavedProgress:
+    """Raises InputError for a file that is none of ours."""
+    return parse(read_json_object(file), SavedProgress, source=str(file))
+
+
+class HalvedBudget(Config):
+    """``token_budget.json`` of a run."""
+
+    token_budget: int = Field(ge=0, strict=True)
+
+
 class OutOfMemory(RuntimeError):
     """A worker ran out of memory; the run starts again from its newest checkpoint with a smaller budget."""
 
@@ -220,7 +253,9 @@ def halve(run: str, budget: int) -> None:
 def halved_budget(run: str) -> int | None:
     """The token budget that an earlier start of this run was brought down to; None when it never was."""
     found = storage.read_json(storage.join(run, _BUDGET))
-    return None if found is None else int(found["token_budget"])
+    return (
+        None if found is None else parse(found, HalvedBudget, source=storage.join(run, _BUDGET)).token_budget
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

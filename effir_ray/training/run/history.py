@@ -10,13 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
 from ray.train import UserCallback
 
+from effir_ray.config import Config, parse
 from effir_ray.progress import Progress, progress
+from effir_ray.readers import open_regular, parse_json
 from effir_ray.training.run.trackers import Board, TensorBoard
 
 HISTORY = "history.jsonl"
 _POLL_SECONDS = 0.3
+
+
+class Step(Config):
+    """A row of a training: this and what was measured."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int = Field(ge=0, strict=True)
+
+
+def checked_row(row: Any, source: str) -> dict[str, Any]:
+    """``row`` itself; InputError unless it is one of a training."""
+    parse(row, Step, source=source)
+    found: dict[str, Any] = row
+    return found
 
 
 class HistoryWriter(UserCallback):  # type: ignore[misc]  # Ray has no types
@@ -31,7 +49,10 @@ class HistoryWriter(UserCallback):  # type: ignore[misc]  # Ray has no types
 
 
 def read_history(file: Path) -> list[dict[str, Any]]:
-    """The last row of every step in order: after a restart steps since the checkpoint are done again."""
+    """The last row of every step in order: after a restart steps since the checkpoint are done again.
+
+    Raises InputError for a line that is no row of a training.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for row in _lines(file, 0)[0]:
         rows[row["step"]] = row
@@ -44,8 +65,10 @@ def follow(out: Path, description: str, boards: Sequence[Board] = ()) -> Iterato
     ``boards``.
     """
     stop = threading.Event()
+    known = read_history(out / HISTORY)  # here, where an InputError is heard
     context = contextvars.copy_context()  # the display belongs to the caller's context
-    thread = threading.Thread(target=context.run, args=(_show, out, description, boards, stop), daemon=True)
+    work = (_show, out, description, boards, known, stop)
+    thread = threading.Thread(target=context.run, args=work, daemon=True)
     thread.start()
     try:
         yield
@@ -54,9 +77,14 @@ def follow(out: Path, description: str, boards: Sequence[Board] = ()) -> Iterato
         thread.join()
 
 
-def _show(out: Path, description: str, boards: Sequence[Board], stop: threading.Event) -> None:
+def _show(
+    out: Path,
+    description: str,
+    boards: Sequence[Board],
+    known: Sequence[dict[str, Any]],
+    stop: threading.Event,
+) -> None:
     file = out / HISTORY
-    known = read_history(file)
     at = file.stat().st_size if file.exists() else 0
     purge = known[-1]["step"] + 1 if known else None
     tensorboard = TensorBoard(out / "tensorboard", purge_from=purge)
@@ -91,8 +119,12 @@ def _lines(file: Path, start: int) -> tuple[list[dict[str, Any]], int]:
     """Complete rows from byte ``start`` on, and where the next one begins."""
     if not file.exists():
         return [], start
-    with file.open("rb") as lines:
+    with open_regular(file) as lines:
         lines.seek(start)
         text = lines.read()
     whole = text[: text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], start + len(whole)
+    rows = [
+        checked_row(parse_json(line, f"{file}:{number}"), f"{file}:{number}")
+        for number, line in enumerate(whole.splitlines(), start=1)
+    ]
+    return rows, start + len(whole)

@@ -13,18 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field
+
 from effir_ray import storage
 from effir_ray.cluster.connection import connect, disconnect
-from effir_ray.cluster.devices import machine, on_device
+from effir_ray.cluster.devices import machine, on_device, reserving, room
 from effir_ray.cluster.lost import check_local_processes, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.probe import check_shared, current, everywhere
+from effir_ray.config import Config, parse
 from effir_ray.errors import InputError, LostProcess, TrialFailure
 from effir_ray.files import write_whole
 from effir_ray.models.loading import load_config
-from effir_ray.models.names import PACKAGED, backbone_fingerprint
+from effir_ray.models.names import PACKAGED, backbone_fingerprint, model_reads
 from effir_ray.readers import read_json_object
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
-from effir_ray.training.identity import training_identity
+from effir_ray.training.identity import training_identity, training_reads
 from effir_ray.training.run.fault_tolerance import (
     DEV_SCORE,
     SETTINGS,
@@ -42,6 +46,35 @@ from effir_ray.training.supervision.training_data import needs_model, prepare
 
 _RESULT, _TRACKING = "result.json", "tracking.json"
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
+
+
+class _Identity(Config):
+    settings: dict[str, Any] = Field(default_factory=dict)
+    contents: dict[str, Any] = Field(default_factory=dict)
+
+
+class _Place(Config):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    storage_path: str | None = None
+
+
+class TrainRecord(Config):
+    """``training.json``: which run a folder holds. Versions before this one wrote no ``identity``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: str
+    config: _Place
+    identity: _Identity = Field(default_factory=_Identity)
+
+
+class TrainOutcome(Config):
+    """``result.json``: what ``TrainResult`` says beside the rows."""
+
+    step: int
+    seconds: float
+    engine: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +112,8 @@ def train(
     ``track``: "mlflow" and "wandb" (Weights & Biases), where the curves are then shown too.
 
     Raises InputError for data or settings that cannot work (a folder of another run included) and
-    TrialFailure when the weights can no longer be trusted.
+    TrialFailure when the weights can no longer be trusted; LostProcess when processes are lost again and
+    again, or another process took over the stage of ``stages`` that ``out`` is.
     """
     check_installed(track)
     if config.distillation.teacher == STUDY_TEACHER:
@@ -97,22 +131,40 @@ def train(
     if (out / _RESULT).is_file():
         return _finished(out)
     job["begun"] = _go_on_from(begun, out) if begun is not None else None
+    job["lease"] = lease = stages.lease_of(out)
     began = time.monotonic()
     given = _connected()
     connect(address)
-    job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
-    with tracked(
-        track, out.name, _tracking_id(out) if track else "", {"model": model, **job["config"]}
-    ) as boards:
-        outcome, state = _fit(job, config, out, boards, None if given else partial(connect, address))
+    reconnect = None if given else partial(connect, address)
+    with everywhere(check_shared(out, model_reads(model) | training_reads(config))):
+        outcome, state = _trained(job, config, out, stages, track, reconnect)
     if config.stop_after is not None:
         _copy(state, out / STATE)
+    if lease is not None:
+        lease.check()
     storage.fetch(job["saved"], out / "checkpoint")
     result = {**outcome, "seconds": time.monotonic() - began}
     _write_json(out / _RESULT, result)
     storage.remove(job["run"])
     clear_staging(out)
     return _finished(out)
+
+
+def _trained(
+    job: dict[str, Any],
+    config: TrainConfig,
+    out: Path,
+    stages: StageStore,
+    track: Collection[str],
+    reconnect: Callable[[], None] | None,
+) -> tuple[dict[str, Any], Any]:
+    """See ``_fit``; ``job`` gets what the workers need besides."""
+    with reserving(room(config.workers, config.cpus_per_worker).gpus):
+        job["shared"] = current()
+        job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
+        settings = {"model": job["model"], **job["config"]}
+        with tracked(track, out.name, _tracking_id(out) if track else "", settings) as boards:
+            return _fit(job, config, out, boards, reconnect)
 
 
 def _copy(checkpoint: Any, folder: Path) -> None:
@@ -171,7 +223,7 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     storage.check(base)
     run = storage.join(base, name)
     known = out / SETTINGS
-    before = read_json_object(known) if known.is_file() else record
+    before = _before(known, resume) or record
     if not resume:
         for file in (SETTINGS, _RESULT, HISTORY, _TRACKING):
             (out / file).unlink(missing_ok=True)
@@ -186,6 +238,20 @@ def _open(out: Path, model: str, config: TrainConfig, resume: bool) -> dict[str,
     _write_json(known, record)
     saved = storage.join(run, "model")
     return {**record, "out": str(out), "base": base, "name": name, "run": run, "saved": saved}
+
+
+def _before(file: Path, resume: bool) -> dict[str, Any] | None:
+    """What ``training.json`` says of the run that was here; without ``resume`` it need not be readable."""
+    if not file.exists():
+        return None
+    try:
+        record = read_json_object(file)
+        parse(record, TrainRecord, source=str(file))
+    except InputError as error:
+        if not resume:
+            return None
+        raise InputError(f"{error}; choose another folder, or start over with resume=False") from None
+    return record
 
 
 def _place(out: Path, record: dict[str, Any]) -> tuple[str, str]:
@@ -236,7 +302,7 @@ def _fit(
     from ray.train import TrainingFailedError, WorkerGroupError
 
     lost = 0
-    release(job["run"])  # of a driver that was killed
+    _release(job)  # of a driver that was killed
     while True:
         budget = halved_budget(job["run"])
         try:
@@ -254,7 +320,7 @@ def _fit(
                 time.sleep(pause_seconds(lost))
                 reconnect()
                 continue
-            release(job["run"])
+            _release(job)
             halved = _budget_after(error, job, config)
             if halved is None or halved == budget:
                 lost += 1
@@ -270,6 +336,13 @@ def _fit(
         kind = InputError if outcome["error"] == "InputError" else TrialFailure
         raise kind(outcome["message"])
     return dict(outcome), result.checkpoint
+
+
+def _release(job: dict[str, Any]) -> None:
+    """Give back what this run has reserved; LostProcess where another driver goes on with it."""
+    if job["lease"] is not None:
+        job["lease"].check()
+    release(job["run"])
 
 
 def _connected() -> bool:
@@ -344,34 +417,21 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
 
 
 def _scaling(config: TrainConfig) -> Any:
-    """Resources of the workers; InputError for more than the cluster has.
+    """Resources of the workers; InputError for more than the cluster has or gets.
 
-    Asking for more than there is would wait for ever without a word. A Tune trial that calls this holds a
-    sliver of a CPU itself, so the workers' share is cut to what is left.
+    Asking Ray Train for more than there is would wait for ever without a word. A Tune trial that calls this
+    holds a sliver of a CPU itself, so the workers' share is cut to what is left.
     """
     import ray
     from ray.train import ScalingConfig
 
-    cluster = ray.cluster_resources()
-    gpus = cluster.get("GPU", 0)
-    if 0 < gpus < config.workers:
-        raise InputError(
-            f"{config.workers} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
-            "worker a GPU"
-        )
-    gpu = gpus > 0
+    there = room(config.workers, config.cpus_per_worker)
     own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
-    cpus = cluster.get("CPU", 0.0)
-    if config.workers * config.cpus_per_worker > cpus:
-        raise InputError(
-            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs each, but the cluster has "
-            f"{cpus:g}; lower workers or cpus_per_worker"
-        )
-    share = min(config.cpus_per_worker, int((cpus - own) / config.workers * 100) / 100)
+    share = min(config.cpus_per_worker, int((there.cpus - own) / config.workers * 100) / 100)
     return ScalingConfig(
         num_workers=config.workers,
-        use_gpu=gpu,
-        resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
+        use_gpu=there.gpus,
+        resources_per_worker={"CPU": share, **({"GPU": 1} if there.gpus else {})},
     )
 
 
@@ -383,8 +443,10 @@ def _in_worker() -> bool:
 
 
 def _finished(out: Path) -> TrainResult:
-    result = read_json_object(out / _RESULT)
-    return TrainResult(checkpoint=out / "checkpoint", history=read_history(out / HISTORY), **result)
+    file = out / _RESULT
+    result = parse(read_json_object(file), TrainOutcome, source=str(file))
+    history = read_history(out / HISTORY)
+    return TrainResult(checkpoint=out / "checkpoint", history=history, **result.model_dump())
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from effir_ray.cluster.probe import everywhere
 from effir_ray.compression.sparsity.sparsify import mask_gradients
 from effir_ray.config import parse
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import cpu_precision, detect
+from effir_ray.leases import Lease
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.stages import StageStore
@@ -39,13 +41,15 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's ``train_loop_per_worker``.
 
     ``job``: model, config (JSON), pairs and split (their source), held_out (questions no pair may ask),
-    survey (of a stream), begun (the state of a shorter run to go on from, or None), out (the output folder,
-    which other machines may not see), run (folder or URI of the
-    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype.
+    survey (of a stream), shared (what every node must see, or None), begun (the state of a shorter run to go
+    on from, or None), out (the output folder, which other machines may not see), run (folder or URI of the
+    run's state), saved (where the trained checkpoint goes), stages, teacher_dtype, lease (to be held for the
+    run's folder, or None).
     Returns {"engine", "step"}, or {"error", "message"} for an end that no restart would change.
     """
     try:
-        return Worker(job).train()
+        with everywhere(job["shared"]):
+            return Worker(job).train()
     except (InputError, TrialFailure) as error:
         return {"error": type(error).__name__, "message": str(error)}
 
@@ -56,6 +60,7 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         self.config = config = parse(job["config"], TrainConfig, source="training settings")
         self.run, self.saved = str(job["run"]), str(job["saved"])
+        self.lease: Lease | None = job["lease"]
         self.staging = fault_tolerance.staging(self.run, job["out"])
         stages = StageStore(Path(job["stages"]), job["remote_stages"])
         self.begun = job["begun"] and stages.local(job["begun"])
@@ -74,7 +79,7 @@ class Worker:
         self.engine = prepare(self.retriever, config, device, bfloat16=bfloat16)
         dev = dev_dataset(config)
         pairs, self.left_out = training_pairs(
-            job["pairs"], job["split"], job["held_out"], survey=job["survey"]
+            stages.local(job["pairs"]), job["split"], job["held_out"], survey=job["survey"]
         )
         self.batches = Batches(pairs, config, self._tokenize, rank=rank(), world=world_size())
         self.halved = fault_tolerance.halved_budget(self.run)
@@ -114,7 +119,7 @@ class Worker:
         )
 
     def train(self) -> dict[str, Any]:
-        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run, self.staging)
+        reporter = fault_tolerance.StepReports(self.engine, self.config, self.run, self.staging, self.lease)
         step = start = reporter.restore(self.begun)
         detector = CollapseDetector(
             candidates=self.config.batch_size * (1 + self.batches.negatives),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,21 +17,28 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from effir_ray.cluster.connection import is_private
 
+_OURS = "effir-ray-"
+_NO_CONTROLLER = "none"
+
 
 class NamedReservation(WorkerGroupCallback):  # type: ignore[misc]  # Ray has no types
-    """Gives what Ray Train reserves for the workers of ``run`` a name from the start, for ``release``."""
+    """Gives what Ray Train reserves for the workers of ``run`` a name from the start, which says who reserved
+    it: for ``release`` and ``release_abandoned``."""
 
     def __init__(self, run: str) -> None:
         self._prefix = _reservations(run)
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
+        import ray
         from ray.train.v2._internal.execution.worker_group import worker_group
 
         unnamed = worker_group.placement_group
+        controller = ray.get_runtime_context().get_actor_id() or _NO_CONTROLLER
 
         def named(*arguments: Any, **options: Any) -> Any:
-            return unnamed(*arguments, name=f"{self._prefix}{uuid.uuid4().hex}", **options)
+            name = f"{self._prefix}{controller}-{uuid.uuid4().hex}"
+            return unnamed(*arguments, name=name, **options)
 
         worker_group.placement_group = named
         try:
@@ -47,29 +54,51 @@ def release(run: str) -> None:
     ends, and the next start waits for them: Ray's own cleaner hears of a reservation only when its workers
     run, and asks the dashboard whether the controller lives.
     """
+    _remove(lambda name: name.startswith(_reservations(run)))
+
+
+def release_abandoned() -> None:
+    """Give back what controllers that are dead have reserved, for whatever run on this cluster.
+
+    That of a trial's process that was killed, and whose trial is not tried again or not yet, stays taken as
+    long as the study's driver lives: other trials would wait for it.
+    """
+    from ray._private import state  # the public way asks the dashboard, which need not be there
+
+    def abandoned(name: str) -> bool:
+        if not name.startswith(_OURS):
+            return False
+        controller = name.removeprefix(_OURS).split("-")[1]
+        return controller != _NO_CONTROLLER and state.actors(controller).get("State", "DEAD") == "DEAD"
+
+    _remove(abandoned)
+
+
+def _remove(which: Callable[[str], bool]) -> None:
+    """Give back the reservations whose name is one of those."""
     import ray
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     for group, known in ray.util.placement_group_table().items():
-        if known["name"].startswith(_reservations(run)) and known["state"] != "REMOVED":
+        if known["state"] != "REMOVED" and which(known["name"]):
             remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _reservations(run: str) -> str:
-    return f"effir-ray-{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
+    return f"{_OURS}{hashlib.sha256(run.encode()).hexdigest()[:16]}-"
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A ``TorchTrainer`` that starts no process it does not need, and of whose killed runs none stays.
 
     Each of Ray Train's helpers is a process of its own that imports what a worker does. Here no run reads Ray
-    datasets. On a private instance the driver gives back what a dead controller reserved (``release``); Ray's
-    cleaner asks a dashboard that is not there whether the controller lives, and would wait for it for ever.
-    Nor does anybody preempt its only node.
+    datasets. The driver gives back what a dead controller reserved (``release``), and Ray does when the
+    driver dies; Ray Train's cleaner, which belongs to no driver, asks the dashboard whether the controller
+    lives, and where there is none it stays for ever. Nobody preempts the only node of a private instance.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        unneeded = (DatasetsCallback, *([PlacementGroupCleanerCallback] if is_private() else []))
+        unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
         return [each for each in super()._create_default_callbacks() if not isinstance(each, unneeded)]
 
     def fit(self) -> Any:

@@ -25,6 +25,8 @@ def prepare(config: TrainConfig, stages: StageStore) -> dict[str, Any]:
 
     The part of a worker's job (see ``loop.train_worker``) that says where its data lie.
     """
+    if config.distillation.teacher is not None:
+        stages.local(config.distillation.teacher)
     held_out, dtype = held_out_by(config), resumable.encoder_dtype()
     pairs, split = config.dataset, config.split
     if config.negatives != "given" and config.hard_negatives:

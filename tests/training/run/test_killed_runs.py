@@ -14,7 +14,9 @@ import pytest
 import ray
 
 from effir_ray.cluster.connection import connect
+from effir_ray.errors import LostProcess
 from effir_ray.models.retriever import load_retriever
+from effir_ray.stages import StageStore
 from effir_ray.training.run import launcher
 from effir_ray.training.run.history import HistoryWriter, read_history
 from effir_ray.training.run.launcher import TrainResult, train
@@ -115,6 +117,29 @@ def test_a_killed_driver_goes_on_where_it_was(
     load_retriever(str(result.checkpoint))
     again = train("random:llama", config, out)
     assert again.history == result.history
+
+
+def test_a_run_whose_stage_another_process_took_over_writes_nothing_more(
+    dataset: Path, tmp_path: Path
+) -> None:
+    store = StageStore(tmp_path)
+    out = store.path("recovered", {}).with_suffix(".tmp")
+
+    def build(folder: Path) -> None:
+        train("random:llama", settings(dataset), folder, stages=store)
+
+    def take_over() -> None:
+        (holder,) = (tmp_path / "locks").glob("recovered-*.1")
+        holder.with_suffix(".2").write_text("{}")
+
+    with (
+        when(partial(has_step, out, 4), take_over),
+        pytest.raises(LostProcess, match="another process took this work over"),
+    ):
+        store.run("recovered", {}, build, resumable=True)
+    assert not (out / "checkpoint").exists()
+    assert len(read_history(out / "history.jsonl")) < STEPS
+    assert not (tmp_path / "runs.log").exists()
 
 
 def test_a_lost_node_is_replaced_and_the_loss_curve_is_the_same(

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from effir_ray.cluster import devices
 from effir_ray.errors import InputError
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.retriever import load_retriever
@@ -96,6 +97,7 @@ def test_workers_get_a_gpu_each_or_none_at_all(
     gpus: int, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    monkeypatch.setattr(devices, "is_private", lambda: True)
     monkeypatch.setattr(launcher, "_in_worker", lambda: False)
     scaling = launcher._scaling(settings(pairs, workers=2))
     assert scaling.use_gpu == (gpus > 0)
@@ -104,7 +106,8 @@ def test_workers_get_a_gpu_each_or_none_at_all(
 
 def test_fewer_gpus_than_workers_is_said(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
-    with pytest.raises(InputError, match="2 workers, but the cluster has 1 GPUs"):
+    monkeypatch.setattr(devices, "is_private", lambda: True)
+    with pytest.raises(InputError, match="2 workers need 2 GPUs and 2 CPUs, and the cluster has 1 GPU and"):
         launcher._scaling(settings(pairs, workers=2))
 
 
@@ -134,3 +137,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text('{"model": "another", "config": {}}')
     with pytest.raises(InputError, match="another model or other settings"):
         launcher.train("random:llama", TrainConfig(dataset="stdlib"), tmp_path)
+
+
+def test_starting_over_needs_no_readable_record(pairs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    claim(out, "random:llama", settings(pairs))
+    (out / "training.json").write_text("{}")
+    with pytest.raises(InputError, match=r"training\.json: .*start over with resume=False"):
+        claim(out, "random:llama", settings(pairs))
+    claim(out, "random:llama", settings(pairs), resume=False)
+    claim(out, "random:llama", settings(pairs))

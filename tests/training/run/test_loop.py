@@ -170,5 +170,5 @@ def test_a_diverging_run_fails_with_its_reason_and_is_not_repeated(dataset: Path
 
 
 def test_more_than_the_cluster_has_is_said_at_once(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="but the cluster has"):
+    with pytest.raises(InputError, match="and the cluster has"):
         train("random:llama", settings(dataset, cpus_per_worker=4000), tmp_path / "out")

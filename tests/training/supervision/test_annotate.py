@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,17 @@ def test_a_model_without_a_classifier_is_refused(pairs_file: Path, tmp_path: Pat
     backbone.tokenizer.save_pretrained(tmp_path / "headless")
     with pytest.raises(InputError, match=r"no weights for .*classifier"):
         annotate(pairs_file, by=str(tmp_path / "headless"), stages=StageStore(tmp_path / "stages"))
+
+
+@pytest.mark.parametrize("part", ["config", "tokenizer"])
+def test_code_that_lies_beside_a_model_is_not_run(part: str, pairs_file: Path, tmp_path: Path) -> None:
+    folder, ran = cross_encoder(tmp_path / "reranker", 1), tmp_path / "ran"
+    (folder / "planted.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Planted:\n    pass\n")
+    file = folder / ("config.json" if part == "config" else "tokenizer_config.json")
+    kinds = ("AutoConfig", "AutoModelForSequenceClassification") if part == "config" else ("AutoTokenizer",)
+    code = {kind: ["planted.Planted"] * 2 if part == "tokenizer" else "planted.Planted" for kind in kinds}
+    other = {"model_type": "planted"} if part == "config" else {"tokenizer_class": "Planted"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code, **other}))
+    with contextlib.suppress(InputError):  # a configuration without its code is none; a tokenizer may be
+        annotate(pairs_file, by=str(folder), stages=StageStore(tmp_path / "stages"))
+    assert not ran.exists()
