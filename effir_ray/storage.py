@@ -206,10 +206,10 @@ def upload(target: str, write: Callable[[Path], object], aside: Path) -> None:
         def attempt() -> None:
             system.create_dir(path, recursive=True)
             fs.copy_files(str(folder), path, destination_filesystem=system)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
         steadily(target, attempt)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def fetch(source: str, folder: Path) -> None:
