@@ -16,17 +16,18 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 
-from effir_ray.errors import InputError
+from effir_ray.errors import InputError, LostProcess
 
 _LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
 """Stages talk through files, so the object store only carries small blocks."""
@@ -49,6 +50,9 @@ by default on Windows and macOS, hence the name; 127.0.0.1 as this node's addres
 
 _PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """After so many seconds without its control service Ray ends a process, even one that has left it by then."""
+
+_NEEDED = ("gcs_server", "raylet")
+_SECONDS_TO_FAIL = 15.0  # what of a start notices a lost process by itself has done so by then
 
 INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
 
@@ -127,7 +131,7 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
     atexit.register(_end_local, folder, _ask_for_token(folder))
     for attempt in range(_START_ATTEMPTS):
         try:
-            with _on_loopback(), _without_obituaries():
+            with _on_loopback(), _without_obituaries(), _watched_start() as dead:
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -138,6 +142,9 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
                 )
             return
         except Exception as error:
+            if lost := dead():
+                ray.shutdown()
+                raise LostProcess(_ended_early(lost)) from error
             if "timed out during startup" not in str(error):
                 raise
             ray.shutdown()
@@ -146,6 +153,40 @@ def _start_local(num_cpus: int | None, options: dict[str, Any]) -> None:
                     f"Ray did not start on this machine within 30 s, {_START_ATTEMPTS} times over; "
                     "stop other programs, or give --address of a running cluster"
                 ) from None
+
+
+@contextmanager
+def _watched_start() -> Iterator[Callable[[], list[str]]]:
+    """Within it Ray starts; yields what says which of its processes have ended.
+
+    Ray waits for one that was killed meanwhile until its patience ends, where neither an exception nor a
+    signal reaches it. After some seconds of that this process ends with one line, as Ray ends it otherwise.
+    """
+    before, started = set(psutil.Process().children()), threading.Event()
+
+    def dead() -> list[str]:
+        ended = []
+        for child in set(psutil.Process().children()) - before:
+            with suppress(psutil.NoSuchProcess):
+                if child.name() in _NEEDED and child.status() == psutil.STATUS_ZOMBIE:
+                    ended.append(child.name())
+        return sorted(ended)
+
+    def watch() -> None:
+        while not started.wait(1):
+            if (lost := dead()) and not started.wait(_SECONDS_TO_FAIL):
+                print(f"effir-ray: {_ended_early(lost)}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield dead
+    finally:
+        started.set()
+
+
+def _ended_early(lost: list[str]) -> str:
+    return f"Ray's own {' and '.join(lost)} ended while Ray started; run the same again"
 
 
 def _new_folder() -> Path:

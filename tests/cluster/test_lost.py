@@ -147,3 +147,32 @@ def test_which_node_is_unfit_is_told_to_other_processes() -> None:
 def test_without_other_nodes_a_full_disk_is_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), own_disks(tmp_path):
         raise full(Path("/dev/shm/file"))
+
+
+_KILLED_WHILE_IT_STARTS = """
+import threading, time
+import psutil
+from effir_ray.cluster.connection import connect
+from effir_ray.errors import LostProcess
+def kill():
+    while True:
+        children = {" ".join(child.cmdline()): child for child in psutil.Process().children()}
+        if any("dashboard.py" in line for line in children):  # Ray's last step but one
+            return [child.kill() for line, child in children.items() if "gcs_server" in line]
+        time.sleep(0.01)
+threading.Thread(target=kill).start()
+try:
+    connect(num_cpus=1)
+except LostProcess as error:
+    raise SystemExit(f"effir-ray: {error}")
+"""
+
+
+def test_a_start_whose_process_is_killed_ends_in_one_line() -> None:
+    """Ray's control service: without it Ray waits where nothing reaches it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", _KILLED_WHILE_IT_STARTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert done.returncode == 1
+    ours = [line for line in done.stderr.splitlines() if "rpc_client.h" not in line]  # Ray's own log
+    assert ours == ["effir-ray: Ray's own gcs_server ended while Ray started; run the same again"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
 
-from effir_ray.cluster.connection import connect
+from effir_ray.cluster.connection import INSTANCE, connect
 
 
 def _meet() -> dict[str, object]:
@@ -23,8 +24,9 @@ def _meet() -> dict[str, object]:
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     ]
+    meeting_places = list(Path(os.environ[INSTANCE]).glob("*/rendezvous"))
     ray.train.report({})
-    return {"sum": number.item(), "listening": listening}
+    return {"sum": number.item(), "listening": listening, "places": len(meeting_places)}
 
 
 @pytest.mark.integration
@@ -46,3 +48,4 @@ def test_two_workers_sum_up_and_listen_on_loopback_alone(tmp_path: Path) -> None
     found = trainer.fit().return_value
     assert found["sum"] == 3
     assert set(found["listening"]) == {"127.0.0.1"}
+    assert found["places"] == 1, "in the folder that goes with the instance"
