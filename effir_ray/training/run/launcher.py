@@ -38,6 +38,9 @@ from effir_ray.training.run.trackers import Board, check_installed, tracked
 from effir_ray.training.supervision.training_data import needs_model, prepare
 
 _SETTINGS, _RESULT, _TRACKING = "training.json", "result.json", "tracking.json"
+RESIZE_SECONDS = 60.0
+"""So often a run whose number of workers may change looks for room for more."""
+
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
 
 
@@ -287,7 +290,7 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     if "low on memory" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
         lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
-        everything = config.batch_size // config.workers * lengths
+        everything = config.batch_size // config.fewest_workers * lengths
         halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)
     elif "OutOfMemory" not in text:
         return None
@@ -308,6 +311,7 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
         train_loop_config=job,
         torch_config=torch_config(backend),
         scaling_config=scaling,
+        numbers_of_workers=config.numbers_of_workers,
         run_config=RunConfig(
             name=job["name"],
             storage_path=job["base"],
@@ -330,22 +334,25 @@ def _scaling(config: TrainConfig) -> Any:
 
     cluster = ray.cluster_resources()
     gpus = cluster.get("GPU", 0)
-    if 0 < gpus < config.workers:
+    fewest, most = config.fewest_workers, config.most_workers
+    if 0 < gpus < fewest:
         raise InputError(
-            f"{config.workers} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
+            f"{fewest} workers, but the cluster has {gpus:g} GPUs; set workers to at most that, one "
             "worker a GPU"
         )
     gpu = gpus > 0
     own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
     cpus = cluster.get("CPU", 0.0)
-    if config.workers * config.cpus_per_worker > cpus:
+    if fewest * config.cpus_per_worker > cpus:
         raise InputError(
-            f"{config.workers} workers of {config.cpus_per_worker:g} CPUs each, but the cluster has "
+            f"{fewest} workers of {config.cpus_per_worker:g} CPUs each, but the cluster has "
             f"{cpus:g}; lower workers or cpus_per_worker"
         )
-    share = min(config.cpus_per_worker, int((cpus - own) / config.workers * 100) / 100)
+    now = max(fewest, min(most, int(cpus / config.cpus_per_worker)))
+    share = min(config.cpus_per_worker, int((cpus - own) / now * 100) / 100)
     return ScalingConfig(
         num_workers=config.workers,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         use_gpu=gpu,
         resources_per_worker={"CPU": share, **({"GPU": 1} if gpu else {})},
     )
