@@ -20,6 +20,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 _ANSWER_SECONDS = 3.0
 _PAUSE_SECONDS = 1.0
+_ROUNDING = 1e-6
 
 
 class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no types
@@ -53,7 +54,14 @@ class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no type
         return decision
 
     def _count_possible_workers(self, reserved: Any) -> int:
-        possible = super()._count_possible_workers(reserved)
+        """Ray's own loses a worker where shares of a CPU add up to a little less."""
+        each = {
+            name: need for name, need in self.scaling_config._resources_per_worker_not_none.items() if need
+        }
+        possible = sum(
+            min(int(resources.get(name, 0.0) / need + _ROUNDING) for name, need in each.items())
+            for resources in reserved.values()
+        )
         return max((number for number in self._numbers if number <= possible), default=0)
 
     def _get_reserved_resources(self) -> Any:

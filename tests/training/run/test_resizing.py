@@ -17,9 +17,9 @@ from effir_ray.training.run import resizing
 from effir_ray.training.run.resizing import EvenShares
 
 
-def policy(workers: tuple[int, int]) -> EvenShares:
+def policy(workers: tuple[int, int], cpus: float = 1) -> EvenShares:
     config = TrainConfig(dataset="unused", batch_size=24, workers=workers, zero_stage=0)
-    scaling = ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1})
+    scaling = ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus})
     return EvenShares(scaling, config.numbers_of_workers)
 
 
@@ -27,6 +27,12 @@ def policy(workers: tuple[int, int]) -> EvenShares:
 def test_a_number_that_would_share_a_batch_unevenly_is_passed_over(cpus: int, workers: int) -> None:
     nodes = {"a": {"CPU": float(cpus - cpus // 2)}, "b": {"CPU": float(cpus // 2)}}
     assert policy((2, 8))._count_possible_workers(nodes) == workers
+
+
+def test_shares_of_a_cpu_add_up() -> None:
+    assert (0.99 + 0.99 + 0.99) // 0.99 == 2
+    assert policy((1, 3), 0.99)._count_possible_workers({"a": {"CPU": 0.99 + 0.99 + 0.99}}) == 3
+    assert policy((1, 3), 0.99)._count_possible_workers({"a": {"CPU": 2.96}}) == 2
 
 
 def test_a_node_that_does_not_answer_is_not_there() -> None:
