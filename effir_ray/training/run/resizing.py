@@ -33,7 +33,7 @@ class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no type
     def __init__(self, scaling: ScalingConfig, numbers: Sequence[int]) -> None:
         super().__init__(scaling)
         self._numbers = numbers
-        self._waits_since: float | None = None  # not while workers run
+        self._waits_since: float | None = None
         self._latest_reserved_resources: Any = None
         self._patience = env_float(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S)
 
@@ -53,6 +53,14 @@ class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no type
             time.sleep(_PAUSE_SECONDS)
         return decision
 
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
+        """Only ever more workers: those of a lost node fail, and a busy one may have been slow to answer."""
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        grows = getattr(decision, "num_workers", 0) > worker_group_state.num_workers
+        return decision if grows else NoopDecision()
+
     def _count_possible_workers(self, reserved: Any) -> int:
         """Ray's own loses a worker where shares of a CPU add up to a little less."""
         each = {
@@ -65,8 +73,8 @@ class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no type
         return max((number for number in self._numbers if number <= possible), default=0)
 
     def _get_reserved_resources(self) -> Any:
-        """Before a start without the nodes that do not answer: a lost one counts until Ray misses it, and the
-        start would wait for it."""
+        """Without the nodes that do not answer: a lost one counts until Ray misses it, up to half a minute
+        later, and new workers would be waited for there."""
         age = time.monotonic() - self._latest_reserved_resources_query_time
         if age < self.GET_RESERVED_RESOURCES_INTERVAL_S:
             return self._latest_reserved_resources
@@ -77,7 +85,7 @@ class EvenShares(ElasticScalingPolicy):  # type: ignore[misc]  # Ray has no type
             reserved = ray.get(found, timeout=_ANSWER_SECONDS)
         except RayError:
             reserved = None
-        if reserved is not None and self._waits_since is not None:
+        if reserved is not None:
             there = {node["NodeID"] for node in ray.nodes() if node["Alive"] and _answers(node)}
             reserved = {node: resources for node, resources in reserved.items() if node in there}
         self._latest_reserved_resources_query_time = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,6 +41,18 @@ def test_a_node_that_does_not_answer_is_not_there() -> None:
         node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": server.getsockname()[1]}
         assert resizing._answers(node)
     assert not resizing._answers(node)
+
+
+@pytest.mark.parametrize(("room", "grows_to"), [(1.0, None), (4.0, None), (5.0, None), (6.0, 6)])
+def test_workers_that_run_are_only_ever_joined_by_more(
+    room: float, grows_to: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EvenShares, "_maybe_send_resource_request", lambda self: None)
+    monkeypatch.setattr(EvenShares, "_get_reserved_resources", lambda self: {"a": {"CPU": room}})
+    running = SimpleNamespace(num_workers=4, start_time=0.0)
+    monkeypatch.setattr(resizing.time, "monotonic", lambda: 1000.0)
+    decision = policy((1, 8)).make_decision_for_running_worker_group(running, None)
+    assert getattr(decision, "num_workers", None) == grows_to
 
 
 def test_room_for_the_fewest_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
