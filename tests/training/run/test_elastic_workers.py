@@ -18,7 +18,7 @@ from tests.helpers.training_runs import first_steps, ran_with, settings
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(580)]
 
-STEPS = 80
+STEPS = 50
 
 
 def train_and_look_often(config: TrainConfig, out: Path, address: str) -> None:
