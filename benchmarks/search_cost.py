@@ -123,7 +123,7 @@ def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore, steps_before
     return {
         "start": round(whole - steps, 2),
         "steps": round(steps, 2),
-        "rest": round(row.device_seconds - whole * config.recovery.workers, 2),
+        "rest": round(row.device_seconds - whole * config.recovery.most_workers, 2),
     }
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 from effir_ray.config import Config
 from effir_ray.storage import name_of
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -176,13 +176,19 @@ class TrialRow(Config):
         default=None, description="mean cosine of different documents; near 1 is collapsed"
     )
     recovered: bool = Field(default=False, description="trained after compression")
+    training_workers: JsonText | None = Field(
+        default=None,
+        description="training -> [first step, workers] of each part with another number of workers, JSON",
+    )
     git_commit: str = Field(default="", description="commit of the code that ran")
     versions: JsonText = Field(default="{}", description="package versions, JSON")
     hardware: str = Field(default="", description="the machine, in words")
     wall_seconds: FiniteFloat | None = Field(
         default=None, description="seconds this trial took; of several data sets in the row of the mean"
     )
-    device_seconds: FiniteFloat | None = Field(default=None, description="wall seconds times workers")
+    device_seconds: FiniteFloat | None = Field(
+        default=None, description="wall seconds times workers, on average where their number changed"
+    )
     created_at: datetime = Field(default_factory=_now, description="when the row was written, UTC")
 
     @model_validator(mode="after")
@@ -226,7 +232,7 @@ def _arrow_schema() -> pa.Schema:
     return pa.schema(fields, metadata={"effir_ray_schema": str(SCHEMA_VERSION)})
 
 
-JSON_COLUMNS = frozenset({"trial", "plan", "versions", "contents"})
+JSON_COLUMNS = frozenset({"trial", "plan", "versions", "contents", "training_workers"})
 
 ARROW_SCHEMA: pa.Schema = _arrow_schema()
 """The table of ``TrialRow``; every column carries its description as field metadata."""

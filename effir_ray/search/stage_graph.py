@@ -108,7 +108,7 @@ class Stage:
     computed_on: what else the bits depend on: the kind of ``device`` and its dtype, or the ``machine``
     columns: what a finished folder adds to the row; a stage that has some is an end of its own
     query_scores: what it knows of single queries, for the table beside the rows
-    workers: how many workers it keeps busy
+    workers: how many workers it kept busy, on average
     exclusive: no two such stages run at once on one machine
     resumable: it goes on from what an interrupted run left in the folder
     shared: most trials find it built by another one
@@ -128,7 +128,7 @@ class Stage:
     computed_on: Literal["", "device", "machine"] = ""
     columns: Callable[[StageTask], Mapping[str, Any]] | None = None
     query_scores: Callable[[StageTask], QueryScores] | None = None
-    workers: Callable[[TrialConfig], int] = lambda config: 1
+    workers: Callable[[StageTask], float] = lambda task: 1
     exclusive: bool = False
     resumable: bool = False
     shared: bool = False

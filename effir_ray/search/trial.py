@@ -30,7 +30,7 @@ from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
-from effir_ray.search.trial_stages import settle, trial_stages
+from effir_ray.search.trial_stages import settle, training_workers, trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.storage import redacted
 from effir_ray.training.identity import training_identity, training_reads
@@ -65,7 +65,8 @@ def run_trial(
     runner = StageRunner(config, split, stages, listener)
     measured: dict[str, dict[str, Any]] = {name: {} for name in config.dataset_names}
     by_query: dict[str, QueryScores] = {}
-    for keyed in trial_stages(config, sources, split):
+    keyed_stages = trial_stages(config, sources, split)
+    for keyed in keyed_stages:
         if keyed.stage.columns is not None:  # an end; it pulls in the rest
             stages.bring(runner.make(keyed))
             task = runner.task(keyed, keyed.path(stages))
@@ -74,7 +75,9 @@ def run_trial(
                 measured[name] |= columns
             if keyed.stage.query_scores is not None:
                 by_query[keyed.config.dataset] = keyed.stage.query_scores(task)
-    known = _known_columns(config, split, study, attempt)
+    known = dict(_known_columns(config, split, study, attempt))
+    if workers := training_workers(keyed_stages, stages):
+        known["training_workers"] = json.dumps(workers)
     row = make_row(
         **known,
         **mean_columns([(measured[name], by_query[name]) for name in measured]),
@@ -156,7 +159,7 @@ class StageRunner:
                 started = time.monotonic()
                 _build(stage.build, task)
                 seconds = time.monotonic() - started
-        self.device_seconds += seconds * stage.workers(self.config)
+        self.device_seconds += seconds * stage.workers(task)
 
     @contextmanager
     def _exclusive(self, stage: Stage) -> Iterator[None]:

@@ -12,9 +12,10 @@ dry run reads these declarations without it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from effir_ray.models.retriever import load_retriever
 from effir_ray.readers import read_json
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, StageTask, key_stages
+from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE, STUDY_TEACHER, TrainConfig
 
 CHECKPOINT = "checkpoint"
@@ -68,6 +70,7 @@ TIMING = "timing.json"
 
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
 _MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
+_TRAININGS = {"base": "base_training", "recovered": "recovery"}  # stage -> field of its settings
 _DEPTH = {"drop_attention", "drop_mlp", "drop_block", "drop_last_blocks"}
 
 
@@ -118,6 +121,44 @@ def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[Sta
         _write_plan(task.out, read_plan(task.parents["model"]))
 
     return build
+
+
+def _mean_workers(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[StageTask], float]:
+    """Of a training with those settings, over the seconds of its steps; a run's start and end count alike."""
+
+    def workers(task: StageTask) -> float:
+        training = choose(task.config)
+        assert training is not None
+        if isinstance(training.workers, int):
+            return training.workers
+        steps = _steps(task.out.joinpath)
+        return float(np.average([row["workers"] for row in steps], weights=[row["seconds"] for row in steps]))
+
+    return workers
+
+
+def training_workers(stages: Sequence[KeyedStage], store: StageStore) -> dict[str, list[tuple[int, int]]]:
+    """Training of a trial with these ``stages`` -> (first step, workers) of each part that ran with another
+    number of workers than the one before. Of a training that older code did nothing is known.
+    """
+    found: dict[str, list[tuple[int, int]]] = {}
+    for keyed in stages:
+        if keyed.name not in _TRAININGS:
+            continue
+        parts: list[tuple[int, int]] = []
+        for row in _steps(partial(store.small, keyed.path(store))):
+            if not parts or parts[-1][1] != row["workers"]:
+                parts.append((row["step"], row["workers"]))
+        if parts:
+            found[_TRAININGS[keyed.name]] = parts
+    return found
+
+
+def _steps(find: Callable[[str], Path]) -> list[dict[str, Any]]:
+    """The rows of a training whose files ``find`` finds, where they say how many workers there were."""
+    from effir_ray.training.run.history import HISTORY, read_history
+
+    return [row for row in read_history(find(HISTORY)) if "workers" in row]
 
 
 def _begun(task: StageTask) -> Path | None:
@@ -488,7 +529,7 @@ STAGES: tuple[Stage, ...] = (
         parents={"model": ("backbone",)},
         needed=lambda config: config.base_training is not None,
         computed_on="device",
-        workers=lambda config: config.base_training.workers if config.base_training else 1,
+        workers=_mean_workers(lambda config: config.base_training),
         resumable=True,
         shared=True,
         cost=Cost(
@@ -566,7 +607,7 @@ STAGES: tuple[Stage, ...] = (
         asked=lambda config, role: role != "teacher" or _learns_from_base(config),
         needed=lambda config: config.recovery is not None,
         computed_on="device",
-        workers=lambda config: config.recovery.workers if config.recovery else 1,
+        workers=_mean_workers(lambda config: config.recovery),
         resumable=True,
         bulk=CHECKPOINT,
         cost=Cost(start_seconds=30.0, tokens=lambda config: _training_tokens(config.recovery)),
@@ -583,7 +624,7 @@ STAGES: tuple[Stage, ...] = (
         each_dataset=True,
         on_device=_one_worker,  # several are Ray Data's, which reserves theirs
         computed_on="device",
-        workers=lambda config: config.encoding_workers,
+        workers=lambda task: task.config.encoding_workers,
         resumable=True,
         bulk=SHARDS,
         cost=Cost(
@@ -602,7 +643,7 @@ STAGES: tuple[Stage, ...] = (
         each_dataset=True,
         on_device=_one_worker,
         computed_on="device",
-        workers=lambda config: config.encoding_workers,
+        workers=lambda task: task.config.encoding_workers,
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
     ),
     Stage(

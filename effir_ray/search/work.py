@@ -92,11 +92,12 @@ def _is_uncounted(stage: str, space: SearchSpace) -> bool:
 def training_bytes(training: TrainConfig, parameters: int) -> int:
     """Of weights, gradients and optimizer states on each GPU, with Adam (ZeRO, Rajbhandari et al. 2020,
     figure 1): stage 1 shares the states, 2 the gradients too, 3 the weights too. Stage 0 in bfloat16 runs
-    as 1."""
+    as 1, but where the number of workers may change."""
     shares = [1, 1, 1]  # by how many the weights, gradients, states are shared
-    stage = training.zero_stage if training.precision == "float32" else max(1, training.zero_stage)
+    whole = training.precision == "float32" or isinstance(training.workers, tuple)
+    stage = training.zero_stage if whole else max(1, training.zero_stage)
     for part in range(min(stage, 3)):
-        shares[2 - part] = training.workers
+        shares[2 - part] = training.most_workers
     if training.lora is not None:  # the few trained parameters do not count
         return parameters * _WEIGHT // shares[0]
     parts = zip((_WEIGHT, _GRADIENT, _STATES), shares, strict=True)

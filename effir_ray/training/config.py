@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from effir_ray.config import Config, Length, Place, Prompts, Seed, says_nothing
 from effir_ray.training.step.ladder import Ladder, check_nested
 
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
+Workers = Annotated[int, Field(ge=1, le=65536)]
+
+_WORKERS: TypeAdapter[int] = TypeAdapter(Workers)
+
+
+def _number_or_range(value: Any) -> int | tuple[int, int]:
+    """One error where a union would report one for each of its types."""
+    try:
+        if not isinstance(value, list | tuple):
+            return _WORKERS.validate_python(value)
+        numbers = tuple(_WORKERS.validate_python(number) for number in value)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from None
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise ValueError("expected a number of workers, or two: the fewest and the most, as in [1, 8]")
+    return numbers[0], numbers[1]
 
 
 class LoraConfig(Config):
@@ -89,6 +105,8 @@ class TrainConfig(Config):
     matched, is off.
     elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
     keep_zeros: weights of the blocks that are zero at the start stay zero (a model pruned to sparsity).
+    workers: how many; or the fewest and the most, ``[1, 8]``, where nodes come and go: the run then goes on
+    with as many as there is room for, among the numbers that divide ``batch_size``.
     zero_stage: DeepSpeed's; 0 in bfloat16 runs as 1, which sums gradients in float32.
     checkpoint_every: steps from one checkpoint to the next; None takes a tenth of the run, and at least five
     minutes.
@@ -125,7 +143,7 @@ class TrainConfig(Config):
     lora: LoraConfig | None = LoraConfig()
     keep_zeros: bool = False
 
-    workers: int = Field(default=1, ge=1, le=65536)
+    workers: Annotated[Workers | tuple[Workers, Workers], BeforeValidator(_number_or_range)] = 1
     cpus_per_worker: float = Field(default=1.0, gt=0, le=4096)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -143,6 +161,20 @@ class TrainConfig(Config):
     @property
     def held_out_names(self) -> tuple[str, ...]:
         return (self.held_out,) if isinstance(self.held_out, str) else self.held_out or ()
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def numbers_of_workers(self) -> tuple[int, ...]:
+        """Those that may run, from few to many: each worker has an equal share of every batch."""
+        possible = range(self.fewest_workers, min(self.most_workers, self.batch_size) + 1)
+        return tuple(number for number in possible if self.batch_size % number == 0)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> TrainConfig:
@@ -177,10 +209,17 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _batch_splits_evenly(self) -> TrainConfig:
-        if self.batch_size % self.workers:
+        for number in (self.fewest_workers, self.most_workers):
+            if self.batch_size % number:
+                raise ValueError(
+                    f"batch_size {self.batch_size} does not split evenly over {number} workers; "
+                    f"use a multiple of {number}"
+                )
+        if isinstance(self.workers, tuple) and self.zero_stage:
             raise ValueError(
-                f"batch_size {self.batch_size} does not split evenly over {self.workers} workers; "
-                f"use a multiple of {self.workers}"
+                f"workers from {self.workers[0]} to {self.workers[1]} need zero_stage: 0; at stage "
+                f"{self.zero_stage} each worker saves its own part of the optimizer's state, which another "
+                "number of workers cannot go on from"
             )
         if any(dimension < 1 for dimension in self.matryoshka):
             raise ValueError("matryoshka lists embedding dimensions, all at least 1")

@@ -180,6 +180,41 @@ def sparse(ranks: int, rank: int, zero: int) -> dict[str, torch.Tensor]:
         return {"before": before, "after": weight.detach().clone()}
 
 
+def resized(ranks: int, rank: int, state: Path, first: int, last: int) -> dict[str, Any]:
+    """Steps ``first`` to ``last`` of a run whose number of workers may change, from where its ``state`` was
+    left; the losses, and the weights after them."""
+    config = TrainConfig.model_validate(
+        training_config(Combination(1, 0, True, True, 3)).model_dump() | {"workers": (1, 2)}
+    )
+    retriever = load_retriever(MODEL)
+    engine = prepare(retriever, config, torch.device("cpu"), bfloat16=False)
+    if first:
+        engine.load(state)
+
+    def tokenize(texts: Any, kind: Any) -> list[list[int]]:
+        return retriever.tokenize(texts, kind, max_length=64)
+
+    batches = Batches(training_pairs(), config, tokenize, rank=rank, world=ranks)
+    objective = build_objective(config, has_teacher_scores=True)
+    step = ContrastiveStep(engine, objective, token_budget=config.token_budget)
+    losses = []
+    for done, batch in zip(range(first, last), batches.run(first), strict=False):
+        losses.append(step(batch).loss)
+        engine.step(learning_rate(done, total=STEPS, peak=1e-3, warmup=config.warmup, schedule="linear"))
+    engine.save(state)
+    return {"losses": losses, "weights": trained(engine, lambda value: value), "engine": engine.name}
+
+
+def resized_in_group(ranks: int, rank: int, state: Path, last: int) -> None:
+    """The beginning of such a run in a group of ``ranks``, which meet at a file beside ``state``."""
+    torch.set_num_threads(1)
+    place = state.with_name("rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks)
+    resized(ranks, rank, state, 0, last)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def trained(engine: Engine, read: Any) -> dict[str, torch.Tensor]:
     result = {}
     for name, parameter in engine.encoder.model.named_parameters():

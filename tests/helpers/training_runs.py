@@ -89,6 +89,10 @@ def has_step(out: Path, step: int) -> bool:
     return any(row["step"] >= step for row in read_history(out / "history.jsonl"))
 
 
+def ran_with(out: Path, workers: int) -> bool:
+    return any(row["workers"] == workers for row in read_history(out / "history.jsonl"))
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 500
     while not condition():

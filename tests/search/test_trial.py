@@ -22,7 +22,7 @@ from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.loading import load_config
 from effir_ray.models.retriever import load_retriever
-from effir_ray.results import query_scores
+from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
 from effir_ray.search import trial_stages
@@ -207,6 +207,31 @@ def test_of_several_data_sets_each_has_a_row_beside_their_mean(
     heard: list[str] = []
     run_trial(small_space(dataset=other).trial(Candidate(drop_mlp=(1,))), stages, listener=heard.append)
     assert heard == ["timing"]  # on its own texts
+
+
+def test_a_row_says_with_how_many_workers_its_model_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(task: StageTask) -> None:
+        model = task.parents["model"]
+        (task.out / trial_stages.CHECKPOINT).symlink_to(model / trial_stages.CHECKPOINT)
+        trial_stages._write_plan(task.out, trial_stages.read_plan(model))
+        steps = [{"step": step, "workers": workers, "seconds": 1.0} for step, workers in ((1, 4), (2, 2))]
+        (task.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+
+    scores = replace(SCORES, parents={"model": ("recovered", "pruned")})
+    only(monkeypatch, *WITHOUT_RAY, replace(DECLARED["recovered"], build=train), scores)
+    recovery = {"steps": 2, "batch_size": 4, "lora": None, "workers": [2, 4], "zero_stage": 0}
+    space, stages = small_space(recovery=recovery), StageStore(tmp_path / "stages")
+    rows = [
+        row
+        for recover in (True, False)
+        for row in run_trial(space.trial(Candidate(drop_mlp=(1,), recover=recover)), stages, out=tmp_path)
+    ]
+    store.append(tmp_path, rows)
+    trained, untrained = store.read(tmp_path)["training_workers"].to_pylist()
+    assert untrained is None
+    assert json.loads(trained) == {"recovery": [[1, 4], [2, 2]]}
 
 
 def test_a_model_that_was_deleted_is_built_again_only_when_it_is_needed(

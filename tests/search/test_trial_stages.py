@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +170,36 @@ def test_seeds_share_their_queries_unless_another_sample_is_asked_for() -> None:
     assert keys(sample_seed=1)["scores"] != keys()["scores"]
 
 
-def test_seconds_count_once_a_worker() -> None:
-    space = small_space(base_training=TRAINING | {"workers": 2}, recovery=TRAINING, encoding_workers=3)
-    config = space.trial(Candidate(drop_mlp=1, recover=True))
-    counted = {name: STAGES[name].workers(config) for name in ("base", "recovered", "embeddings", "scores")}
-    assert counted == {"base": 2, "recovered": 1, "embeddings": 3, "scores": 3}
+def test_seconds_count_once_a_worker(tmp_path: Path) -> None:
+    """Where their number changed, once for each that there was at a step."""
+    base, recovery = TRAINING | {"workers": 2}, TRAINING | {"workers": [1, 4], "zero_stage": 0}
+    space = small_space(base_training=base, recovery=recovery, encoding_workers=3)
+    built = task(space, tmp_path, {}, drop_mlp=1, recover=True)
+    write_history(tmp_path, [(1, 1, 6.0), (2, 4, 3.0)])
+    counted = {name: STAGES[name].workers(built) for name in ("base", "recovered", "embeddings", "scores")}
+    assert counted == {"base": 2, "recovered": 2, "embeddings": 3, "scores": 3}
+
+
+def write_history(folder: Path, steps: list[tuple[int, int, float]]) -> None:
+    """Of a training: step, workers and seconds of each."""
+    rows = [{"step": step, "workers": workers, "seconds": seconds} for step, workers, seconds in steps]
+    (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_trial_knows_with_how_many_workers_each_part_of_it_was_trained(tmp_path: Path) -> None:
+    space = small_space(base_training=TRAINING, recovery=TRAINING | {"workers": [1, 4], "zero_stage": 0})
+    store, config = StageStore(tmp_path), space.trial(Candidate(drop_mlp=1, recover=True))
+    stages = trial_stages.trial_stages(config, named_sources(config), "dev")
+    assert trial_stages.training_workers(stages, store) == {}
+    for stage in stages:
+        if stage.name == "recovered":
+            steps = [(1, 4, 1.0), (2, 4, 1.0), (3, 1, 1.0), (3, 2, 1.0), (4, 2, 1.0)]  # step 3 was done again
+            store.run(stage.name, stage.inputs, partial(write_history, steps=steps))
+        elif stage.name == "base":  # of a version that did not say it
+            store.run(
+                stage.name, stage.inputs, lambda out: (out / "history.jsonl").write_text('{"step": 1}\n')
+            )
+    assert trial_stages.training_workers(stages, store) == {"recovery": [(1, 4), (3, 2)]}
 
 
 def test_a_training_begins_with_the_longest_part_that_is_whole_and_its_own(tmp_path: Path) -> None:

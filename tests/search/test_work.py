@@ -24,6 +24,11 @@ def test_training_states_are_those_of_the_zero_paper(stage: int, gigabytes: floa
     assert training_bytes(training, 7_500_000_000) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
+def test_workers_whose_number_may_change_share_nothing() -> None:
+    training = TrainConfig.model_validate(TRAINING | {"zero_stage": 0, "workers": [1, 64]})
+    assert training_bytes(training, 1000) == 16_000
+
+
 def test_lora_holds_the_weights_alone() -> None:
     training = TrainConfig.model_validate(TRAINING | {"lora": {"r": 4}, "zero_stage": 2})
     assert training_bytes(training, 1000) == 2000

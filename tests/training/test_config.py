@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -44,6 +45,44 @@ def test_the_papers_recipe_is_the_papers() -> None:
     assert config.lora == LoraConfig(r=32, alpha=64)
     assert (config.learning_rate, config.query_max_length, config.document_max_length) == (1e-4, 512, 512)
     assert config.workers == 8
+
+
+def test_workers_are_a_number_or_the_fewest_and_the_most() -> None:
+    """Only numbers that give every worker an equal share of a batch run."""
+    data = {"dataset": "d", "batch_size": 24, "zero_stage": 0}
+    for given, numbers in ((3, (3,)), ([1, 8], (1, 2, 3, 4, 6, 8)), ([2, 2], (2,))):
+        config = TrainConfig.model_validate({**data, "workers": given})
+        assert config.numbers_of_workers == numbers
+        assert config.model_dump(mode="json")["workers"] == given
+        assert (config.fewest_workers, config.most_workers) == (numbers[0], numbers[-1])
+
+
+@pytest.mark.parametrize(
+    ("workers", "changes", "message"),
+    [
+        (0, {}, "workers: Input should be greater than or equal to 1"),
+        ([0, 2], {}, "workers: Input should be greater than or equal to 1"),
+        (
+            [4, 2],
+            {},
+            r"workers: expected a number of workers, or two: the fewest and the most, as in \[1, 8\]",
+        ),
+        ([1, 2, 4], {}, "workers: expected a number of workers, or two"),
+        ([1, 5], {}, "batch_size 24 does not split evenly over 5 workers; use a multiple of 5"),
+        (
+            [1, 4],
+            {"zero_stage": 2},
+            "workers from 1 to 4 need zero_stage: 0; at stage 2 each worker saves its",
+        ),
+    ],
+)
+def test_a_range_of_workers_that_cannot_be_is_one_clear_line(
+    workers: Any, changes: dict[str, Any], message: str
+) -> None:
+    data = {"dataset": "d", "batch_size": 24, "zero_stage": 0, "workers": workers}
+    with pytest.raises(InputError, match=message) as refused:
+        parse(data | changes, TrainConfig, source="settings")
+    assert ";" not in str(refused.value).partition("(found")[2]  # one error, not one a type
 
 
 def test_info_nce_at_0_needs_something_in_its_place() -> None:

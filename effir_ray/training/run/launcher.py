@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import uuid
@@ -45,6 +46,9 @@ from effir_ray.training.run.trackers import Board, check_installed, tracked
 from effir_ray.training.supervision.training_data import needs_model, prepare
 
 _RESULT, _TRACKING = "result.json", "tracking.json"
+RESIZE_SECONDS = 60.0
+"""So often a run whose number of workers may change looks for room for more."""
+
 _DATA = ("stdlib",)  # names of data sets that are not paths, whatever lies here
 
 
@@ -159,7 +163,7 @@ def _trained(
     reconnect: Callable[[], None] | None,
 ) -> tuple[dict[str, Any], Any]:
     """See ``_fit``; ``job`` gets what the workers need besides."""
-    with reserving(room(config.workers, config.cpus_per_worker).gpus):
+    with reserving(room(config.fewest_workers, config.cpus_per_worker).gpus):
         job["shared"] = current()
         job |= on_device(prepare, config, stages).value if needs_model(config) else prepare(config, stages)
         settings = {"model": job["model"], **job["config"]}
@@ -384,7 +388,7 @@ def _budget_after(error: Exception, job: dict[str, Any], config: TrainConfig) ->
     failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
     if "low on memory" in text or any(isinstance(failure, OutOfMemoryError) for failure in failures):
         lengths = config.query_max_length + (1 + config.hard_negatives) * config.document_max_length
-        everything = config.batch_size // config.workers * lengths
+        everything = config.batch_size // config.fewest_workers * lengths
         halve(job["run"], halved_budget(job["run"]) or config.token_budget or everything)
     elif "OutOfMemory" not in text:
         return None
@@ -405,6 +409,7 @@ def _trainer(job: dict[str, Any], config: TrainConfig, out: Path) -> Any:
         train_loop_config=job,
         torch_config=torch_config(backend),
         scaling_config=scaling,
+        numbers_of_workers=config.numbers_of_workers,
         run_config=RunConfig(
             name=job["name"],
             storage_path=job["base"],
@@ -425,14 +430,29 @@ def _scaling(config: TrainConfig) -> Any:
     import ray
     from ray.train import ScalingConfig
 
-    there = room(config.workers, config.cpus_per_worker)
+    fewest, most = config.fewest_workers, config.most_workers
+    there = room(fewest, config.cpus_per_worker)
     own = ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0) if _in_worker() else 0.0
-    share = min(config.cpus_per_worker, int((there.cpus - own) / config.workers * 100) / 100)
+    now = max(fewest, min(most, int(there.cpus / config.cpus_per_worker)))
+    share = min(config.cpus_per_worker, int((there.cpus - own) / now * 100) / 100)
+    if there.gpus:
+        share = min(share, _cpus_beside_a_gpu(own))
     return ScalingConfig(
         num_workers=config.workers,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         use_gpu=there.gpus,
         resources_per_worker={"CPU": share, **({"GPU": 1} if there.gpus else {})},
     )
+
+
+def _cpus_beside_a_gpu(own: float) -> float:
+    """What each worker of a node may take where the GPUs have the fewest CPUs, this process's ``own`` left
+    out, which may hold some of them: with more a worker would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    shares = [(node.get("CPU", 0.0) - own) / node["GPU"] for node in nodes]
+    return max(0.0, int(min(shares) * 100) / 100) if shares else math.inf
 
 
 def _in_worker() -> bool:

@@ -185,6 +185,7 @@ class Worker:
             "grad_norm": norm,
             "tokens_per_s": total(outcome.tokens, self.engine.device) / seconds,
             "seconds": seconds,
+            "workers": world_size(),
             "mean_cosine": outcome.mean_cosine,
             "engine": self.engine.name,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from effir_ray.cluster.connection import is_private
+from effir_ray.training.run.resizing import EvenShares
 
 _OURS = "effir-ray-"
 _NO_CONTROLLER = "none"
@@ -96,6 +97,16 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     driver dies; Ray Train's cleaner, which belongs to no driver, asks the dashboard whether the controller
     lives, and where there is none it stays for ever. Nobody preempts the only node of a private instance.
     """
+
+    def __init__(self, *arguments: Any, numbers_of_workers: Sequence[int] = (), **options: Any) -> None:
+        """``numbers_of_workers``: those that may run, where their number may change."""
+        super().__init__(*arguments, **options)
+        self._numbers = numbers_of_workers
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = EvenShares(self.scaling_config, self._numbers)
+        return super()._initialize_and_run_controller(**arguments)
 
     def _create_default_callbacks(self) -> list[Any]:
         unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)

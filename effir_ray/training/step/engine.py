@@ -77,7 +77,7 @@ def deepspeed_settings(config: TrainConfig, *, bfloat16: bool) -> dict[str, Any]
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if bfloat16 else {}
     return {
         **sums,
-        "train_micro_batch_size_per_gpu": config.batch_size // config.workers,
+        "train_micro_batch_size_per_gpu": config.batch_size // config.most_workers,
         "gradient_accumulation_steps": 1,  # passes of one step are told apart by their boundary instead
         "gradient_clipping": config.max_grad_norm,
         "bf16": {"enabled": bfloat16},
@@ -222,8 +222,11 @@ def gradient_norm(module: nn.Module) -> float:
 def build_engine(
     retriever: Retriever, config: TrainConfig, device: torch.device, *, bfloat16: bool
 ) -> Engine:
-    """DeepSpeed where it works; plain data parallelism, with the reason in its name, where it does not."""
+    """DeepSpeed where it works; plain data parallelism, with the reason in its name, where it does not, and
+    where the number of workers may change: every node then has to read what any other saved."""
     encoder = TextEncoder(retriever)
+    if isinstance(config.workers, tuple):
+        return PlainEngine(encoder, config, device, bfloat16, "the number of workers may change")
     try:
         return DeepSpeedEngine(encoder, config, device, bfloat16)
     except (ImportError, OSError, RuntimeError) as error:

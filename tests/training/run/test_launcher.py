@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,27 @@ def test_fewer_gpus_than_workers_is_said(pairs: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(devices, "is_private", lambda: True)
     with pytest.raises(InputError, match="2 workers need 2 GPUs and 2 CPUs, and the cluster has 1 GPU and"):
         launcher._scaling(settings(pairs, workers=2))
+
+
+@pytest.mark.parametrize(("cpus", "share"), [(1.0, 0.99), (3.0, 0.99), (16.0, 1.0)])
+def test_a_range_of_workers_needs_room_for_the_fewest(
+    cpus: float, share: float, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that there is room for now share what the trial itself leaves; more come with nodes of their
+    own."""
+    context = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 0.01})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(launcher, "_in_worker", lambda: True)
+    scaling = launcher._scaling(settings(pairs, batch_size=8, workers=[1, 8], zero_stage=0))
+    assert (scaling.min_workers, scaling.max_workers) == (1, 8)
+    assert scaling.resources_per_worker == {"CPU": share}
+
+
+def test_too_little_room_for_the_fewest_workers_is_said(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    with pytest.raises(InputError, match="2 workers, but the cluster has 1 GPUs"):
+        launcher._scaling(settings(pairs, batch_size=8, workers=[2, 8], zero_stage=0))
 
 
 def test_a_gpu_that_was_out_of_memory_halves_the_budget_once(pairs: Path, tmp_path: Path) -> None:

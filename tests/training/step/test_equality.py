@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -130,6 +131,27 @@ def test_equals_one_plain_process(combination: Combination, results: dict[str, A
 @pytest.mark.parametrize("combination", [*worker.elastic(1), *worker.elastic(2)], ids=str)
 def test_elastic_steps_equal_one_plain_process(combination: Combination, results: dict[str, Any]) -> None:
     compare(results[str(combination)], plain_elastic())
+
+
+@pytest.mark.integration
+def test_another_number_of_workers_goes_on_with_the_same_training(tmp_path: Path) -> None:
+    """Two steps by two workers, the last by one: the state that the two left is whole."""
+    for name in ("alone", "changed"):
+        (tmp_path / name).mkdir()
+    alone = worker.resized(1, 0, tmp_path / "alone", 0, worker.STEPS)
+    state, context = tmp_path / "changed", multiprocessing.get_context("spawn")
+    group = [context.Process(target=worker.resized_in_group, args=(2, rank, state, 2)) for rank in range(2)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(250)
+        process.kill()
+    assert [process.exitcode for process in group] == [0, 0]
+    changed = worker.resized(1, 0, state, 2, worker.STEPS)
+    assert changed["engine"] == "DDP (the number of workers may change)"
+    assert changed["losses"] == pytest.approx(alone["losses"][2:], rel=1e-5, abs=1e-5)
+    for name, weight in alone["weights"].items():
+        assert float((changed["weights"][name] - weight).abs().max()) < 1e-4, name
 
 
 @pytest.mark.integration
