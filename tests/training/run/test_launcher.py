@@ -100,9 +100,13 @@ def test_workers_get_a_gpu_each_or_none_at_all(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
     monkeypatch.setattr(devices, "is_private", lambda: True)
     monkeypatch.setattr(launcher, "_in_worker", lambda: False)
+    node = {"Alive": True, "Resources": {"CPU": 1.5, "GPU": float(gpus)}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
     scaling = launcher._scaling(settings(pairs, workers=2))
     assert scaling.use_gpu == (gpus > 0)
     assert scaling.resources_per_worker.get("GPU", 0) == (gpus > 0)
+    # No more than there are on the node of a GPU: for that a worker would wait for ever.
+    assert scaling.resources_per_worker["CPU"] == {0: 1.0, 2: 0.75, 8: 0.18}[gpus]
 
 
 def test_fewer_gpus_than_workers_is_said(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +125,7 @@ def test_a_range_of_workers_needs_room_for_the_fewest(
     context = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 0.01})
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(devices, "is_private", lambda: True)
     monkeypatch.setattr(launcher, "_in_worker", lambda: True)
     scaling = launcher._scaling(settings(pairs, batch_size=8, workers=[1, 8], zero_stage=0))
     assert (scaling.min_workers, scaling.max_workers) == (1, 8)
@@ -129,7 +134,8 @@ def test_a_range_of_workers_needs_room_for_the_fewest(
 
 def test_too_little_room_for_the_fewest_workers_is_said(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
-    with pytest.raises(InputError, match="2 workers, but the cluster has 1 GPUs"):
+    monkeypatch.setattr(devices, "is_private", lambda: True)
+    with pytest.raises(InputError, match="2 workers need 2 GPUs and 2 CPUs, and the cluster has 1 GPU and"):
         launcher._scaling(settings(pairs, batch_size=8, workers=[2, 8], zero_stage=0))
 
 
