@@ -164,12 +164,14 @@ def _max_length(model: Path) -> int:
 
 def _kept(run: Path | str, row: TrialRow) -> Path:
     model = Mirror.of(run).folder / row.model
+    there = True
     if row.model and storage.is_uri(run):
         model = Mirror.to_read(str(run)).folder / row.model
-        there = storage.join(str(run), row.model)
-        if storage.there(storage.join(there, "config.json")):
-            storage.bring(there, model)
-    if not row.model or not (model / "config.json").is_file():
+        place = storage.join(str(run), row.model)
+        there = storage.there(storage.join(place, "config.json"))
+        if there:
+            storage.bring(place, model)
+    if not row.model or not there or not (model / "config.json").is_file():
         raise InputError(
             f"{run}: the model of trial {row.trial_id} is not there (a study keeps those of its front, see "
             f"keep: in its space); build it again: effir-ray repeat {run} --trial {row.trial_id} --out DIR"

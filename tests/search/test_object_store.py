@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 
 from effir_ray import storage
 from effir_ray.cluster.connection import connect
@@ -26,6 +28,7 @@ from effir_ray.results.report import report
 from effir_ray.results.selection import pareto
 from effir_ray.search.study import clean, search
 from tests.helpers.search_examples import small_space, write_corpus
+from tests.helpers.two_nodes import several_nodes, unavailable
 
 TRAINING = {
     "steps": 2,
@@ -40,6 +43,23 @@ SPACE: dict[str, Any] = {
     "objectives": ["ndcg_at_10", "parameters"],
     "threads": 1,
 }
+
+WHY_NOT = unavailable()
+HEAD = "10.231.77.1"
+_COLUMNS = "trial_id, split, status, ndcg_at_10, parameters, recovered"
+_MAKE_BUCKET = """
+import time
+from pyarrow import fs
+for attempt in range(60):
+    try:
+        system, bucket = fs.FileSystem.from_uri("s3://bucket?region=us-east-1&allow_bucket_creation=true")
+        system.create_dir(bucket)
+        break
+    except OSError:
+        time.sleep(0.5)
+else:
+    raise SystemExit("no store")
+"""
 
 
 def scores(place: Path | str) -> dict[tuple[str, str], tuple[Any, ...]]:
@@ -72,6 +92,7 @@ def test_a_study_in_a_bucket(tmp_path: Path, object_store: str, another_machine:
     space = small_space(**SPACE)
     here = search(space, tmp_path / "study")
     result = search(space, place)
+    assert [row["reason"] for row in store.read(place).to_pylist() if row["reason"]] == []
     assert (result.trials, result.failed, result.out) == (3, 0, place)
     assert result.front == here.front
     wanted = scores(tmp_path / "study")
@@ -152,3 +173,33 @@ def test_data_sets_and_models_at_uris(tmp_path: Path, object_store: str, another
     assert load_dataset(data).fingerprint == load_dataset(tmp_path / "words").fingerprint
     with pytest.raises(InputError, match="no such folder, or nothing in it"):
         load_dataset(object_store.format("absent"))
+
+
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_machines_that_share_nothing_but_a_bucket(tmp_path: Path, another_machine: Any) -> None:
+    """Trials run on one node, what computes on a GPU (of Ray's) and the training on another; the head, on
+    which the search was started, does no work."""
+    space, store_of_nodes = tmp_path / "space.yaml", f"http://{HEAD}:5000"
+    changes = SPACE | {"dataset": str(write_corpus(tmp_path / "words")), "dev": {}, "test": {}}
+    space.write_text(yaml.safe_dump(small_space(**changes).model_dump(mode="json", exclude_none=True)))
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": store_of_nodes}
+    place = "s3://bucket/study?region=us-east-1"
+    with several_nodes(tmp_path, "--num-cpus=0", environment=keys) as cluster:
+        head = cluster.head
+        head.start(
+            "python", "-c", f"from moto.server import main; main(['-H', '{HEAD}'])", log=tmp_path / "store"
+        )
+        made = head.run("python", "-c", _MAKE_BUCKET)
+        assert made.returncode == 0, made.stderr
+        cluster.add("driving", "--num-cpus=1", environment=keys)
+        cluster.add("computing", "--num-cpus=1", "--num-gpus=1", environment=keys)
+        done = head.run("effir-ray", "search", str(space), "--out", place, "--address", cluster.address)
+        assert done.returncode == 0, done.stderr
+        rows = head.run("effir-ray", "query", place, f"SELECT {_COLUMNS} FROM trials", "--format", "jsonl")
+        found = [json.loads(line) for line in rows.stdout.splitlines()]
+    another_machine("here")
+    search(space, tmp_path / "study")
+    wanted = query(tmp_path / "study", f"SELECT {_COLUMNS} FROM trials").to_pylist()
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
