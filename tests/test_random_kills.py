@@ -185,7 +185,7 @@ def encode(folder: Path) -> Command:
         return encode_corpus("random:llama", data, out, shard_size=SHARD)
 
     victims = ("raylet", "encoding actor", "driver", "control service")
-    return Command(line=line, victims=victims, seconds=6, equal=equal_embeddings, whole=whole)
+    return Command(line=line, victims=victims, seconds=15, equal=equal_embeddings, whole=whole)
 
 
 def equal_embeddings(whole: Path, out: Path) -> None:
