@@ -52,6 +52,7 @@ _PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """After so many seconds without its control service Ray ends a process, even one that has left it by then."""
 
 _NEEDED = ("gcs_server", "raylet")
+_TRIES_TO_REMOVE = 30
 _SECONDS_TO_FAIL = 15.0  # what of a start notices a lost process by itself has done so by then
 
 INSTANCE = "EFFIR_RAY_INSTANCE"  # in the environment of a private instance's workers: its folder
@@ -285,8 +286,12 @@ def _end_local(folder: Path, token: TextIO) -> None:
     import ray
 
     ray.shutdown()
-    _end_stragglers(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    for _ in range(_TRIES_TO_REMOVE):  # processes that are just ending write a last log
+        _end_stragglers(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.1)
     token.close()
     _sweep(folder.parent)  # of processes that outlived their killed driver when this instance began
     with suppress(OSError):  # another instance lives
