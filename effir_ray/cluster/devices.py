@@ -283,7 +283,8 @@ def lacks_nodes() -> bool:
 
 def machine() -> Hardware:
     """What stages compute on: a GPU's process where the cluster has or can get any, else this machine."""
-    room()
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        room()
     return on_device(detect).value
 
 

@@ -176,7 +176,7 @@ def test_data_sets_and_models_at_uris(tmp_path: Path, object_store: str, another
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 def test_machines_that_share_nothing_but_a_bucket(tmp_path: Path, another_machine: Any) -> None:
     """Trials run on one node, what computes on a GPU (of Ray's) and the training on another; the head, on
@@ -195,7 +195,8 @@ def test_machines_that_share_nothing_but_a_bucket(tmp_path: Path, another_machin
         assert made.returncode == 0, made.stderr
         cluster.add("driving", "--num-cpus=1", environment=keys)
         cluster.add("computing", "--num-cpus=1", "--num-gpus=1", environment=keys)
-        done = head.run("effir-ray", "search", str(space), "--out", place, "--address", cluster.address)
+        command = ["effir-ray", "search", str(space), "--out", place, "--address", cluster.address]
+        done = head.run(*command, seconds=800)
         assert done.returncode == 0, done.stderr
         rows = head.run("effir-ray", "query", place, f"SELECT {_COLUMNS} FROM trials", "--format", "jsonl")
         found = [json.loads(line) for line in rows.stdout.splitlines()]
