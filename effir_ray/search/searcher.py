@@ -16,7 +16,7 @@ from typing import Any
 from ray.tune import Stopper
 from ray.tune.search import Searcher
 
-from effir_ray.cluster.lost import check_local_processes, pause_seconds
+from effir_ray.cluster.lost import pause_seconds
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
@@ -46,7 +46,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
     """Hands out requests and takes rows; ``changed`` hears about every start (row None) and end.
 
     A trial that lost its process, or one it needed, is handed out again after a pause: that says nothing
-    about its schedule. ``fatal`` is set, and nothing more handed out, when going on makes no sense.
+    about its schedule. ``fatal`` is set when going on makes no sense: nothing more is handed out then, and
+    what Tune still says is not heard.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         request = self.running.pop(trial_id)
+        if self.fatal is not None:  # the row, if there is one, is on disk
+            return
         if result is not None and ABORT in result:
             self.fatal = InputError(result[ABORT])
             return
@@ -151,10 +154,9 @@ class ScheduleSearcher(Searcher):  # type: ignore[misc]  # ray has no types
         """Nothing: a resumed study starts a new searcher on the rows."""
 
 
-class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
-    """Raises LostProcess in Tune's loop, which would wait for ever for a Ray that is gone, and when another
-    search has taken over what this one ``held``. Now and then it gives back what trainings of killed trials,
-    of this study or of one before, have reserved.
+class StillHeld(Stopper):  # type: ignore[misc]  # ray has no types
+    """Raises LostProcess in Tune's loop when another search has taken over what this one ``held``. Now and
+    then it gives back what trainings of killed trials, of this study or of one before, have reserved.
 
     Asked in every round, as a callback would be; but for callbacks Ray imports every tracker there is, and
     wandb's folders in the system's temporary one outlive a killed process.
@@ -167,7 +169,6 @@ class RayIsThere(Stopper):  # type: ignore[misc]  # ray has no types
         self._held, self._looked = held, -math.inf
 
     def stop_all(self) -> bool:
-        check_local_processes()
         if time.monotonic() > self._looked + _LOOK_SECONDS:
             self._looked = time.monotonic()
             self._held.check()

@@ -14,7 +14,7 @@ from effir_ray import storage
 from effir_ray.cluster.connection import connect, disconnect
 from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import RESTARTS, is_lost_process, own_disks, pause_seconds, unfit_node
+from effir_ray.cluster.lost import RESTARTS, is_lost_process, own_disks, pause_seconds, unfit_node, watched
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
@@ -260,7 +260,7 @@ def _run(
     _quiet()
     from ray import tune
 
-    from effir_ray.search.searcher import RayIsThere, ScheduleSearcher
+    from effir_ray.search.searcher import ScheduleSearcher, StillHeld
 
     def changed(request: TrialRequest, row: TrialRow | None) -> None:
         display.changed(request, row)
@@ -283,11 +283,15 @@ def _run(
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(study.folder), verbose=0, stop=RayIsThere(held)
+            name="tune", storage_path=str(study.folder), verbose=0, stop=StillHeld(held)
         ),
     )
     with display:
-        tuner.fit()
+        try:
+            watched(tuner.fit)
+        except LostProcess as error:
+            searcher.fatal = error  # Tune's loop stays behind, and may wake up
+            raise
     if searcher.fatal is not None:
         raise searcher.fatal
 

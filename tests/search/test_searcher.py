@@ -19,8 +19,8 @@ from effir_ray.search.searcher import (
     MAX_LOSSES,
     ROW,
     UNFIT,
-    RayIsThere,
     ScheduleSearcher,
+    StillHeld,
 )
 from effir_ray.search.space import TrialConfig
 from tests.helpers.search_examples import row, small_space
@@ -109,7 +109,7 @@ def test_wrong_input_stops_the_study_without_a_row(searcher: ScheduleSearcher) -
 
 def test_a_search_whose_folder_another_took_over_ends(tmp_path: Path) -> None:
     with exclusive(Mirror(tmp_path)) as held:
-        asked = RayIsThere(held)
+        asked = StillHeld(held)
         (tmp_path / LEASES / held.key).with_suffix(".2").write_text("{}")
         with pytest.raises(LostProcess, match="another process took this work over"):
             asked.stop_all()
