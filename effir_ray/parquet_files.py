@@ -76,13 +76,12 @@ class ParquetGroups:
         """Whether a batch could be large because many rows point to the same text: then it is read with
         every text once, which is slower.
         """
-        found = self._plain.metadata.row_group(group)
-        parts = [found.column(number) for number in range(found.num_columns)]
-        if sum(part.num_values * part.total_uncompressed_size for part in parts) <= MAX_GROUP_BYTES:
+        parts = _group_columns(self._plain, group)
+        if sum(part.num_values * part.total_uncompressed_size for _, part in parts) <= MAX_GROUP_BYTES:
             return False
         most: dict[str, int] = {}  # values of a column in a batch; one row may have all of a list's
-        for part in parts:
-            name, _, nested = part.path_in_schema.partition(".")
+        for path, part in parts:
+            name, _, nested = path.partition(".")
             most[name] = max(most.get(name, 0), part.num_values if nested else min(part.num_values, _ROWS))
         for first in self._coded.iter_batches(1, row_groups=[group], columns=columns):
             sizes = [most.get(name, 0) * _longest(first.column(name)) for name in first.schema.names]
@@ -97,6 +96,14 @@ def _sizes(metadata: Any) -> tuple[int, int]:
     return (sum(part.total_compressed_size for part in parts), sum(p.total_uncompressed_size for p in parts))
 
 
+def _group_columns(file: pq.ParquetFile, group: int) -> list[tuple[str, Any]]:
+    """The columns of a row group by their paths: those of the schema, by which they are read. A row group
+    repeats them, and what is damaged there nobody else would notice.
+    """
+    found = file.metadata.row_group(group)
+    return [(file.schema.column(number).path, found.column(number)) for number in range(found.num_columns)]
+
+
 def coded(source: Path | Any, plain: pq.ParquetFile) -> pq.ParquetFile:
     """``plain``, the file of ``source``, with every text read as a dictionary: once, however many rows have
     it."""
@@ -107,14 +114,12 @@ def coded(source: Path | Any, plain: pq.ParquetFile) -> pq.ParquetFile:
 
 def check_group(file: pq.ParquetFile, group: int, columns: Collection[str], where: str) -> None:
     """Raise InputError where a row group, with every text once, is too large by what the file says."""
-    found = file.metadata.row_group(group)
-    parts = [found.column(number) for number in range(found.num_columns)]
     wanted = set(columns)
     check_size(
         sum(
             max(part.total_uncompressed_size, 4 * part.num_values)
-            for part in parts
-            if part.path_in_schema.partition(".")[0] in wanted
+            for path, part in _group_columns(file, group)
+            if path.partition(".")[0] in wanted
         ),
         where,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ _LOCKS = "locks"
 _ASIDE = ".tmp"  # in the name of a folder that is being built
 
 _CHECKPOINTS = "checkpoints"
+_FULL = 0.8  # of a disk: then copies of what an object store has make room
+_UNUSED_SECONDS = 30 * 60  # of a copy that may go
 _LISTED_FOR = 5.0  # seconds that a listing of an object store is good for
 
 GONE = ".gone"  # at the end of the name of a folder that is being deleted
@@ -69,10 +72,26 @@ class StageStore:
 
     def bring(self, place: Path) -> Path:
         """The stage at ``place``, which exists, on this machine's disk."""
-        if self.remote and not _whole(place):
-            shutil.rmtree(place, ignore_errors=True)
-            storage.bring(self._at(place), place)
+        if self.remote:
+            if not _whole(place):
+                shutil.rmtree(place, ignore_errors=True)
+                self._make_room()
+                storage.bring(self._at(place), place)
+            os.utime(place)  # used now
         return place
+
+    def _make_room(self) -> None:
+        """Delete copies of what the object store has while this machine's disk is nearly full: those that
+        were not used for longest, and none that may be in use."""
+        copies = [record.parent for record in self.root.glob(f"*/*/{_RECORD}")]
+        for used, copy in sorted((copy.stat().st_mtime, copy) for copy in copies if _ASIDE not in copy.name):
+            usage = shutil.disk_usage(self.root)
+            if usage.used <= _FULL * usage.total or time.time() - used < _UNUSED_SECONDS:
+                return
+            (copy / _RECORD).unlink(
+                missing_ok=True
+            )  # first: a kill in between leaves nothing that looks whole
+            shutil.rmtree(copy, ignore_errors=True)
 
     @property
     def checkpoints(self) -> str:

@@ -330,22 +330,22 @@ def bytes_at(folder: str) -> int:
 
 def steadily(place: str, attempt: Callable[[], T]) -> T:
     """``attempt()``, again where it fails."""
-    store = _store_of(place)
-    for failures in range(_TRIES):
+    store, failures = _store_of(place), 0
+    while True:
         try:
             found = attempt()
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            if store not in _answered and failures + 1 >= _FIRST_TRIES:
+            failures += 1
+            if store not in _answered and failures >= _FIRST_TRIES:
                 raise InputError(f"{place} cannot be used: {_reason(error)}") from error
-            if failures + 1 == _TRIES:
+            if failures >= _TRIES:
                 raise LostProcess(f"{place} does not answer any more: {_reason(error)}") from error
-            time.sleep(min(0.25 * 2**failures, _LONGEST_PAUSE))
+            time.sleep(min(0.25 * 2 ** (failures - 1), _LONGEST_PAUSE))
         else:
             _answered.add(store)
             return found
-    raise AssertionError("unreachable")
 
 
 def _store_of(place: str) -> tuple[str, str]:

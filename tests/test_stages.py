@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -244,3 +247,39 @@ def test_who_waits_hears_for_whom(tmp_path: Path) -> None:
     )
     assert heard == {worker.pid}
     worker.join(60)
+
+
+def test_copies_of_what_an_object_store_has_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were not used for longest, while the disk is nearly full, and none that may be in use."""
+    store = StageStore(tmp_path / "here", (tmp_path / "there").as_uri())
+    usage = SimpleNamespace(total=100, used=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    places = [store.run("one", {"number": number}, _write) for number in range(4)]
+    for age, place in zip((2, 3, 1, 0), places, strict=True):
+        os.utime(place, (time.time() - age * 3600,) * 2)
+    missing = StageStore(tmp_path / "other", store.remote).run("one", {"number": 4}, _write).name
+    there = places[0].with_name(missing)
+    assert store.bring(there).exists() and all(place.exists() for place in places)
+
+    shutil.rmtree(there)
+    freed: list[Path] = []
+    remove = shutil.rmtree
+
+    def removing(place: Path, **options: Any) -> None:
+        if Path(place) in places:
+            freed.append(Path(place))
+            usage.used -= 8
+        remove(place, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    usage.used = 90
+    store.bring(there)
+    assert freed == [places[1], places[0]]
+    assert (there / "value").read_text() == "1" and store.has(places[1])
+
+    usage.used = 100
+    shutil.rmtree(there)
+    store.bring(places[1])  # whoever needs it gets it again
+    assert places[2] in freed and places[3].exists(), "that one was used just now"

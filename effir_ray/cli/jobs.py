@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +20,8 @@ def submit(
     out: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the study as the cluster sees it: shared storage. $EFFIR_RAY_OUT/NAME, with the "
-            "study's name, when left out.",
+            help="Folder of the study as the cluster sees it, on shared storage, or its URI in an object "
+            "store. $EFFIR_RAY_OUT/NAME, with the study's name, when left out.",
             show_default=False,
         ),
     ] = None,
@@ -128,4 +129,4 @@ def results(
     if found.files:
         say(f"{len(found.files)} files copied to {out}")
     if found.seen:
-        say(f"Next: effir-ray pareto {out or found.place}")
+        say(f"Next: effir-ray pareto {shlex.quote(str(out or found.place))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
@@ -73,7 +74,8 @@ def _show_result(file: Path, out: Path, result: Any) -> None:
         say(f"{kept}B of models and embeddings kept (those of the front), {freed}B freed")
     if result.shortfall:
         say(result.shortfall)
-    say(f"Next: effir-ray pareto {out}{_front_options(space)}; effir-ray report {out}")
+    place = shlex.quote(str(out))
+    say(f"Next: effir-ray pareto {place}{_front_options(space)}; effir-ray report {place}")
 
 
 def _front_options(space: Any) -> str:
@@ -83,7 +85,7 @@ def _front_options(space: Any) -> str:
     usual = DEFAULT_OBJECTIVES if len(space.backbone_names) == 1 else OBJECTIVES_ACROSS_BACKBONES
     options = "" if space.objectives == usual else f" --objectives {','.join(space.objectives)}"
     if space.constraints:
-        options += f' --where "{" AND ".join(space.constraints)}"'
+        options += f" --where {shlex.quote(' AND '.join(space.constraints))}"
     return options
 
 

@@ -196,6 +196,17 @@ def _new_folder() -> Path:
             return Path(tempfile.mkdtemp(prefix="", dir=private_folder()))
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray of whatever kind. Does not import Ray to find out."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def on_cluster() -> bool:
+    """Whether this process is connected to a Ray that is no private instance: there may be other nodes."""
+    return is_connected() and not is_private()
+
+
 def is_private() -> bool:
     """Whether the Ray that this process is connected to is a private instance, which ends with its driver."""
     import ray

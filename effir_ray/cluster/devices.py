@@ -6,7 +6,6 @@ there now: an autoscaler starts nodes for what somebody asks for.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from effir_ray.cluster.connection import is_private, through_client
+from effir_ray.cluster.connection import is_connected, is_private, through_client
 from effir_ray.cluster.probe import Shared, current, everywhere
 from effir_ray.errors import InputError
 from effir_ray.hardware import Hardware, detect
@@ -246,15 +245,11 @@ def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
     A process that has a GPU already (a stage within a stage) uses that one. Progress goes where this
     process's goes, if that is a file that the other process sees. Raises what ``function`` raises.
     """
-    if "ray" not in sys.modules:  # no part of any cluster
+    if not is_connected() or not uses_gpus():
         return _timed(function, *arguments)
     import ray
 
-    if (
-        not ray.is_initialized()
-        or not uses_gpus()
-        or ray.get_runtime_context().get_accelerator_ids().get("GPU")
-    ):
+    if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         return _timed(function, *arguments)
     log = _log()
     if log is not None and ray.available_resources().get("GPU", 0) < 1:
@@ -275,7 +270,7 @@ def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
 
 def lacks_nodes() -> bool:
     """Whether this process is connected to a cluster, and no node is up on which work could go on."""
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+    if not is_connected():
         return False
     gpus, cpus = _totals()
     return cpus == 0 or (uses_gpus() and gpus == 0)
@@ -283,7 +278,7 @@ def lacks_nodes() -> bool:
 
 def machine() -> Hardware:
     """What stages compute on: a GPU's process where the cluster has or can get any, else this machine."""
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if is_connected():
         room()
     return on_device(detect).value
 

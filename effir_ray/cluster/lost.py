@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from effir_ray.caches import cache_folder
-from effir_ray.cluster.connection import is_private
+from effir_ray.cluster.connection import connect, disconnect, on_cluster
 from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 
 T = TypeVar("T")
@@ -99,7 +100,7 @@ def own_disks(study: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        place = _full_place(error, study) if is_disk_full(error) and not _alone() else None
+        place = _full_place(error, study) if is_disk_full(error) and on_cluster() else None
         if place is None or isinstance(error, LostProcess):
             raise
         node = sys.modules["ray"].get_runtime_context().get_node_id()
@@ -109,12 +110,6 @@ def own_disks(study: Path) -> Iterator[None]:
 def unfit_node(error: BaseException) -> str:
     """The id of the node that ``error`` says is unfit; "" for none."""
     return next((part.node for part in _parts(error) if isinstance(part, UnfitNode)), "")
-
-
-def _alone() -> bool:
-    """Whether there is no other node that could do better."""
-    ray = sys.modules.get("ray")
-    return ray is None or not ray.is_initialized() or is_private()
 
 
 def _full_place(error: BaseException, study: Path) -> Path | None:
@@ -177,6 +172,37 @@ def watched(work: Callable[[], T]) -> T:
     while not wait([outcome], _POLL_SECONDS).done:
         check_local_processes()
     return outcome.result()
+
+
+def outlive_ray(
+    work: Callable[[], T],
+    address: str | None,
+    *,
+    restart: bool,
+    goes_on: str,
+    between: Callable[[], None] = lambda: None,
+) -> T:
+    """``work()`` with this process connected to Ray. Where Ray itself is lost meanwhile, it is started or
+    reached anew, ``between()`` tidies up, and ``work`` goes on with what it had not done.
+
+    Raises what ``work`` and ``between`` raise, and LostProcess, saying how the work ``goes_on``, when that
+    did not help or when ``restart`` is False: then Ray was the caller's.
+    """
+    losses = 0
+    while True:
+        connect(address)
+        try:
+            return work()
+        except Exception as error:
+            if not is_lost_process(error):
+                raise
+            losses += 1
+            if losses > RESTARTS or not restart:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise LostProcess(f"Ray was lost ({reason}); {goes_on}") from error
+        disconnect()
+        time.sleep(pause_seconds(losses))
+        between()
 
 
 def pause_seconds(failures: int) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from effir_ray.cluster.connection import is_private, through_client
+from effir_ray.cluster.connection import on_cluster, through_client
 from effir_ray.errors import InputError
 from effir_ray.files import write_whole
 from effir_ray.provenance import __version__
@@ -119,7 +118,7 @@ def check_shared(folder: Path | None, reads: Mapping[str, Find]) -> Shared | Non
     and their ends. Work within a trial was asked for with its study. Raises InputError for the first node
     that sees something else, or does not answer.
     """
-    if current() is not None or not _on_cluster():
+    if current() is not None or not on_cluster():
         return current()
     new = folder is not None and not folder.exists()
     try:
@@ -144,11 +143,6 @@ def check_shared(folder: Path | None, reads: Mapping[str, Find]) -> Shared | Non
                 folder.rmdir()
         raise
     return shared
-
-
-def _on_cluster() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized() and not is_private()
 
 
 def is_unused(folder: Path) -> bool:

@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import resource
-import sys
 import time
 import warnings
 import zlib
@@ -26,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from effir_ray.cluster.connection import connect, disconnect
+from effir_ray.cluster.connection import is_connected
 from effir_ray.cluster.devices import on_device, room, uses_gpus
-from effir_ray.cluster.lost import RESTARTS, in_one_line, is_lost_process, pause_seconds, watched
+from effir_ray.cluster.lost import in_one_line, outlive_ray, watched
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.data.beir_files import Document, changed_meanwhile, read_documents
 from effir_ray.data.datasets import Corpus, Dataset, corpus_files, load_dataset
@@ -179,25 +178,14 @@ def _encode_missing(
         with everywhere(check_shared(folder.local, reads)):
             on_device(_encode_here, folder, encoding, corpus, missing, held)
         return
-    losses, given = 0, _connected()
-    while missing:
-        connect(address)
-        try:
+
+    def work() -> None:
+        if left := sorted(set(range(encoding.shards)) - folder.finished()):
             shared = check_shared(folder.local, reads)
-            _spread(folder, encoding, data, missing, workers, stages, held, shared)
-            return
-        except Exception as error:
-            if not is_lost_process(error):
-                raise
-            losses += 1
-            if losses > RESTARTS or given:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise LostProcess(
-                    f"Ray was lost ({reason}); run it again to go on with {folder.location}"
-                ) from error
-        disconnect()
-        time.sleep(pause_seconds(losses))
-        missing = sorted(set(range(encoding.shards)) - folder.finished())
+            _spread(folder, encoding, data, left, workers, stages, held, shared)
+
+    goes_on = f"run it again to go on with {folder.location}"
+    outlive_ray(work, address, restart=not is_connected(), goes_on=goes_on)
 
 
 def _spread(
@@ -242,17 +230,13 @@ def _spread(
         _follow(iter(partial(watched, partial(next, rows, None)), None), encoding, missing, workers)
 
 
-def _connected() -> bool:
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
-
-
 def _elsewhere(address: str | None) -> bool:
     """Whether a cluster is named, or this process is on one of several nodes that have only CPUs: then the
     work is spread, and counted, as Ray places it. On a GPU it is where one is reserved."""
-    ray = sys.modules.get("ray")
-    if address or ray is None or not ray.is_initialized():
+    if address or not is_connected():
         return bool(address or os.environ.get("RAY_ADDRESS"))
+    import ray
+
     able = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     return len(able) > 1 and not uses_gpus()
 

@@ -82,6 +82,10 @@ class StageTask:
     store: StageStore
     inputs: Mapping[str, Any] = field(default_factory=dict)
 
+    def parent(self, role: str) -> Path:
+        """Its folder, on this machine's disk."""
+        return self.store.bring(self.parents[role])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from effir_ray import storage
-from effir_ray.cluster.connection import connect, disconnect
+from effir_ray.cluster.connection import connect, is_connected
 from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
 from effir_ray.cluster.jobs import submit
-from effir_ray.cluster.lost import RESTARTS, is_lost_process, own_disks, pause_seconds, unfit_node, watched
+from effir_ray.cluster.lost import is_lost_process, outlive_ray, own_disks, unfit_node, watched
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
@@ -102,7 +101,7 @@ def search(
     storage.check(study.uri)
     pull(study)
     find(folder, space, contents, resume=resume)
-    given = _ray_runs()
+    given = is_connected()
     connect(address)  # before anything is written: a mistyped address leaves no claimed folder
     shared = check_shared(
         None if study.uri else folder, reads_of(space.of(name) for name in space.backbone_names)
@@ -226,25 +225,17 @@ def _work(
 
     Raises LostProcess when that does not help, and when another search has taken the folder over.
     """
-    losses = 0
-    while not proposals.complete:
-        connect(address)
-        try:
+
+    def work() -> None:
+        if not proposals.complete:
             _run(proposals, study, StudyDisplay(proposals, estimate, study), collector, here, shared, held)
-            return
-        except Exception as error:
-            if not is_lost_process(error):
-                raise
-            held.check()
-            losses += 1
-            if losses > RESTARTS or not restart:
-                raise LostProcess(
-                    f"Ray was lost ({failure_reason(error)}); --resume goes on with {study}"
-                ) from error
-            disconnect()
-            remove_leftovers(study)
-            time.sleep(pause_seconds(losses))
-            proposals.take_back()
+
+    def between() -> None:
+        held.check()
+        remove_leftovers(study)
+        proposals.take_back()
+
+    outlive_ray(work, address, restart=restart, goes_on=f"--resume goes on with {study}", between=between)
 
 
 def _run(
@@ -294,12 +285,6 @@ def _run(
             raise
     if searcher.fatal is not None:
         raise searcher.fatal
-
-
-def _ray_runs() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
 
 
 def _trial(

@@ -100,8 +100,6 @@ def run_trial(
 def _build(build: Callable[[StageTask], None], task: StageTask) -> None:
     """``build`` in whatever process it runs in, of a study in an object store on whatever machine."""
     settle(task.config)
-    for parent in task.parents.values():
-        task.store.bring(parent)
     elsewhere = bool(task.store.remote) and not task.out.exists()
     if elsewhere:
         task.out.mkdir(parents=True)

@@ -43,7 +43,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.bm25 import bm25_scores
 from effir_ray.evaluation.corpus_search import search_corpus
 from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, MARGIN, isotropy, measure_efficiency
-from effir_ray.evaluation.metrics import Scores, score_run
+from effir_ray.evaluation.metrics import Run, Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
 from effir_ray.models import accounting, folder
 from effir_ray.models.checkpoint import save_checkpoint
@@ -67,6 +67,9 @@ SCORES = "scores.json"
 ISOTROPY = "isotropy.json"
 BM25 = "bm25.json"
 TIMING = "timing.json"
+
+SEARCHED_A_WORKER = 2**30
+"""Bytes of embeddings from which on one more worker is worth its start."""
 
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
 _MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
@@ -108,17 +111,17 @@ def _train(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[Sta
         training = choose(task.config)
         assert training is not None
         if "teacher" in task.parents:
-            training = _taught_by(training, task.parents["teacher"] / CHECKPOINT)
+            training = _taught_by(training, task.parent("teacher") / CHECKPOINT)
         if task.store.remote and training.storage_path is None:  # workers of other machines reach it
             training = training.model_copy(update={"storage_path": task.store.checkpoints})
         train(
-            task.parents["model"] / CHECKPOINT,
+            task.parent("model") / CHECKPOINT,
             training,
             task.out,
             stages=task.store,
             begun=_begun(task),
         )
-        _write_plan(task.out, read_plan(task.parents["model"]))
+        _write_plan(task.out, read_plan(task.parent("model")))
 
     return build
 
@@ -180,14 +183,14 @@ def _taught_by(training: TrainConfig, teacher: Path) -> TrainConfig:
 
 
 def _importance(task: StageTask) -> None:
-    model = load_to_measure(task.parents["model"] / CHECKPOINT)
+    model = load_to_measure(task.parent("model") / CHECKPOINT)
     scores = importance_scores(model, task.config.schedule, task.config.calibration)
     (task.out / IMPORTANCE).write_text(scores.model_dump_json())
 
 
 def _neurons(task: StageTask) -> None:
     """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
-    model = load_to_measure(task.parents["model"] / CHECKPOINT)
+    model = load_to_measure(task.parent("model") / CHECKPOINT)
     plan = _depth_plan(task)
     scores = neuron_scores(model, plan, task.config.schedule, task.config.calibration)
     arrays: dict[str, Any] = {str(layer): values for layer, values in scores.items()}
@@ -196,7 +199,7 @@ def _neurons(task: StageTask) -> None:
 
 def _tokens(task: StageTask) -> None:
     """How often each token is in the texts that are calibrated on, or in those of every data set."""
-    tokenizer, spec = load_text_side(task.parents["model"] / CHECKPOINT)
+    tokenizer, spec = load_text_side(task.parent("model") / CHECKPOINT)
     calibration = task.config.calibration
     names = (calibration.dataset,) if calibration.texts_from else task.config.dataset_names
     each = [calibration.model_copy(update={"dataset": name}) for name in names]
@@ -206,13 +209,13 @@ def _tokens(task: StageTask) -> None:
 def _pruned(task: StageTask) -> None:
     plan = _depth_plan(task)
     if "neurons" in task.parents:
-        with np.load(task.parents["neurons"] / NEURONS) as file:
+        with np.load(task.parent("neurons") / NEURONS) as file:
             ranked = {int(layer): file[layer] for layer in file.files}
         with _only_this_trial():
             plan = narrow_plan(plan, task.config.schedule, ranked)
-    model = cut(task.parents["model"] / CHECKPOINT, plan)
+    model = cut(task.parent("model") / CHECKPOINT, plan)
     if "tokens" in task.parents:
-        counts, schedule = np.load(task.parents["tokens"] / TOKENS), task.config.schedule
+        counts, schedule = np.load(task.parent("tokens") / TOKENS), task.config.schedule
         with _only_this_trial():
             plan = with_vocabulary(plan, schedule, model.model.config.vocab_size)
             cut_vocabulary(model, choose_tokens(model.tokenizer, counts, schedule.vocabulary))
@@ -223,9 +226,9 @@ def _pruned(task: StageTask) -> None:
 def _depth_plan(task: StageTask) -> Plan:
     scores = None
     if "importance" in task.parents:
-        scores = ImportanceScores.model_validate_json((task.parents["importance"] / IMPORTANCE).read_text())
+        scores = ImportanceScores.model_validate_json((task.parent("importance") / IMPORTANCE).read_text())
     with _only_this_trial():
-        return depth_plan(task.config.schedule, read_plan(task.parents["model"]), scores)
+        return depth_plan(task.config.schedule, read_plan(task.parent("model")), scores)
 
 
 @contextmanager
@@ -259,7 +262,7 @@ def _embeddings(task: StageTask) -> None:
 
     several = task.config.encoding_workers > 1
     encode_corpus(
-        task.parents["model"] / CHECKPOINT,
+        task.parent("model") / CHECKPOINT,
         _sampled(task.config, task.split),
         task.store.target(task.out, SHARDS) if several else task.out / SHARDS,
         workers=task.config.encoding_workers,
@@ -272,33 +275,45 @@ def _embeddings(task: StageTask) -> None:
 def _scores(task: StageTask) -> None:
     """Encode the queries, search the embedded corpus exactly, score.
 
-    Where several workers encode, as many search, and have the GPUs to themselves meanwhile: the queries'
-    was given back. The ranking is the same bit for bit.
+    Large embeddings are searched by several workers, which have the GPUs to themselves meanwhile: the
+    queries' was given back. The ranking is the same bit for bit.
     """
-    dataset = _sampled(task.config, task.split)
-    embedded = CorpusEmbeddings(ShardFolder(_shards(task)))
-    workers = min(task.config.encoding_workers, embedded.encoding.shards)
-    vectors = on_device(_query_vectors, task).value  # of one worker this is where its GPU is
-    run = search_corpus(list(dataset.queries(task.split)), vectors, embedded, workers=workers)
-    scores = score_run(run, dataset.qrels(task.split))
-    spread = isotropy(embedded.shards()) if len(embedded) > 1 else None
+    workers = _searchers(task)
+    if workers == 1:
+        run, spread = on_device(_ranking, task, _query_vectors, 1).value
+    else:
+        vectors = on_device(_query_vectors, task).value
+        run, spread = _ranking(task, lambda task: vectors, workers)
+    scores = score_run(run, _sampled(task.config, task.split).qrels(task.split))
     (task.out / ISOTROPY).write_text(json.dumps(spread))
     (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
 
 
-def _shards(task: StageTask) -> str:
-    """Where whoever searches reads them."""
+def _searchers(task: StageTask) -> int:
+    """How many workers search: at most as many as encode."""
     if task.config.encoding_workers == 1:
-        return str(task.parents["embeddings"] / SHARDS)
-    return task.store.target(task.parents["embeddings"], SHARDS)
+        return 1
+    size = task.store.bytes_of(task.parents["embeddings"], SHARDS)
+    return min(task.config.encoding_workers, 1 + size // SEARCHED_A_WORKER)
+
+
+def _ranking(
+    task: StageTask, vectors: Callable[[StageTask], npt.NDArray[np.float32]], workers: int
+) -> tuple[Run, float | None]:
+    """What the queries of ``vectors(task)`` find, and the isotropy of what they search."""
+    queries = list(_sampled(task.config, task.split).queries(task.split))
+    several = task.config.encoding_workers > 1  # who wrote them where all machines read them
+    place = task.store.target(task.parents["embeddings"], SHARDS) if several else None
+    embedded = CorpusEmbeddings(ShardFolder(place or task.parent("embeddings") / SHARDS))
+    run = search_corpus(queries, vectors(task), embedded, workers=min(workers, embedded.encoding.shards))
+    return run, isotropy(embedded.shards()) if len(embedded) > 1 else None
 
 
 def _query_vectors(task: StageTask) -> npt.NDArray[np.float32]:
     """(queries, d), in the data set's order."""
     settle(task.config)
-    task.store.bring(task.parents["model"])
     queries = _sampled(task.config, task.split).queries(task.split)
-    encoder = Encoder(load_to_measure(task.parents["model"] / CHECKPOINT))
+    encoder = Encoder(load_to_measure(task.parent("model") / CHECKPOINT))
     length = task.config.query_max_length
     return encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
 
@@ -310,7 +325,7 @@ def _read_scores(task: StageTask) -> Scores:
 def _score_columns(task: StageTask) -> dict[str, Any]:
     config = task.config
     backbone = load_config(config.backbone, first_blocks=config.first_blocks)
-    model = task.parents["model"]
+    model = task.parents["model"]  # which need not be on this machine
     return {
         **score_columns(_read_scores(task)),
         "isotropy": read_json(task.out / ISOTROPY),
@@ -331,15 +346,15 @@ def _bm25_columns(task: StageTask) -> dict[str, Any]:
 def _timing(task: StageTask) -> None:
     """The speed of this model's shape, which is measured once for all models that have it, beside the full
     model's own."""
-    record = _speed(task, task.parents["model"])
-    full = _speed(task, task.parents["reference"])
+    record = _speed(task, task.parent("model"))
+    full = _speed(task, task.parent("reference"))
     (task.out / TIMING).write_text(json.dumps(record | {"full": full}, indent=1))
 
 
 def _speed(task: StageTask, model: Path) -> dict[str, Any]:
     """Of the model and of the full one, taking turns on the same texts in the same process; what was measured
     of a model of this shape before, where one was."""
-    config, here, reference = task.config, hardware.detect(), task.parents["reference"]
+    config, here, reference = task.config, hardware.detect(), task.parent("reference")
     shape, full = (_shape(config, place) for place in (model, reference))
     dataset = _sampled(config, "dev")
 
@@ -643,7 +658,7 @@ STAGES: tuple[Stage, ...] = (
         each_dataset=True,
         on_device=_one_worker,
         computed_on="device",
-        workers=lambda task: task.config.encoding_workers,
+        workers=_searchers,
         cost=Cost(tokens=lambda config: (config.dev.queries or 1_000) * config.query_max_length),
     ),
     Stage(

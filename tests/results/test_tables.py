@@ -89,6 +89,17 @@ def test_a_damaged_file_is_left_as_it_is(tmp_path: Path) -> None:
     assert len(heard) == 1 and "00-damaged.parquet" in heard[0]
 
 
+def test_columns_go_by_the_names_of_the_schema_which_row_groups_repeat(tmp_path: Path) -> None:
+    store.append(tmp_path, [row("first")])
+    (file,) = (tmp_path / "rows").glob("*.parquet")
+    content = file.read_bytes()
+    repeated = [at for at in range(len(content)) if content.startswith(b"\x05study", at)][1] + 1
+    file.write_bytes(content[:repeated] + b"\x80" + content[repeated + 1 :])
+    with pytest.raises(UnicodeDecodeError):
+        pq.read_metadata(file).row_group(0).to_dict()
+    assert ids(tmp_path) == ["first"]
+
+
 def test_single_queries_are_a_table_of_sql(tmp_path: Path) -> None:
     for trial, values in (("a", (0.0, 1.0)), ("b", (0.5, 1.0))):
         store.append(tmp_path, [row(trial, sum(values) / 2)])

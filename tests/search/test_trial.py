@@ -85,6 +85,7 @@ SCORES = replace(
     parents={"model": ("pruned", "backbone")},
     columns=lambda task: {"ndcg_at_10": 0.5},
     query_scores=lambda task: {"q": dict.fromkeys(METRICS.values(), 0.5)},
+    workers=lambda task: 1,
 )
 
 

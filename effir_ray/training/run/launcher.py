@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from effir_ray import storage
-from effir_ray.cluster.connection import connect, disconnect
+from effir_ray.cluster.connection import connect, disconnect, is_connected
 from effir_ray.cluster.devices import machine, on_device, reserving, room
 from effir_ray.cluster.lost import check_local_processes, is_lost_process, pause_seconds, watched
 from effir_ray.cluster.probe import check_shared, current, everywhere
@@ -137,7 +137,7 @@ def train(
     job["begun"] = _go_on_from(begun, out) if begun is not None else None
     job["lease"] = lease = stages.lease_of(out)
     began = time.monotonic()
-    given = _connected()
+    given = is_connected()
     connect(address)
     reconnect = None if given else partial(connect, address)
     with everywhere(check_shared(out, model_reads(model) | training_reads(config))):
@@ -347,12 +347,6 @@ def _release(job: dict[str, Any]) -> None:
     if job["lease"] is not None:
         job["lease"].check()
     release(job["run"])
-
-
-def _connected() -> bool:
-    import ray
-
-    return bool(ray.is_initialized())
 
 
 def _ray_is_lost(error: Exception) -> bool:

@@ -33,13 +33,13 @@ def _meet() -> dict[str, object]:
 def test_two_workers_sum_up_and_listen_on_loopback_alone(tmp_path: Path) -> None:
     connect(num_cpus=2)
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from effir_ray.training.run.rendezvous import FileConfig, torch_config
+    from effir_ray.training.run.reservations import Trainer
 
     config = torch_config("gloo")
     assert isinstance(config, FileConfig)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _meet,
         torch_config=config,
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),

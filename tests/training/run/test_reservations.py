@@ -35,8 +35,9 @@ KNOWN = (
 )
 
 
-def running() -> set[str]:
-    return {name for name in KNOWN if processes(f"ray::{name}")}
+def running(*, but: set[int]) -> set[str]:
+    found = {name: {process.pid for process in processes(f"ray::{name}")} for name in KNOWN}
+    return {name for name, pids in found.items() if pids - but}
 
 
 @pytest.mark.integration
@@ -132,7 +133,8 @@ def test_a_run_on_a_private_instance_starts_no_process_that_it_does_not_need(tmp
     """Beside its controller and its worker Ray Train has one, where the workers meet."""
     connect(None)
     seen: set[str] = set()
-    watcher = when(lambda: seen.update(running()) or (tmp_path / "ended").exists(), lambda: None)
+    before = {process.pid for process in processes("ray::")}  # of other tests
+    watcher = when(lambda: seen.update(running(but=before)) or (tmp_path / "ended").exists(), lambda: None)
     with watcher:
         trainer = Trainer(
             lambda: time.sleep(1),
