@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 BYTES_PER_PARAMETER = {"float32": 4, "bfloat16": 2, "float16": 2}
+_INT8 = "int8"  # what blocks multiply by; the rest stays float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +99,24 @@ def alike(config: PreTrainedConfig, tokens: int) -> bool:
 
 
 def model_bytes(config: PreTrainedConfig, plan: Plan, dtype: str = "float32") -> int:
-    """Bytes of the weights, on disk and in memory. Raises InputError for an unknown ``dtype``."""
+    """Bytes of the weights, on disk and in memory; in int8, which is no type on disk, those of the matrices
+    of blocks are bytes and the others float32. Raises InputError for an unknown ``dtype``."""
+    if dtype == _INT8:
+        whole = BYTES_PER_PARAMETER["float32"]
+        return whole * count_parameters(config, plan) - (whole - 1) * _block_weights(config, plan)
     if dtype not in BYTES_PER_PARAMETER:
-        raise InputError(f"dtype '{dtype}' is unknown; expected one of {', '.join(BYTES_PER_PARAMETER)}")
+        known = ", ".join((*BYTES_PER_PARAMETER, _INT8))
+        raise InputError(f"dtype '{dtype}' is unknown; expected one of {known}")
     return count_parameters(config, plan) * BYTES_PER_PARAMETER[dtype]
+
+
+def _block_weights(config: PreTrainedConfig, plan: Plan) -> int:
+    """Entries of the matrices of the blocks that are left."""
+    layers = zip(anatomy_of(config).layers, plan.layers, strict=True)
+    return sum(
+        parts.attention_weights * kept.attention + parts.weights_a_neuron * width(parts, kept) * kept.mlp
+        for parts, kept in layers
+    )
 
 
 def width(parts: LayerAnatomy, kept: LayerPlan) -> int:

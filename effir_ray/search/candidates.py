@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Config
+from effir_ray.hardware import Precision
 
 MOST_VALUES = 10_000
 """Schedules, values of an axis or combinations of a grid: a study of more would not end."""
 
 
 class Candidate(Schedule):
-    """A schedule, whether the pruned model is fine-tuned again with the study's ``recovery`` settings, and
-    of which of the study's backbones it is (None: of its only one, or of each)."""
+    """A schedule, whether the pruned model is fine-tuned again with the study's ``recovery`` settings, the
+    ``precision`` it is served in (``auto``: what each machine chooses), and of which of the study's backbones
+    it is (None: of its only one, or of each)."""
 
     recover: bool = False
+    precision: Literal["auto"] | Precision = Field(default="auto", exclude_if=lambda value: value == "auto")
     backbone: str | None = None
 
     @property
     def name(self) -> str:
-        return super().name + ("+ft" if self.recover else "")
+        served = "" if self.precision == "auto" else f"+{self.precision}"
+        return super().name + ("+ft" if self.recover else "") + served
 
     def canonical(self) -> Candidate:
         """Without the settings that change nothing, so that equal trials are recognised as equal."""
@@ -37,7 +41,7 @@ class Candidate(Schedule):
         return Candidate(**self.model_dump(exclude=inert))
 
     def schedule(self) -> Schedule:
-        return Schedule(**self.model_dump(exclude={"recover", "backbone"}))
+        return Schedule(**self.model_dump(exclude={"recover", "precision", "backbone"}))
 
 
 def _axis(value: Any) -> Any:
@@ -116,6 +120,7 @@ class Parameters(Config):
     width_method: ParameterAxis = None
     vocabulary: ParameterAxis = None
     recover: ParameterAxis = None
+    precision: ParameterAxis = None
 
     @model_validator(mode="after")
     def _values_fit(self) -> Parameters:

@@ -88,11 +88,12 @@ def _fronts(sources: tuple[str, ...]) -> list[_Known]:
 
 def _measured(folder: str) -> Iterator[_Known]:
     for row in store.trial_rows(store.latest(store.read(folder))):
-        schedule = json.loads(row.trial).get("schedule")
+        trial = json.loads(row.trial)
+        schedule, precision = trial.get("schedule"), trial.get("precision") or "auto"
         if schedule and row.status == "ok" and row.split == "dev" and row.blocks and row.parameters:
             yield _Known(
                 group=(row.study, row.backbone, row.dataset, row.sample),
-                settings={**schedule, "recover": row.recovered},
+                settings={**schedule, "recover": row.recovered, "precision": precision},
                 blocks=row.blocks,
                 ndcg=row.ndcg_at_10 or 0.0,
                 parameters=row.parameters,

@@ -454,7 +454,7 @@ class Proposals:
     def _params(self, config: TrialConfig) -> dict[str, Any] | None:
         """The parameters that would have proposed this trial; None when the parameters cannot express it."""
         wanted = {"vocabulary": 0, **config.schedule.model_dump(mode="json"), "backbone": config.backbone}
-        wanted["recover"] = config.recovery is not None
+        wanted |= {"recover": config.recovery is not None, "precision": config.precision or "auto"}
         params: dict[str, Any] = {}
         for name, axis in self.space.axes.items():
             value = wanted[name]

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from effir_ray.compression.schedule import CALIBRATION, Calibration, GateTraining, Schedule
 from effir_ray.config import Config, Length, Place, Prompts, Seed, check_different, parse, says_nothing
 from effir_ray.errors import InputError
+from effir_ray.hardware import Precision
 from effir_ray.readers import parse_json
 from effir_ray.results.conditions import Condition, condition
 from effir_ray.results.schema import (
@@ -203,9 +204,11 @@ def _backbone(value: Any) -> Any:
 
 class TrialConfig(StudySettings):
     """Everything that determines a trial. ``recovery`` is set only if this trial is trained after pruning;
-    ``threads`` is the number of compute threads the study resolved."""
+    ``threads`` is the number of compute threads the study resolved; ``precision`` is what texts are embedded
+    in, where the machine does not choose it."""
 
     schedule: Schedule
+    precision: Precision | None = Field(default=None, exclude_if=says_nothing)
 
     @classmethod
     def of(cls, row: TrialRow) -> TrialConfig:
@@ -233,10 +236,11 @@ class TrialConfig(StudySettings):
 
     @property
     def name(self) -> str:
+        served = f"+{self.precision}" if self.precision else ""
         if self.recovery is None:
-            return self.schedule.name
+            return self.schedule.name + served
         stopped = self.recovery.stop_after
-        return f"{self.schedule.name}+ft" + (f"@{stopped}" if stopped else "")
+        return f"{self.schedule.name}+ft" + (f"@{stopped}" if stopped else "") + served
 
     def until(self, steps: int | None) -> TrialConfig:
         """The same trial, its recovery ended after so many steps; None: after all."""
@@ -254,7 +258,7 @@ class TrialConfig(StudySettings):
 
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
-        return self.model_copy(update={"schedule": Schedule(), "recovery": None})
+        return self.model_copy(update={"schedule": Schedule(), "recovery": None, "precision": None})
 
 
 @lru_cache(maxsize=8192)
@@ -509,4 +513,5 @@ class SearchSpace(StudySettings):
         own = self.of(candidate.backbone)
         shared = {name: getattr(own, name) for name in StudySettings.model_fields if name != "recovery"}
         recovery = own.recovery if candidate.recover else None
-        return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule())
+        precision = None if candidate.precision == "auto" else candidate.precision
+        return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule(), precision=precision)

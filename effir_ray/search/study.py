@@ -19,7 +19,7 @@ from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
 from effir_ray.errors import InputError, LostProcess
-from effir_ray.hardware import Hardware
+from effir_ray.hardware import PINNED, Hardware
 from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
 from effir_ray.models.loading import load_text_side
@@ -107,6 +107,7 @@ def search(
         None if study.uri else folder, reads_of(space.of(name) for name in space.backbone_names)
     )
     here = machine()
+    _check_precisions(space, here)
     record = claim(folder, space, contents, resume=resume, here=here)
     study.push(folder / STUDY_FILE)
     _say_other_version(record)
@@ -361,6 +362,17 @@ def _quiet() -> None:
 
 def _study_at(out: Path | str) -> Mirror:
     return Mirror.of(out if storage.is_uri(out) else Path(out).resolve())
+
+
+def _check_precisions(space: SearchSpace, here: Hardware) -> None:
+    """GPUs multiply in the type that a model was loaded in."""
+    axis = space.axes.get("precision")
+    asked = {candidate.precision for candidate in space.always()} | set(axis.values() if axis else ())
+    if here.device != "cpu" and (named := sorted(map(str, asked - {"auto"}))):
+        raise InputError(
+            f"precision {', '.join(named)} is for CPUs, this study computes on {here.name}: leave it out, "
+            f"or say for all with {PINNED}"
+        )
 
 
 def _check_address(address: str | None) -> None:

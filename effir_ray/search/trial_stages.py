@@ -45,6 +45,7 @@ from effir_ray.evaluation.corpus_search import search_corpus
 from effir_ray.evaluation.efficiency import FEWEST_ROUNDS, MARGIN, isotropy, measure_efficiency
 from effir_ray.evaluation.metrics import Run, Scores, score_run
 from effir_ray.evaluation.rows import score_columns, size_columns
+from effir_ray.hardware import Precision
 from effir_ray.models import accounting, folder
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.loading import load_config, load_text_side
@@ -267,6 +268,7 @@ def _embeddings(task: StageTask) -> None:
         task.store.target(task.out, SHARDS) if several else task.out / SHARDS,
         workers=task.config.encoding_workers,
         max_length=task.config.document_max_length,
+        precision=task.config.precision,
         stages=task.store,
         held=task.store.lease_of(task.out),
     )
@@ -313,7 +315,7 @@ def _query_vectors(task: StageTask) -> npt.NDArray[np.float32]:
     """(queries, d), in the data set's order."""
     settle(task.config)
     queries = _sampled(task.config, task.split).queries(task.split)
-    encoder = Encoder(load_to_measure(task.parent("model") / CHECKPOINT))
+    encoder = Encoder(load_to_measure(task.parent("model") / CHECKPOINT), precision=task.config.precision)
     length = task.config.query_max_length
     return encoder.encode(list(queries.values()), "query", max_length=length, progress="Encoding queries")
 
@@ -345,23 +347,25 @@ def _bm25_columns(task: StageTask) -> dict[str, Any]:
 
 def _timing(task: StageTask) -> None:
     """The speed of this model's shape, which is measured once for all models that have it, beside the full
-    model's own."""
-    record = _speed(task, task.parent("model"))
-    full = _speed(task, task.parent("reference"))
+    model's own, which computes in what the machine chooses."""
+    record = _speed(task, task.parent("model"), task.config.precision)
+    full = _speed(task, task.parent("reference"), None)
     (task.out / TIMING).write_text(json.dumps(record | {"full": full}, indent=1))
 
 
-def _speed(task: StageTask, model: Path) -> dict[str, Any]:
+def _speed(task: StageTask, model: Path, precision: Precision | None) -> dict[str, Any]:
     """Of the model and of the full one, taking turns on the same texts in the same process; what was measured
     of a model of this shape before, where one was."""
     config, here, reference = task.config, hardware.detect(), task.parent("reference")
-    shape, full = (_shape(config, place) for place in (model, reference))
+    shape, full = _shape(config, model, precision), _shape(config, reference, None)
     dataset = _sampled(config, "dev")
 
     def build(out: Path) -> None:
-        models = {"full": reference} if shape == full else {"full": reference, "trial": model}
+        models = {"full": Encoder(load_to_measure(reference / CHECKPOINT))}
+        if shape != full:
+            models["trial"] = Encoder(load_to_measure(model / CHECKPOINT), precision=precision)
         measured = measure_efficiency(
-            {name: Encoder(load_to_measure(place / CHECKPOINT)) for name, place in models.items()},
+            models,
             list(dataset.queries("dev").values())[: config.timing.queries],
             dataset.corpus.texts(dataset.corpus.ids[: config.timing.documents]),
             rounds=config.timing.rounds,
@@ -388,9 +392,9 @@ def _speed(task: StageTask, model: Path) -> dict[str, Any]:
     return found
 
 
-def _shape(config: TrialConfig, model: Path) -> list[Any]:
+def _shape(config: TrialConfig, model: Path, precision: Precision | None) -> list[Any]:
     """What the speed of a model depends on besides its backbone: what each block that is left computes, not
-    which one it was."""
+    which one it was, and in what."""
     backbone = load_config(config.backbone, first_blocks=config.first_blocks)
     plan = read_plan(model)
     blocks = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
@@ -400,7 +404,8 @@ def _shape(config: TrialConfig, model: Path) -> list[Any]:
         for layer, kept in blocks
         if kept.attention or kept.mlp
     ]
-    return layers if plan.vocabulary is None else [*layers, {"vocabulary": plan.vocabulary}]
+    tokens = [] if plan.vocabulary is None else [{"vocabulary": plan.vocabulary}]
+    return [*layers, *tokens, *([{"precision": precision}] if precision else [])]
 
 
 def _timing_columns(task: StageTask) -> dict[str, Any]:
@@ -497,7 +502,12 @@ def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
 def _timing_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     lengths = {"query": config.query_max_length, "document": config.document_max_length}
     dev = _sample_inputs(config, sources, "dev")
-    return dev | {"lengths": lengths, "timing": config.timing.model_dump()}
+    return dev | {"lengths": lengths, "timing": config.timing.model_dump(), **_served(config)}
+
+
+def _served(config: TrialConfig) -> dict[str, Any]:
+    """What texts are embedded in, where the machine does not choose it."""
+    return {"precision": config.precision} if config.precision else {}
 
 
 def _learns_from_base(config: TrialConfig) -> bool:
@@ -634,6 +644,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=lambda config, sources, split: {
             **_sample_inputs(config, sources, split),
             "max_length": config.document_max_length,
+            **_served(config),
         },
         parents={"model": _MODEL},
         each_dataset=True,
@@ -653,7 +664,7 @@ STAGES: tuple[Stage, ...] = (
         version=3,
         columns=_score_columns,
         query_scores=lambda task: _read_scores(task).per_query,
-        inputs=lambda config, sources, split: {"max_length": config.query_max_length},
+        inputs=lambda config, sources, split: {"max_length": config.query_max_length, **_served(config)},
         parents={"model": _MODEL, "embeddings": ("embeddings",)},
         each_dataset=True,
         on_device=_one_worker,

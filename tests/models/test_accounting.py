@@ -105,6 +105,8 @@ def test_parameters_of_a_cut_model(kind: str) -> None:
     assert count_parameters(retriever.model.config, PLAN) == count_parameters(config, PLAN)
     stored = sum(parameter.nbytes for parameter in retriever.model.parameters())
     assert model_bytes(config, PLAN) == stored == 2 * model_bytes(config, PLAN, "bfloat16")
+    matrices = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    assert model_bytes(config, PLAN, "int8") == stored - 3 * matrices
 
 
 @pytest.mark.parametrize("kind", RANDOM_MODELS)

@@ -2,15 +2,18 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from effir_ray import hardware
 from effir_ray.errors import InputError
 from effir_ray.mirrors import Mirror
 from effir_ray.progress import show_progress
 from effir_ray.provenance import __version__
 from effir_ray.results import store
+from effir_ray.search import study
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.folder import attempts, claim, exclusive, finished_rows
 from effir_ray.search.study import _say_other_version, search
@@ -74,6 +77,16 @@ def test_a_vocabulary_that_is_too_small_is_said_before_anything_is_written(tmp_p
     with pytest.raises(InputError, match="vocabulary is 20; expected 259"):
         search(space, tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+def test_a_gpu_serves_no_model_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = small_space(dataset=str(write_corpus(tmp_path / "data")), schedules=[{"precision": "int8"}])
+    on_gpu = replace(hardware.detect(), device="cuda", name="1 x H200")
+    monkeypatch.setattr(study, "machine", lambda: on_gpu)
+    monkeypatch.setattr(study, "connect", lambda address: None)
+    with pytest.raises(InputError, match="precision int8 is for CPUs, this study computes on 1 x H200"):
+        search(space, tmp_path / "out")
+    assert not (tmp_path / "out" / "study.json").exists()
 
 
 def test_two_searches_do_not_share_a_folder(tmp_path: Path) -> None:

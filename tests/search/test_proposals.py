@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from effir_ray.errors import InputError
 from effir_ray.search.candidates import Candidate
@@ -377,6 +378,20 @@ def test_the_vocabulary_is_an_axis_in_which_0_is_all_of_it(tmp_path: Path) -> No
     again = proposals(space, tmp_path / "other", study.rows.values())
     params = [trial.params["vocabulary"] for trial in again.study.get_trials()]
     assert sorted(params) == [0, 0, 300, 300, 400, 400] and again.complete
+
+
+def test_what_a_model_is_served_in_is_an_axis(tmp_path: Path) -> None:
+    """A study that goes on knows which of its rows it had proposed with which."""
+    space = small_space(parameters={"precision": ["auto", "int8"], "drop_mlp": [0, 1]}, trials=3)
+    study = proposals(space, tmp_path)
+    dev = [request.config for request in finish(study) if request.split == "dev"]
+    assert sorted(config.name for config in dev) == ["1M", "1M+int8", "full", "full+int8"]
+    (tmp_path / "other").mkdir()
+    again = proposals(space, tmp_path / "other", study.rows.values())
+    params = [trial.params["precision"] for trial in again.study.get_trials()]
+    assert sorted(params) == ["auto", "auto", "int8", "int8"] and again.complete
+    with pytest.raises(ValidationError, match="precision: 'int4' is not possible"):
+        small_space(parameters={"precision": ["int4"]}, trials=1)
 
 
 def test_a_spent_budget_leaves_the_other_seeds_out(tmp_path: Path) -> None:

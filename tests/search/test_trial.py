@@ -16,6 +16,7 @@ import torch
 
 from effir_ray import hardware
 from effir_ray.config import Prompts
+from effir_ray.encoding.cpu_kernels import build
 from effir_ray.errors import InputError, TrialFailure
 from effir_ray.evaluation.metrics import Scores
 from effir_ray.evaluation.rows import score_columns, size_columns
@@ -167,6 +168,30 @@ def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
         InputError, match="v600 of random:llama: vocabulary is 600; the backbone has 512 tokens"
     ):
         dry_run(small_space(schedules=[{"vocabulary": 600}]))
+
+
+@pytest.mark.skipif(
+    build().kernels is None or not build().kernels.multiplies("int8"), reason="needs VNNI and a C++ compiler"
+)
+def test_a_model_is_also_served_in_bytes(tmp_path: Path) -> None:
+    """The same checkpoint, embedded, scored and timed in int8, also where nothing is cut."""
+    data, store = str(write_corpus(tmp_path / "data")), StageStore(tmp_path / "stages")
+    space = small_space(dataset=data, dev={}, test={}, parameters={"precision": ["auto", "int8"]}, trials=1)
+    candidates = [{}, {"precision": "int8"}, {"drop_mlp": (1,)}, {"drop_mlp": (1,), "precision": "int8"}]
+    configs = [space.trial(Candidate(**settings)) for settings in candidates]
+    rows = [run_trial(config, store)[0] for config in configs]
+    assert [row.schedule for row in rows] == ["full", "full+int8", "M[1]", "M[1]+int8"]
+    assert len({row.trial_id for row in rows}) == 4 and "precision" not in configs[2].model_dump()
+    assert configs[3].full() == configs[0]
+    counts = Counter(built(tmp_path))
+    assert (counts["backbone"], counts["pruned"], counts["embeddings"], counts["scores"]) == (1, 1, 4, 4)
+    shards = [json.loads(file.read_text()) for file in store.root.glob("embeddings/*/shards/shards/*.json")]
+    assert Counter(shard["computed_in"] for shard in shards) == {"float32": 2, "int8": 2}
+    assert [row.parameters for row in rows] == [rows[0].parameters] * 2 + [rows[2].parameters] * 2
+    assert rows[1].bytes and rows[0].bytes and rows[1].bytes < rows[0].bytes
+    assert rows[3].bytes and rows[2].bytes and rows[3].bytes < rows[2].bytes
+    assert rows[0].document_speedup == 1.0 and rows[1].document_speedup not in (None, 1.0)
+    assert speeds(tmp_path) == 4
 
 
 def test_of_several_data_sets_each_has_a_row_beside_their_mean(

@@ -176,8 +176,8 @@ def test_seconds_count_once_a_worker(tmp_path: Path) -> None:
     space = small_space(base_training=base, recovery=recovery, encoding_workers=3)
     built = task(space, tmp_path, {}, drop_mlp=1, recover=True)
     write_history(tmp_path, [(1, 1, 6.0), (2, 4, 3.0)])
-    counted = {name: STAGES[name].workers(built) for name in ("base", "recovered", "embeddings", "scores")}
-    assert counted == {"base": 2, "recovered": 2, "embeddings": 3, "scores": 3}
+    counted = {name: STAGES[name].workers(built) for name in ("base", "recovered", "embeddings")}
+    assert counted == {"base": 2, "recovered": 2, "embeddings": 3}
 
 
 def write_history(folder: Path, steps: list[tuple[int, int, float]]) -> None:
