@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_IN_WORDS = ("no space left on device", "os error 28", "database or disk is full")
@@ -11,8 +12,16 @@ _FULL_IN_WORDS = ("no space left on device", "os error 28", "database or disk is
 class InputError(Exception):
     """Something the user gave is wrong. The message says what was found, what was expected and the fix.
 
-    The command line prints it as one line and exits with code 2.
+    The command line prints it as one line and exits with code 2: what a name or a file's content brings along
+    of line ends and control characters stands there escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", _escaped, message))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return repr(found[0])[1:-1]
 
 
 class TrialFailure(Exception):

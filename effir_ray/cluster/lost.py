@@ -6,6 +6,7 @@ An error that the work itself raised would only come again.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -30,6 +31,7 @@ FIRST_PAUSE = 2.0  # seconds; doubled with every further try
 RESTARTS = 2  # of a Ray that was lost, before a command stops
 
 _POLL_SECONDS = 0.5
+_SECONDS_TO_STOP = 10.0
 _NEXT_TO_NOTHING = 16 * 2**20  # bytes
 
 _PARTS = ("cause", "controller_failure", "health_check_failure", "__cause__", "__context__")
@@ -153,9 +155,10 @@ def check_local_processes() -> None:
 def watched(work: Callable[[], T]) -> T:
     """``work()``, or LostProcess as soon as a process of the Ray that this process started is gone.
 
-    Then ``work`` stays behind in a thread of its own: it waits for what does not come any more.
+    Then ``work`` stays behind in a thread of its own: it waits for what does not come any more. What stops
+    this thread, as Ctrl-C does, stops ``work`` too.
     """
-    from ray._private import worker
+    from ray._private import auto_init_hook, worker
 
     if worker._global_node is None or not worker._global_node.all_processes:
         return work()
@@ -168,10 +171,24 @@ def watched(work: Callable[[], T]) -> T:
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    while not wait([outcome], _POLL_SECONDS).done:
-        check_local_processes()
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while not wait([outcome], _POLL_SECONDS).done:
+            check_local_processes()
+    except BaseException as error:
+        if not isinstance(error, LostProcess):
+            _interrupt(thread)
+            wait([outcome], _SECONDS_TO_STOP)
+        auto_init_hook.enable_auto_connect = False  # what is left of it must not start another Ray
+        raise
     return outcome.result()
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """KeyboardInterrupt in another thread, as soon as that runs Python again."""
+    kind = ctypes.py_object(KeyboardInterrupt)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), kind)
 
 
 def outlive_ray(

@@ -204,7 +204,7 @@ def _spread(
 
     corpus, resources = data.corpus, _resources(workers)
     DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its ERROR: the traceback of what is raised
     tasks = ray.data.from_items(
         [_task(corpus, encoding.rows(shard), shard) for shard in missing], override_num_blocks=len(missing)
     )

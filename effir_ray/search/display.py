@@ -53,7 +53,8 @@ class StudyDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        with self._lock:  # Tune's thread, where it stays behind, says nothing more
+            self._stop.set()
         if self.stream is not None:
             self._thread.join()
 
@@ -94,7 +95,8 @@ class StudyDisplay:
 
     def _print(self, line: str) -> None:
         with self._lock:
-            print(line, file=self.stream, flush=True)
+            if not self._stop.is_set():
+                print(line, file=self.stream, flush=True)
 
     def _headline(self) -> str:
         dev, planned = self.proposals.done("dev"), self.proposals.planned

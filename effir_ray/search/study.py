@@ -281,8 +281,8 @@ def _run(
     with display:
         try:
             watched(tuner.fit)
-        except LostProcess as error:
-            searcher.fatal = error  # Tune's loop stays behind, and may wake up
+        except BaseException as error:  # Tune's loop stays behind, and may wake up
+            searcher.fatal = error if isinstance(error, Exception) else LostProcess("stopped")
             raise
     if searcher.fatal is not None:
         raise searcher.fatal

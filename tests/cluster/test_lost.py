@@ -104,18 +104,50 @@ except LostProcess as error:
 """
 
 
+def _alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with a Ray of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+
 @pytest.mark.parametrize("victim", ["raylet/raylet", "gcs_server"])
 def test_work_that_waits_for_a_ray_that_is_gone_ends_at_once(victim: str) -> None:
     """Ray would let it wait for ever, or end the process without a word."""
-    command = [sys.executable, "-c", _WAITS_FOR_EVER.replace("{victim}", victim)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    done = _alone("-c", _WAITS_FOR_EVER.replace("{victim}", victim))
     assert "Ray's own" in done.stdout and victim.rpartition("/")[2] in done.stdout, done.stderr
     assert "terminated" not in done.stdout + done.stderr
 
 
 def full(place: Path | None = None) -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(place)] if place else []))
+
+
+_STOPPED = """
+import os, signal, threading, time
+from effir_ray.cluster.connection import connect
+from effir_ray.cluster.lost import watched
+connect(None)
+ended, began = threading.Event(), threading.Event()
+def work():
+    began.set()
+    try:
+        while True:
+            time.sleep(0.05)
+    finally:
+        ended.set()
+threading.Thread(target=lambda: began.wait() and os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    watched(work)
+except KeyboardInterrupt:
+    print(ended.is_set())
+"""
+
+
+def test_what_stops_the_caller_stops_the_work_first() -> None:
+    """A loop that goes on beside the end of the program would start another Ray, and talk."""
+    done = _alone("-c", _STOPPED)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs another file system")

@@ -198,8 +198,9 @@ def test_machines_that_share_nothing_but_a_bucket(tmp_path: Path, another_machin
         command = ["effir-ray", "search", str(space), "--out", place, "--address", cluster.address]
         done = head.run(*command, seconds=800)
         assert done.returncode == 0, done.stderr
-        rows = head.run("effir-ray", "query", place, f"SELECT {_COLUMNS} FROM trials", "--format", "jsonl")
-        found = [json.loads(line) for line in rows.stdout.splitlines()]
+        rows = head.run("effir-ray", "query", place, f"SELECT {_COLUMNS} FROM trials", "--format", "json")
+        assert rows.returncode == 0, rows.stderr
+        found = json.loads(rows.stdout)
     another_machine("here")
     search(space, tmp_path / "study")
     wanted = query(tmp_path / "study", f"SELECT {_COLUMNS} FROM trials").to_pylist()
