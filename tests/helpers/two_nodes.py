@@ -24,6 +24,8 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.kernels import compiled
+
 ROOT = Path(__file__).parents[2]
 _PORT, _JOBS_PORT = 6379, 8265
 _START_SECONDS = 90
@@ -181,6 +183,8 @@ class Nodes:
             option = f"-o size={size} " if size else ""
             lines += [f"mkdir -p {folder}", f"mount -t tmpfs {option}none {folder}"]
         lines += [f"mkdir -p {place}/{part}" for part in ("tmp", "cache", "home")]
+        if (kernels := compiled()) and "cache" not in (sizes or {}):
+            lines.append(f"cp -r {kernels} {place}/cache")
         lines += [*setup, f"exec {shlex.join(command)}"]
         log = self.scratch / f"{name}-{secrets.token_hex(2)}.log"
         place.mkdir(exist_ok=True)
