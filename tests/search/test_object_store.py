@@ -191,7 +191,7 @@ def test_machines_that_share_nothing_but_a_bucket(on_disk: Path, tmp_path: Path)
     which the search was started, does no work."""
     space, store_of_nodes = tmp_path / "space.yaml", f"http://{HEAD}:5000"
     asked = small_space(**SPACE, dataset=str(on_disk / "words"))
-    space.write_text(yaml.safe_dump(asked.model_dump(mode="json", exclude_none=True)))
+    space.write_text(yaml.safe_dump(asked.model_dump(mode="json")))
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": store_of_nodes}
     place = "s3://bucket/study?region=us-east-1"
     with several_nodes(tmp_path, "--num-cpus=0", environment=keys) as cluster:
