@@ -71,6 +71,11 @@ def embedding_size(config: PreTrainedConfig, plan: Plan) -> int:
     return plan.dimension or int(config.hidden_size)
 
 
+def index_bytes(config: PreTrainedConfig, plan: Plan) -> int:
+    """Bytes of the embeddings of a million documents, which are float32."""
+    return 10**6 * BYTES_PER_PARAMETER["float32"] * embedding_size(config, plan)
+
+
 def count_block_parameters(config: PreTrainedConfig, plan: Plan) -> int:
     """Those of the blocks alone: what dropping and slimming can take away."""
     anatomy = anatomy_of(config)
