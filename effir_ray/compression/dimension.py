@@ -24,8 +24,9 @@ from effir_ray.models.projection import attach, projection_of
 if TYPE_CHECKING:
     from effir_ray.models.retriever import Retriever
 
-MOST_TEXTS = 4096
-"""Texts that are looked at, with as many queries about them."""
+MOST_TEXTS = 2048
+"""Texts that are looked at, with as many queries about them. Of MiniLM's 384 dimensions 128 score 0.626 on
+SciFact, fitted on 512 of its documents, and 0.631 on 2,048, 0.629 on 4,096, 0.637 on all 5,183."""
 
 
 def embedding_axes(retriever: Retriever, examples: Sequence[Pair], *, max_length: int) -> NDArray[np.float32]:
@@ -35,15 +36,21 @@ def embedding_axes(retriever: Retriever, examples: Sequence[Pair], *, max_length
     if not examples:
         raise InputError("a projection of embeddings needs texts to be fitted on; the calibration has none")
     encoder = Encoder(retriever)
-    moments = np.zeros((retriever.dimension, retriever.dimension))
     texts: dict[TextKind, list[str]] = {
         "document": [example.positives[0] for example in examples],
         "query": [example.query for example in examples],
     }
-    for kind, some in texts.items():
-        found = encoder.encode(some, kind, max_length=max_length, progress="Encoding calibration texts")
-        vectors = found.astype(np.float64)
-        moments += vectors.T @ vectors
+    return axes_of(
+        *(
+            encoder.encode(some, kind, max_length=max_length, progress="Encoding calibration texts")
+            for kind, some in texts.items()
+        )
+    )
+
+
+def axes_of(*vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(d, d): the same of embeddings, (n, d) each, that are there already."""
+    moments = sum(each.T.astype(np.float64) @ each.astype(np.float64) for each in vectors)
     axes = np.linalg.eigh(moments)[1].T[::-1]
     largest = axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)]
     signed: NDArray[np.float32] = (axes * np.sign(largest)[:, None]).astype(np.float32)
