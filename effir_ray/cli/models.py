@@ -349,5 +349,6 @@ def _show_totals(result: Any) -> None:
     say(
         f"{quantity(result.parameters)} of {quantity(result.full_parameters)} parameters ({share:.1%}), "
         f"{work:.1%} of the FLOPs of a document of {result.document_tokens} tokens"
+        + (f"; embeddings of {result.plan.dimension}" if result.plan and result.plan.dimension else "")
         + (f"; {result.zeros:.1%} of the block weights are zero" if result.zeros else "")
     )
