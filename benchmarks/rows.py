@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from effir_ray.compression.schedule import Schedule
 from effir_ray.data.datasets import Dataset
 from effir_ray.errors import InputError
-from effir_ray.evaluation.evaluate import Evaluation
+from effir_ray.evaluation.metrics import Scores
 from effir_ray.evaluation.rows import make_row, score_columns, size_columns
 from effir_ray.models.accounting import model_bytes
 from effir_ray.models.loading import load_config
@@ -19,10 +19,19 @@ from effir_ray.models.plan import Plan
 from effir_ray.results.store import append, latest, read
 
 
+class Measured(Protocol):
+    """What an evaluation found, and how long it took."""
+
+    @property
+    def scores(self) -> Scores: ...
+    @property
+    def seconds(self) -> float: ...
+
+
 def measure_once(
     out: Path,
     settings: dict[str, Any],
-    evaluate: Callable[[], Evaluation],
+    evaluate: Callable[[], Measured],
     *,
     backbone: str,
     dataset: Dataset,

@@ -42,8 +42,7 @@ from effir_ray.evaluation.index import exact_search
 from effir_ray.files import write_whole
 from effir_ray.models.accounting import count_parameters, flops
 from effir_ray.models.checkpoint import save_checkpoint
-from effir_ray.models.folder import present_plan
-from effir_ray.models.loading import load_config, load_text_side
+from effir_ray.models.loading import load_config, load_present, load_text_side
 from effir_ray.models.names import backbone_fingerprint
 from effir_ray.models.ordinary import choose_layout, kept_blocks
 from effir_ray.models.plan import Plan
@@ -256,7 +255,7 @@ class _Run:
 
     @property
     def _present(self) -> Plan:
-        return present_plan(load_config(self.model))
+        return load_present(self.model)
 
     def _stage(self, name: str, build: Callable[[Path], None], *, version: int = 1) -> Path:
         return self.store.run(name, {}, build, version=version)

@@ -194,6 +194,26 @@ def test_the_table_of_fewer_tokens_is_that_of_the_rows() -> None:
         assert [cell.strip().strip("*") for cell in written[title]] == cells, title
 
 
+def test_the_table_of_shorter_embeddings_is_that_of_the_rows() -> None:
+    lines = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    section = lines[lines.index("## Shorter embeddings") :]
+    written = {cells[1].strip(): cells[2:6] for line in section[:30] if len(cells := line.split("|")) == 7}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows("dimension"):
+        trial = json.loads(row["trial"])
+        where = "SQuAD" if trial.get("fitted") == "squad" else "each corpus itself"
+        size = trial["schedule"].get("dimension", 0)
+        found.setdefault(f"{size}, fitted on {where}" if size else "all 384", {})[row["dataset"]] = row
+    full = found["all 384"]
+    assert set(found) <= set(written)
+    for title, scores in found.items():
+        cells = [f"{scores['scifact']['index_bytes'] / 1e9:.2f} GB"]
+        cells += [percent(scores[name]["ndcg_at_10"]) for name in ("scifact", "cranfield")]
+        sums = [sum(row["ndcg_at_10"] for row in each.values()) for each in (scores, full)]
+        cells.append(f"{100 * sums[0] / sums[1]:.1f} %")
+        assert [cell.strip().strip("*") for cell in written[title]] == cells, title
+
+
 @pytest.mark.parametrize("folder", sorted(place.name for place in RESULTS.iterdir() if place.is_dir()))
 def test_every_committed_table_is_read_by_query(folder: str) -> None:
     place = RESULTS / folder

@@ -37,12 +37,15 @@ from effir_ray.models.folder import read_spec
 from effir_ray.models.llama import FAMILY
 from effir_ray.models.retriever import load_retriever
 from effir_ray.models.settings import (
+    IDENTITY,
     AdapterSettings,
+    DenseSettings,
     LengthSettings,
     ModelSettings,
     OwnSettings,
     PoolingSettings,
     PromptSettings,
+    dense_place,
     normalizes,
     read_settings,
 )
@@ -203,6 +206,12 @@ def test_fuzz_json_of_models(tmp_path: Path) -> None:
             ModelSettings: {"model_type": "llama"},
             OwnSettings: {"format": 1},
             AdapterSettings: {"base_model_name_or_path": "a", "lora_alpha": 1},
+            DenseSettings: {
+                "in_features": 4,
+                "out_features": 2,
+                "bias": False,
+                "activation_function": IDENTITY,
+            },
         }.get(of, {})
         drawn = objects(*of.model_fields) | st.dictionaries(st.sampled_from([*of.model_fields]), VALUES).map(
             lambda more: json.dumps(good | more)
@@ -229,12 +238,15 @@ def test_fuzz_json_of_models(tmp_path: Path) -> None:
             for name, good in files.items()
         ]
     )
-    kinds = (ModelSettings, OwnSettings, AdapterSettings, PoolingSettings, LengthSettings, PromptSettings)
+    steps = [{"type": f"a.{kind}", "path": f"1_{kind}"} for kind in ("Transformer", "Pooling", "Dense")]
+    kinds = (ModelSettings, OwnSettings, AdapterSettings, DenseSettings)
+    kinds += (PoolingSettings, LengthSettings, PromptSettings)
     fuzz(
         (st.text(max_size=60) | VALUES.map(json.dumps), "{}", into(tmp_path / "a.json", read_json)),
         *map(kind, kinds),
         (described, ("modules.json", "[]"), spec),
         (st.text(max_size=60) | VALUES.map(json.dumps), "[]", into(tmp_path / "modules.json", normalizes)),
+        (altered(steps), json.dumps(steps), into(tmp_path / "modules.json", dense_place)),
     )
 
 

@@ -197,6 +197,9 @@ def compress(
     vocabulary: Annotated[
         int, typer.Option(min=0, help="Tokens that stay, those that the texts need most; 0 keeps all.")
     ] = 0,
+    dimension: Annotated[
+        int, typer.Option(min=0, help="Length of the embeddings, fewer than the model's; 0 keeps all.")
+    ] = 0,
     sparsity: Annotated[
         str | None,
         typer.Option(help="Set weights to zero: 2:4, or a fraction such as 0.5.", metavar="N:M|FRACTION"),
@@ -237,6 +240,9 @@ def compress(
     `--vocabulary` takes rows out of the embedding matrix, in small models a fifth to two thirds of all
     parameters: texts whose tokens stay are embedded as before, other words are spelt in shorter pieces.
 
+    `--dimension` projects embeddings to the directions in which those of the texts differ most: an index is
+    smaller, and searched faster. The matrix is part of the checkpoint.
+
     Where only whole blocks went and all MLPs are as wide, an ordinary checkpoint is written, which every tool
     loads; any other shape brings its modelling code (`trust_remote_code=True`). `--uniform` asks for the
     ordinary shape with nearly as many parameters: as many whole blocks go, the least important ones, as the
@@ -249,6 +255,7 @@ def compress(
     effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --vocabulary 12000 --texts-from corpus.jsonl --out fewer-tokens
+    effir-ray compress --backbone minilm-l6 --dimension 192 --texts-from corpus.jsonl --out shorter
     effir-ray compress --backbone minilm-l6 --sparsity 2:4 --out sparse
     effir-ray compress --backbone my-llm --drop-mlp 8 --query-prompt "Query: " --out prompted
     """
@@ -269,6 +276,7 @@ def compress(
         "width_method": width_method,
         "width_multiple": width_multiple,
         "vocabulary": vocabulary,
+        "dimension": dimension,
     }
     schedule = parse(settings, Schedule, source="options of compress")
     with show_progress():
@@ -341,5 +349,6 @@ def _show_totals(result: Any) -> None:
     say(
         f"{quantity(result.parameters)} of {quantity(result.full_parameters)} parameters ({share:.1%}), "
         f"{work:.1%} of the FLOPs of a document of {result.document_tokens} tokens"
+        + (f"; embeddings of {result.plan.dimension}" if result.plan and result.plan.dimension else "")
         + (f"; {result.zeros:.1%} of the block weights are zero" if result.zeros else "")
     )

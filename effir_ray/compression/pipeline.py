@@ -7,7 +7,7 @@ stay as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from effir_ray import hardware
 from effir_ray.compression import calibration as drawing
 from effir_ray.compression.depth.importance import measure_importance
+from effir_ray.compression.dimension import MOST_TEXTS as MOST_EMBEDDED
+from effir_ray.compression.dimension import embedding_axes, shorten
 from effir_ray.compression.planning import (
     ImportanceScores,
     counted_units,
@@ -25,6 +27,7 @@ from effir_ray.compression.planning import (
     narrow_plan,
     needs_scores,
     uniform_width,
+    with_dimension,
     with_vocabulary,
     within,
 )
@@ -43,10 +46,17 @@ from effir_ray.compression.vocabulary import (
 from effir_ray.compression.width.reduction import rank_neurons
 from effir_ray.config import Prompts
 from effir_ray.data.pairs import Pair
-from effir_ray.models.accounting import alike, anatomy_of, count_parameters, flops, width
+from effir_ray.models.accounting import (
+    alike,
+    anatomy_of,
+    count_parameters,
+    embedding_size,
+    flops,
+    width,
+)
 from effir_ray.models.checkpoint import save_checkpoint
-from effir_ray.models.folder import RetrieverSpec, present_plan
-from effir_ray.models.loading import load_config, load_text_side
+from effir_ray.models.folder import RetrieverSpec
+from effir_ray.models.loading import load_config, load_present, load_text_side
 from effir_ray.models.ordinary import Layout, partial_blocks
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import Retriever, load_retriever
@@ -93,9 +103,9 @@ def compress(
     """Cut ``backbone`` to ``schedule`` and save the checkpoint in ``out``, without training what remains.
 
     Counts of sublayers are turned into layers by the schedule's importance criterion, neurons are ranked by
-    its width method, tokens by how often they are used, all on what ``calibration`` names. ``sparsity``
-    (``2:4`` or a fraction) then sets weights to zero by ``sparsity_method``, calibrated on the same
-    documents.
+    its width method, tokens by how often they are used, embeddings of the model before it is cut projected to
+    where they differ most, all on what ``calibration`` names. ``sparsity`` (``2:4`` or a fraction) then sets
+    weights to zero by ``sparsity_method``, calibrated on the same documents.
 
     A model from which only whole blocks went, and whose MLPs have one width, is saved as an ordinary
     checkpoint of its architecture; any other brings its own modelling code. ``uniform`` rounds the plan to
@@ -111,12 +121,13 @@ def compress(
     """
     config = load_config(backbone, first_blocks=first_blocks)
     pattern = parse_pattern(sparsity) if sparsity else None
-    check_room(schedule, config)
-    present, tokens = present_plan(config), calibration.max_length
+    present, tokens = load_present(backbone, first_blocks=first_blocks), calibration.max_length
+    check_room(schedule, config, present)
     needed = needs_scores(schedule)
     if not needed and uniform:
         needed = bool(partial_blocks(depth_plan(schedule, present, None)))
-    if out is None and (not needed or (present == Plan.full(len(present.layers)) and alike(config, tokens))):
+    whole = present.layers == Plan.full(len(present.layers)).layers
+    if out is None and (not needed or (whole and alike(config, tokens))):
         equal = equal_scores(schedule, len(present.layers))
         shape = _shape(config, schedule, present, equal, uniform=uniform)
         result = _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
@@ -132,6 +143,7 @@ def compress(
     if out is None:
         return _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
     plan = shape.plan
+    axes = principal_axes(measured, [calibration]) if schedule.dimension else None
     if schedule.width_reduction:
         ranks = neuron_scores(measured, plan, schedule, calibration)
         if shape.width is None:
@@ -144,6 +156,8 @@ def compress(
     if schedule.vocabulary:
         counts = count_tokens(kept.tokenizer, kept.spec, calibration)
         cut_vocabulary(kept, choose_tokens(kept.tokenizer, counts, schedule.vocabulary))
+    if axes is not None:
+        shorten(kept, axes, schedule.dimension)
     zeros = 0.0
     if pattern is not None:
         kept.model.to(hardware.detect().device)
@@ -219,6 +233,14 @@ def count_tokens(
     return token_counts(tokenizer, spec, examples, max_length=calibration.max_length)
 
 
+def principal_axes(retriever: Retriever, calibrations: Iterable[Calibration]) -> NDArray[np.float32]:
+    """(d, d): the axes of ``retriever``'s embeddings, the largest first, on the texts of ``calibrations``, of
+    each of which as many as there are count."""
+    some = [each.model_copy(update={"texts": MOST_EMBEDDED}) for each in calibrations]
+    examples = [example for each in some for example in _examples(each)]
+    return embedding_axes(retriever, examples, max_length=some[0].max_length)
+
+
 def _examples(calibration: Calibration) -> list[Pair]:
     source = calibration.texts_from or calibration.dataset
     return drawing.draw_examples(source, calibration.texts, calibration.seed)
@@ -266,10 +288,12 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, shape: _Shape) -> Plan:
     return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
 
 
-def check_room(schedule: Schedule, config: PreTrainedConfig) -> None:
-    """Raise InputError when ``schedule`` removes more layers or neurons than there are. Needs no weights."""
-    plan = depth_plan(schedule, present_plan(config), equal_scores(schedule, config.num_hidden_layers))
+def check_room(schedule: Schedule, config: PreTrainedConfig, present: Plan) -> None:
+    """Raise InputError when ``schedule`` removes more layers, neurons, tokens or dimensions than ``present``,
+    which is what is left of the backbone ``config``. Needs no weights."""
+    plan = depth_plan(schedule, present, equal_scores(schedule, config.num_hidden_layers))
     with_vocabulary(plan, schedule, config.vocab_size)
+    with_dimension(plan, schedule, embedding_size(config, present))
     if schedule.width_reduction:
         sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
         narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})
@@ -285,6 +309,7 @@ def _result(
 ) -> Compression:
     full = Plan.full(len(plan.layers))
     plan = with_vocabulary(plan, schedule, config.vocab_size)
+    plan = plan.model_copy(update={"dimension": schedule.dimension or plan.dimension})
     return Compression(
         backbone=backbone,
         schedule=schedule.name,

@@ -34,7 +34,7 @@ def within(plan: Plan, present: Plan) -> Plan:
                 attention=asked.attention and there.attention, mlp=mlp, neurons=neurons if mlp else None
             )
         )
-    return Plan(layers=tuple(layers))
+    return Plan(layers=tuple(layers), dimension=present.dimension)
 
 
 def with_vocabulary(plan: Plan, schedule: Schedule, present: int) -> Plan:
@@ -44,6 +44,19 @@ def with_vocabulary(plan: Plan, schedule: Schedule, present: int) -> Plan:
     if schedule.vocabulary > present:
         raise InputError(f"vocabulary is {schedule.vocabulary}; the backbone has {present} tokens")
     return plan.model_copy(update={"vocabulary": schedule.vocabulary})
+
+
+def with_dimension(plan: Plan, schedule: Schedule, present: int) -> Plan:
+    """``plan`` with embeddings as short as ``schedule`` asks for; InputError unless that is shorter than
+    ``present``."""
+    if not schedule.dimension:
+        return plan
+    if schedule.dimension >= present:
+        raise InputError(
+            f"dimension is {schedule.dimension}; the backbone's embeddings have {present}: expected fewer, "
+            "or 0 for all of them"
+        )
+    return plan.model_copy(update={"dimension": schedule.dimension})
 
 
 def counted_units(schedule: Schedule) -> frozenset[Unit]:
@@ -162,7 +175,7 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
         best = np.argsort(-scores[index], kind="stable")[:target]
         kept = tuple(sorted(present[place] for place in best.tolist()))
         entries[index] = entries[index].model_copy(update={"neurons": kept})
-    return Plan(layers=tuple(entries))
+    return plan.model_copy(update={"layers": tuple(entries)})
 
 
 def grain(multiple: int | None, widths: Sequence[int]) -> int:
@@ -248,4 +261,4 @@ def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multip
     for place, index in enumerate(slim):
         share = target // len(slim) + (1 if place < target % len(slim) else 0)
         layers[index] = layers[index].model_copy(update={"neurons": tuple(range(share))})
-    return Plan(layers=tuple(layers))
+    return plan.model_copy(update={"layers": tuple(layers)})

@@ -39,7 +39,8 @@ class Schedule(Config):
     ``width_reduction`` is the fraction of the remaining intermediate neurons removed, ranked globally
     (paper section 3.2). ``width_multiple`` divides every width that is left; None takes 64 for models of GPU
     size and 8 for small ones (``planning.grain``). ``vocabulary`` is how many tokens stay, those that the
-    calibration's text needs most (not in the paper); 0 keeps all.
+    calibration's text needs most (not in the paper); 0 keeps all. ``dimension`` is how long embeddings are,
+    projected to what tells the calibration's texts apart best (not in the paper); 0 leaves all dimensions.
     """
 
     drop_attention: Drop = 0
@@ -51,6 +52,7 @@ class Schedule(Config):
     width_method: WidthMethod = "self-slimming"
     width_multiple: int | None = Field(default=None, ge=1, le=2**16)
     vocabulary: int = Field(default=0, ge=0, le=2**24, exclude_if=says_nothing)
+    dimension: int = Field(default=0, ge=0, le=2**16, exclude_if=says_nothing)
 
     @model_validator(mode="after")
     def _sound(self) -> Schedule:
@@ -65,7 +67,8 @@ class Schedule(Config):
 
     @property
     def name(self) -> str:
-        """The paper's notation: ``16M8A-w30``, ``last4B``, ``M[3,5]``, ``full``; ``v8000``: 8,000 tokens."""
+        """The paper's notation: ``16M8A-w30``, ``last4B``, ``M[3,5]``, ``full``; ``v8000``: 8,000 tokens,
+        ``d128``: embeddings of 128 dimensions."""
         parts = [
             _drop_name(self.drop_last_blocks, "B", "last"),
             _drop_name(self.drop_block, "B"),
@@ -75,7 +78,8 @@ class Schedule(Config):
         depth = "".join(parts)
         width = f"w{100 * self.width_reduction:g}" if self.width_reduction else ""
         tokens = f"v{self.vocabulary}" if self.vocabulary else ""
-        return "-".join(part for part in (depth, width, tokens) if part) or "full"
+        shorter = f"d{self.dimension}" if self.dimension else ""
+        return "-".join(part for part in (depth, width, tokens, shorter) if part) or "full"
 
 
 def _drop_name(drop: int | tuple[int, ...], unit: str, prefix: str = "") -> str:

@@ -21,7 +21,8 @@ def apply_plan(retriever: Retriever, plan: Plan) -> Retriever:
     the backbone.
 
     The retriever may be compressed already: ``plan`` then must keep no sublayer or neuron that is gone
-    (InputError). Kept weights are untouched, narrowed ones are copies of the kept rows and columns.
+    (InputError). Kept weights are untouched, narrowed ones are copies of the kept rows and columns; how long
+    embeddings are is no matter of layers and stays.
     """
     model, family = retriever.model, retriever.family
     if len(plan.layers) != len(retriever.plan.layers):
@@ -33,6 +34,7 @@ def apply_plan(retriever: Retriever, plan: Plan) -> Retriever:
             raise InputError(
                 f"the plan keeps a sublayer of layer {index} that the model has not got any more"
             )
+    plan = plan.model_copy(update={"dimension": retriever.plan.dimension})
     if plan != retriever.plan:
         config: Any = model.config
         if not is_compressed(config):

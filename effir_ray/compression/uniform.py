@@ -77,7 +77,8 @@ def round_to_blocks(
 
 def _without(present: Plan, blocks: set[int]) -> Plan:
     gone = LayerPlan(attention=False, mlp=False)
-    return Plan(layers=tuple(gone if i in blocks else kept for i, kept in enumerate(present.layers)))
+    layers = tuple(gone if i in blocks else kept for i, kept in enumerate(present.layers))
+    return present.model_copy(update={"layers": layers})
 
 
 def nearest_width(config: PreTrainedConfig, plan: Plan, parameters: int, multiple: int | None) -> int:
@@ -109,7 +110,7 @@ def narrow_to(config: PreTrainedConfig, plan: Plan, size: int, scores: NeuronSco
         best = np.argsort(-values, kind="stable")[:size]
         neurons = tuple(sorted(present[place] for place in best.tolist()))
         layers[index] = kept.model_copy(update={"neurons": neurons})
-    return Plan(layers=tuple(layers))
+    return plan.model_copy(update={"layers": tuple(layers)})
 
 
 def _check_widths(config: PreTrainedConfig, plan: Plan) -> None:

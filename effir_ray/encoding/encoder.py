@@ -78,7 +78,7 @@ class Encoder:
     @property
     def dimension(self) -> int:
         """Length of an embedding."""
-        return int(self.retriever.model.config.hidden_size)
+        return self.retriever.dimension
 
     @property
     def warning(self) -> str:

@@ -88,7 +88,7 @@ class PackedForward:
             pooled = self._model.hidden(ids_t, packing, None)[rows]
         else:
             pooled = self._model.hidden(ids_t, packing, rows)
-        return F.normalize(pooled, dim=-1) if spec.normalize else pooled
+        return self._retriever.finish(pooled)
 
 
 def packed_forward(retriever: Retriever, precision: Precision) -> PackedForward | None:

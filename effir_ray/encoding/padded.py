@@ -49,7 +49,7 @@ def hidden_states(retriever: Retriever, texts: PaddedTexts) -> Tensor:
 
 
 def embed(retriever: Retriever, texts: PaddedTexts) -> Tensor:
-    """Text vectors, (texts, hidden), pooled as the retriever pools."""
+    """Text vectors, (texts, dimension), pooled as the retriever pools."""
     texts = texts.to(retriever.model.device)
     return retriever.pool(hidden_states(retriever, texts), texts.attention_mask)
 

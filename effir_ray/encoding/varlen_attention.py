@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effir_ray.models.folder import RetrieverSpec
+from effir_ray.models.retriever import Retriever
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -148,8 +148,7 @@ def mean_pool(hidden_th: Tensor, packing: Packing) -> Tensor:
     return pooled.to(hidden_th.dtype)
 
 
-def pool(hidden_th: Tensor, packing: Packing, spec: RetrieverSpec) -> Tensor:
-    """(t, h) -> (n, h): embeddings as ``spec`` pools and normalises them."""
-    rows = packing.pooled_rows(spec.pooling)
-    pooled = mean_pool(hidden_th, packing) if rows is None else hidden_th[rows]
-    return F.normalize(pooled, dim=-1) if spec.normalize else pooled
+def pool(hidden_th: Tensor, packing: Packing, retriever: Retriever) -> Tensor:
+    """(t, h) -> (n, d): embeddings as ``retriever`` makes them of hidden states."""
+    rows = packing.pooled_rows(retriever.spec.pooling)
+    return retriever.finish(mean_pool(hidden_th, packing) if rows is None else hidden_th[rows])

@@ -159,7 +159,7 @@ def _backbone(name: str) -> str | None:
 
 
 def _compression(plan: Plan) -> dict[str, Any] | None:
-    """What mteb names experiments by: how many sublayers stay, and how many neurons of narrowed MLPs."""
+    """What mteb names experiments by: how many sublayers stay, neurons of narrowed MLPs, and dimensions."""
     if plan == Plan.full(len(plan.layers)):
         return None
     widths = [len(layer.neurons) for layer in plan.layers if layer.mlp and layer.neurons is not None]
@@ -168,4 +168,5 @@ def _compression(plan: Plan) -> dict[str, Any] | None:
         "attention": sum(layer.attention for layer in plan.layers),
         "mlp": sum(layer.mlp for layer in plan.layers),
         **({"neurons_of_narrowed": sum(widths)} if widths else {}),
+        **({"dimension": plan.dimension} if plan.dimension else {}),
     }

@@ -78,5 +78,6 @@ def size_columns(backbone: PreTrainedConfig, plan: Plan, *, document_tokens: int
         "parameter_ratio": parameters / full,
         "block_parameters": accounting.count_block_parameters(backbone, plan),
         "flops_per_document": flops or None,
+        "index_bytes": accounting.index_bytes(backbone, plan),
         "flops_ratio": flops / accounting.flops(backbone, whole, document_tokens) or None,
     }

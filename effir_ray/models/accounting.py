@@ -57,10 +57,23 @@ class Anatomy:
 
 
 def count_parameters(config: PreTrainedConfig, plan: Plan) -> int:
-    """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out."""
+    """Parameters of the backbone ``config`` cut to ``plan``, embeddings in, LM head out. In is also the
+    projection to shorter embeddings; ``flops`` leaves it out: it is one product a text, not a token."""
     anatomy = anatomy_of(config)
     gone = 0 if plan.vocabulary is None else anatomy.vocabulary - plan.vocabulary
-    return anatomy.rest - gone * anatomy.parameters_a_token + count_block_parameters(config, plan)
+    projection = (plan.dimension or 0) * config.hidden_size
+    outside = anatomy.rest - gone * anatomy.parameters_a_token + projection
+    return int(outside) + count_block_parameters(config, plan)
+
+
+def embedding_size(config: PreTrainedConfig, plan: Plan) -> int:
+    """Length of an embedding."""
+    return plan.dimension or int(config.hidden_size)
+
+
+def index_bytes(config: PreTrainedConfig, plan: Plan) -> int:
+    """Bytes of the embeddings of a million documents, which are float32."""
+    return 10**6 * BYTES_PER_PARAMETER["float32"] * embedding_size(config, plan)
 
 
 def count_block_parameters(config: PreTrainedConfig, plan: Plan) -> int:

@@ -6,7 +6,8 @@ model*.safetensors      sharded above 5 GB; layers are numbered as config.json h
                         checkpoint, as in the backbone otherwise
 modeling_effir.py       self-contained modelling code (not in an ordinary checkpoint)
 tokenizer*.json         adds EOS by itself where the pooling wants it
-modules.json, 1_Pooling/, ...   sentence-transformers' description of pooling, normalisation and prompts
+modules.json, 1_Pooling/, ...   sentence-transformers' description of pooling, normalisation and prompts, and
+                        the projection of shorter embeddings, 2_Dense/
 effir.json              effir-ray's own: pooling and prompts, kept blocks and neurons, the backbone's name
 """
 
@@ -25,10 +26,11 @@ from effir_ray.errors import InputError
 from effir_ray.models.architecture import DROP_LISTS, is_compressed, model_class
 from effir_ray.models.folder import OWN_FILE, REMOTE_CODE, RetrieverSpec
 from effir_ray.models.ordinary import Layout, choose_layout, kept_blocks, ordinary_config, place_in_backbone
+from effir_ray.models.projection import NAME, projection_of, write_dense
 from effir_ray.models.weights import quiet_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from effir_ray.models.retriever import Retriever
 
@@ -101,7 +103,7 @@ def _write_model(retriever: Retriever, folder: Path) -> None:
             "AutoConfig": f"{code.stem}.{type(config).__name__}",
             "AutoModel": f"{code.stem}.{type(model).__name__}",
         }
-    _write_config_and_weights(config, settings, model.state_dict(), folder)
+    _write_config_and_weights(config, settings, _model_weights(model), folder)
 
 
 def _write_ordinary(retriever: Retriever, folder: Path) -> None:
@@ -111,12 +113,17 @@ def _write_ordinary(retriever: Retriever, folder: Path) -> None:
     place = {layer: number for number, layer in enumerate(kept_blocks(plan))}
     prefix = retriever.family.blocks + "."
     weights = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _model_weights(model).items():
         if name.startswith(prefix):
             layer, _, inside = name.removeprefix(prefix).partition(".")
             name = f"{prefix}{place[int(layer)]}.{inside}"
         weights[name] = tensor
     _write_config_and_weights(plain, {"architectures": [model_class(plain).__name__]}, weights, folder)
+
+
+def _model_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Without the projection, which is no part of what AutoModel builds."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(f"{NAME}.")}
 
 
 def _write_config_and_weights(
@@ -151,12 +158,12 @@ def _write_own(retriever: Retriever, folder: Path, ordinary: bool) -> None:
 
 def _write_sentence_transformers(retriever: Retriever, folder: Path) -> None:
     spec, hidden = retriever.spec, retriever.model.config.hidden_size
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + (
-        [("2_Normalize", "Normalize")] if spec.normalize else []
-    )
+    projection = projection_of(retriever.model)
+    kinds = ["Transformer", "Pooling", *["Dense"] * (projection is not None), *["Normalize"] * spec.normalize]
+    places = ["", *(f"{index}_{kind}" for index, kind in enumerate(kinds[1:], start=1))]
     listed = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(modules)
+        {"idx": index, "name": str(index), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for index, (place, kind) in enumerate(zip(places, kinds, strict=True))
     ]
     _write_json(folder / "modules.json", listed)
     _write_json(
@@ -173,8 +180,10 @@ def _write_sentence_transformers(retriever: Retriever, folder: Path) -> None:
     )
     (folder / "1_Pooling").mkdir()
     _write_json(folder / "1_Pooling" / "config.json", _pooling_config(spec, hidden))
+    if projection is not None:
+        write_dense(projection, folder / "2_Dense")
     if spec.normalize:
-        (folder / "2_Normalize").mkdir()
+        (folder / places[-1]).mkdir()
 
 
 def _pooling_config(spec: RetrieverSpec, hidden: int) -> dict[str, Any]:

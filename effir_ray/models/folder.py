@@ -1,4 +1,4 @@
-"""What a model folder says besides its weights: pooling and prompts, and which neurons were kept."""
+"""What a model folder says besides its weights: pooling, length of embeddings, prompts, and kept neurons."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from effir_ray.models.family import Family
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.settings import (
     AdapterSettings,
+    DenseSettings,
     LengthSettings,
     OwnSettings,
     PoolingSettings,
     PromptSettings,
+    dense_place,
     normalizes,
     read_settings,
 )
@@ -127,6 +129,17 @@ def _pooling(settings: PoolingSettings, folder: Path) -> Any:
     return chosen[0]
 
 
+def read_dense(folder: Path) -> tuple[Path, DenseSettings] | None:
+    """The folder and the settings of what makes embeddings shorter after pooling; None where nothing does."""
+    name = dense_place(folder / "modules.json")
+    if name is None:
+        return None
+    settings = read_settings(folder / name / "config.json", DenseSettings)
+    if settings is None:
+        raise InputError(f"{folder / name / 'config.json'}: no such file; modules.json has a Dense there")
+    return folder / name, settings
+
+
 def read_place(folder: Path) -> dict[str, Any] | None:
     """Which of the backbone's blocks an ordinary checkpoint of ours holds; None for any other folder."""
     own = read_own(folder)
@@ -145,7 +158,7 @@ def present_plan(config: PreTrainedConfig) -> Plan:
 
 
 def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
-    """The plan of a loaded model, with the neurons that our own file names."""
+    """The plan of a loaded model, with the neurons that our own file names and the length of embeddings."""
     own = read_own(folder)
     neurons = own.neurons if own is not None else {}
     layers = list(present_plan(config).layers)
@@ -158,4 +171,5 @@ def read_plan(folder: Path, config: PreTrainedConfig) -> Plan:
                 f"{folder / OWN_FILE}: layer {index} lists {len(named)} neurons, config.json says {width}"
             )
         layers[index] = layer.model_copy(update={"neurons": named})
-    return Plan(layers=tuple(layers))
+    dense = read_dense(folder)
+    return Plan(layers=tuple(layers), dimension=None if dense is None else dense[1].out_features)

@@ -19,6 +19,7 @@ from effir_ray.models.folder import (
     is_adapter,
     present_plan,
     read_adapter,
+    read_dense,
     read_place,
     read_plan,
     read_spec,
@@ -34,6 +35,7 @@ from effir_ray.models.known_configs import KNOWN_CONFIGS
 from effir_ray.models.names import Source, resolve
 from effir_ray.models.ordinary import kept_blocks, ordinary_config, restore_config, restore_model
 from effir_ray.models.plan import Plan
+from effir_ray.models.projection import attach, read_projection
 from effir_ray.models.random_models import random_config, random_model, random_tokenizer
 from effir_ray.models.settings import check_model_files, model_file
 from effir_ray.models.tokenizers import load_tokenizer, with_eos
@@ -62,6 +64,9 @@ def load(name: str, *, dtype: DType, trust_remote_code: bool, first_blocks: int 
     if is_adapter(folder):
         return _load_adapter(folder, dtype, trust_remote_code, first_blocks)
     model = load_model(folder, dtype=dtype, first_blocks=first_blocks)
+    projection = read_projection(folder, model.config.hidden_size)
+    if projection is not None:
+        attach(model, projection)
     spec = read_spec(folder, families.get(model.config.model_type))
     return Loaded(
         model=model,
@@ -182,6 +187,16 @@ def load_config(name_or_path: str | Path, *, first_blocks: int | None = None) ->
     """
     config = _config(str(name_or_path))
     return config if first_blocks is None else architecture.cut_depth(config, first_blocks)
+
+
+def load_present(name_or_path: str | Path, *, first_blocks: int | None = None) -> Plan:
+    """What a model has left, of its layers and of its embeddings, without weights; see ``load_config``."""
+    name = str(name_or_path)
+    plan = present_plan(load_config(name, first_blocks=first_blocks))
+    source = None if name in KNOWN_CONFIGS else resolve(name)
+    if source is None or source.path is None or (dense := read_dense(prepare(source))) is None:
+        return plan
+    return plan.model_copy(update={"dimension": dense[1].out_features})
 
 
 def _config(name: str) -> PreTrainedConfig:

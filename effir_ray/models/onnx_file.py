@@ -41,7 +41,7 @@ def write_onnx(folder: Path) -> Path:
 
     Inputs are ``input_ids`` and ``attention_mask`` (texts, tokens), int64, of any size; padding may be on
     either side. Outputs are ``last_hidden_state`` (texts, tokens, hidden) and ``sentence_embedding`` (texts,
-    hidden), pooled and scaled as the checkpoint says, in float32.
+    dimension), pooled, projected and scaled as the checkpoint says, in float32.
 
     Raises InputError without the packages of the extra ``onnx``, and where onnxruntime's embeddings are
     further than 1e-4 from torch's.

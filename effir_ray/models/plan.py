@@ -21,11 +21,13 @@ class Plan(Config):
     """One entry a layer of the uncompressed backbone; a dropped block keeps its (empty) place.
 
     ``vocabulary``: how many tokens stay of the backbone's; None keeps all. Which ones, the tokenizer knows:
-    ``compression.vocabulary`` takes the others out, not surgery.
+    ``compression.vocabulary`` takes the others out, not surgery. ``dimension``: length of the embeddings
+    where a projection makes them shorter than hidden states; None: it does not.
     """
 
     layers: tuple[LayerPlan, ...]
     vocabulary: int | None = Field(default=None, ge=1, exclude_if=says_nothing)
+    dimension: int | None = Field(default=None, ge=1, exclude_if=says_nothing)
 
     @classmethod
     def full(cls, n_layers: int) -> Plan:

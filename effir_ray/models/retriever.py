@@ -15,6 +15,7 @@ from effir_ray.models import family as families
 from effir_ray.models import loading
 from effir_ray.models.folder import RetrieverSpec, TextKind
 from effir_ray.models.plan import Plan
+from effir_ray.models.projection import projection_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,7 +28,8 @@ class Retriever:
     """``model(input_ids, attention_mask)`` gives ``.last_hidden_state`` (batch, tokens, hidden).
 
     ``plan`` has one entry a layer of the uncompressed backbone; for an uncompressed model it keeps
-    everything. The tokenizer itself appends EOS where ``spec.append_eos`` says so, after truncation.
+    everything. The tokenizer itself appends EOS where ``spec.append_eos`` says so, after truncation. Where
+    ``model.projection`` is there, embeddings are what it makes of pooled hidden states.
     """
 
     model: PreTrainedModel
@@ -39,6 +41,12 @@ class Retriever:
     @property
     def family(self) -> families.Family:
         return families.get(self.model.config.model_type)
+
+    @property
+    def dimension(self) -> int:
+        """Length of an embedding."""
+        projection = projection_of(self.model)
+        return int(self.model.config.hidden_size if projection is None else projection.out_features)
 
     def tokenize(
         self, texts: Sequence[str], kind: TextKind, max_length: int | None = None
@@ -76,7 +84,7 @@ class Retriever:
         return tokens
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """(batch, tokens, hidden), (batch, tokens) -> (batch, hidden). Padding may be on either side."""
+        """(batch, tokens, hidden), (batch, tokens) -> (batch, dimension). Padding may be on either side."""
         mask = attention_mask.bool()
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         if self.spec.pooling == "mean":
@@ -87,7 +95,13 @@ class Retriever:
             pooled = hidden[rows, (positions * mask).argmax(dim=1)]
         else:
             pooled = hidden[rows, mask.int().argmax(dim=1)]
-        return torch.nn.functional.normalize(pooled, dim=-1) if self.spec.normalize else pooled
+        return self.finish(pooled)
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """(batch, hidden) -> (batch, dimension): embeddings of pooled hidden states."""
+        projection = projection_of(self.model)
+        projected: Tensor = pooled if projection is None else projection(pooled)
+        return torch.nn.functional.normalize(projected, dim=-1) if self.spec.normalize else projected
 
 
 def load_retriever(

@@ -3,7 +3,7 @@
 config.json                                      transformers' architecture, see ``ModelSettings``
 effir.json                                       effir-ray's own, see ``OwnSettings``
 adapter_config.json                              PEFT's LoRA, see ``AdapterSettings``
-modules.json, 1_Pooling/, sentence_bert_...      sentence-transformers' pooling and prompts
+modules.json, 1_Pooling/, sentence_bert_...      sentence-transformers' pooling, projection and prompts
 """
 
 from __future__ import annotations
@@ -266,6 +266,33 @@ class PoolingSettings(_File):
     pooling_mode_lasttoken: bool = False
 
 
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+class DenseSettings(_File):
+    """config.json of a sentence-transformers Dense, whose own defaults are a bias and Tanh."""
+
+    in_features: Width
+    out_features: Width
+    bias: bool = Field(default=True, strict=True)
+    activation_function: str = Field(default="torch.nn.modules.activation.Tanh", max_length=256)
+    use_residual: bool = Field(default=False, strict=True)
+    module_input_name: str = Field(default="sentence_embedding", max_length=256)
+    module_output_name: str | None = Field(default=None, max_length=256)
+
+    @model_validator(mode="after")
+    def _is_a_matrix(self) -> DenseSettings:
+        plain = self.activation_function in (IDENTITY, "torch.nn.Identity")
+        if self.bias or self.use_residual or not plain:
+            raise ValueError(
+                "a Dense is read where it is a matrix alone: bias and use_residual false, "
+                f"activation_function {IDENTITY}"
+            )
+        if {self.module_input_name, self.module_output_name} - {"sentence_embedding", None}:
+            raise ValueError("a Dense is read where it takes and gives sentence_embedding")
+        return self
+
+
 class LengthSettings(_File):
     """sentence_bert_config.json."""
 
@@ -280,12 +307,36 @@ class PromptSettings(_File):
 
 def normalizes(file: Path) -> bool:
     """Whether modules.json, sentence-transformers' list of steps, ends with embeddings of length 1."""
+    return any("Normalize" in kind for kind, _ in _steps(file))
+
+
+def dense_place(file: Path) -> str | None:
+    """The folder of the Dense in modules.json, beside it; None without one.
+
+    Raises InputError unless it is one and stands between pooling and normalisation.
+    """
+    steps = _steps(file)
+    kinds = [kind.rpartition(".")[2] for kind, _ in steps]
+    if "Dense" not in kinds:
+        return None
+    if kinds[:3] != ["Transformer", "Pooling", "Dense"] or kinds[3:] not in ([], ["Normalize"]):
+        raise InputError(
+            f"{file}: its steps are {quoted(', '.join(kinds))}; a Dense is read between Pooling and Normalize"
+        )
+    place = steps[2][1]
+    if not isinstance(place, str) or Path(place).name != place or place == "..":
+        raise InputError(f"{file}: its Dense has path {quoted(place)}; expected the name of a folder")
+    return place
+
+
+def _steps(file: Path) -> list[tuple[str, Any]]:
+    """(type, path) of every module; none where there is no file."""
     modules = read_json(file) if file.exists() else []
     listed = modules if isinstance(modules, list) else [None]
     kinds = [module.get("type") if isinstance(module, dict) else None for module in listed]
     if any(type(kind) is not str for kind in kinds):
         raise InputError(f"{file}: expected a list of modules, each with its type")
-    return any("Normalize" in str(kind) for kind in kinds)
+    return [(str(kind), module.get("path")) for kind, module in zip(kinds, listed, strict=True)]
 
 
 def check_model_files(folder: Path, config: Any) -> None:

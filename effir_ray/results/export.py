@@ -140,7 +140,8 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         parameters="" if row.parameters is None else f"{row.parameters:,}",
         ratio="" if row.parameter_ratio is None else f"{row.parameter_ratio:.1%}",
         changes=_changes(json.loads(row.plan)),
-        tokens=_tokens(json.loads(row.trial)),
+        tokens=_left(json.loads(row.trial), "vocabulary"),
+        dimension=_left(json.loads(row.trial), "dimension"),
         scores=[_score(each, full.get((each.dataset, each.split))) for each in rows],
         speed=_speed(row),
         hardware=row.hardware,
@@ -184,9 +185,9 @@ def _full(rows: list[TrialRow]) -> dict[tuple[str, str], TrialRow]:
     return {(row.dataset, row.split): row for row in full}
 
 
-def _tokens(trial: dict[str, Any]) -> str:
-    """How many are left of the vocabulary, where some went."""
-    left = (trial.get("schedule") or {}).get("vocabulary", 0)
+def _left(trial: dict[str, Any], what: str) -> str:
+    """How many are left of the vocabulary or of an embedding's dimensions, where some went."""
+    left = (trial.get("schedule") or {}).get(what, 0)
     return f"{left:,}" if left else ""
 
 

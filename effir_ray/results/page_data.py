@@ -29,6 +29,7 @@ LABELS = {
     "block_parameters": ("Parameters of the blocks", "count"),
     "flops_per_document": ("Compute a document", "flops"),
     "bytes": ("Size of the weights", "bytes"),
+    "index_bytes": ("Index of a million documents", "bytes"),
     "document_ms": ("Time a document", "ms"),
     "query_ms": ("Time a query", "ms"),
     "document_speedup": ("Document speed-up", "speedup"),

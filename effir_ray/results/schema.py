@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, model_validator
 from effir_ray.config import Config
 from effir_ray.storage import name_of
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Raised when columns are added. Columns are never renamed, retyped or removed, so that old files stay
 readable: a column that a file lacks is null."""
 
@@ -31,6 +31,7 @@ DIRECTIONS: dict[str, Direction] = {
     "block_parameters": "min",
     "flops_per_document": "min",
     "bytes": "min",
+    "index_bytes": "min",
     "document_ms": "min",
     "query_ms": "min",
     "document_speedup": "max",
@@ -146,6 +147,9 @@ class TrialRow(Config):
         default=None, description="flops_per_document / those of the full model"
     )
     bytes: Count | None = Field(default=None, description="size of the weights in bytes")
+    index_bytes: Count | None = Field(
+        default=None, description="size of the embeddings of a million documents in bytes"
+    )
     document_ms: Positive | None = Field(default=None, description="milliseconds to encode one document")
     query_ms: Positive | None = Field(default=None, description="milliseconds to encode one query")
     document_speedup: Positive | None = Field(

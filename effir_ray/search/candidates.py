@@ -119,6 +119,7 @@ class Parameters(Config):
     width_reduction: ParameterAxis = None
     width_method: ParameterAxis = None
     vocabulary: ParameterAxis = None
+    dimension: ParameterAxis = None
     recover: ParameterAxis = None
     precision: ParameterAxis = None
 

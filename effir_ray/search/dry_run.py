@@ -11,6 +11,7 @@ from effir_ray.compression.planning import (
     ImportanceScores,
     make_plan,
     narrow_plan,
+    with_dimension,
     with_vocabulary,
     within,
 )
@@ -124,14 +125,12 @@ def dry_run(space: SearchSpace) -> StudyPreview:
                 shared_stages=tuple(stage.name for stage in stages if stage.key in seen),
             )
         )
-        sizes.append((config, _model_size(backbone, parameters)))
+        sizes.append((config, _model_size(backbone, plan)))
         seen |= {stage.key: (stage, config, plan) for stage in stages if stage.key not in seen}
         further += _further([config, *later], plan, [count / max(1, rungs[0]) for count in rungs])
     names = [stage.name for stage, _, _ in seen.values()]
     fulls = {
-        name: _model_size(
-            backbone, accounting.count_parameters(backbone, Plan.full(backbone.num_hidden_layers))
-        )
+        name: _model_size(backbone, Plan.full(backbone.num_hidden_layers))
         for name, backbone in backbones.items()
     }
     disk = study_footprint(space, fulls, sizes)
@@ -208,6 +207,7 @@ def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbones: Ba
         ),
         "block_parameters": lambda plan: accounting.count_block_parameters(backbone, plan),
         "flops_per_document": lambda plan: accounting.flops(backbone, plan, config.document_max_length),
+        "index_bytes": lambda plan: accounting.index_bytes(backbone, plan),
     }
     asked = [condition for condition in conditions if condition.column in known]
     if not asked:
@@ -216,11 +216,12 @@ def may_meet(conditions: Sequence[Condition], config: TrialConfig, backbones: Ba
     return all(condition.holds(known[condition.column](plan)) for condition in asked)
 
 
-def _model_size(backbone: PreTrainedConfig, parameters: int) -> ModelSize:
+def _model_size(backbone: PreTrainedConfig, plan: Plan) -> ModelSize:
     stored = str(backbone.dtype or "float32").removeprefix("torch.")
     return ModelSize(
-        parameters=parameters,
-        dimensions=backbone.hidden_size,
+        parameters=accounting.count_parameters(backbone, plan),
+        width=backbone.hidden_size,
+        dimensions=accounting.embedding_size(backbone, plan),
         stored=accounting.BYTES_PER_PARAMETER.get(stored, 4),
     )
 
@@ -258,9 +259,9 @@ def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:
         plan = within(make_plan(config.schedule, len(present.layers), scores), present)
         parts = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
         neurons = {index: np.zeros(accounting.width(*layer)) for index, layer in enumerate(parts)}
-        return with_vocabulary(
-            narrow_plan(plan, config.schedule, neurons), config.schedule, backbone.vocab_size
-        )
+        plan = narrow_plan(plan, config.schedule, neurons)
+        plan = with_vocabulary(plan, config.schedule, backbone.vocab_size)
+        return with_dimension(plan, config.schedule, accounting.embedding_size(backbone, present))
     except InputError as error:
         hint = (
             "; a schedule is of every backbone unless it names one (backbone:)" if len(backbones) > 1 else ""

@@ -25,9 +25,11 @@ _FRONT_SHARE = 0.5  # of the trials: how many are expected on the front
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """One trial's model: ``parameters``, dimensions of its embeddings, bytes of a stored parameter."""
+    """One trial's model: ``parameters``, the width of its hidden states, dimensions of its embeddings, bytes
+    of a stored parameter."""
 
     parameters: int
+    width: int
     dimensions: int
     stored: int
 
@@ -109,7 +111,7 @@ def _state(training: TrainConfig, size: ModelSize) -> int:
     """What a training goes on from."""
     trained = float(size.parameters)
     if training.lora is not None:  # an adapter of a d x d matrix has 2 r d parameters
-        trained *= min(1.0, 2 * training.lora.r / size.dimensions)
+        trained *= min(1.0, 2 * training.lora.r / size.width)
     return int(trained * _TRAINED * _FLOAT)
 
 

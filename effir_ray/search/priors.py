@@ -40,7 +40,7 @@ _BLOCKS = {
 
 _UNITS = {"A": "drop_attention", "M": "drop_mlp", "B": "drop_block"}
 _COUNTED = (*_UNITS.values(), "drop_last_blocks")
-_CHANGES = (*_COUNTED, "width_reduction", "vocabulary")
+_CHANGES = (*_COUNTED, "width_reduction", "vocabulary", "dimension")
 _OFF_THE_SHELF = "T1-offtheshelf"  # the table whose models were not trained again
 _SHARE = 0.5  # of a search's trials, at most: the rest is for the sampler to find
 

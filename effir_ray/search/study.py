@@ -15,6 +15,7 @@ from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, use
 from effir_ray.cluster.jobs import submit
 from effir_ray.cluster.lost import is_lost_process, outlive_ray, own_disks, unfit_node, watched
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
+from effir_ray.compression.planning import with_dimension
 from effir_ray.compression.vocabulary import check_size
 from effir_ray.config import Config, load_yaml
 from effir_ray.data.datasets import load_dataset
@@ -22,7 +23,8 @@ from effir_ray.errors import InputError, LostProcess
 from effir_ray.hardware import PINNED, Hardware
 from effir_ray.leases import Lease
 from effir_ray.mirrors import Mirror
-from effir_ray.models.loading import load_text_side
+from effir_ray.models.accounting import embedding_size
+from effir_ray.models.loading import load_config, load_present, load_text_side
 from effir_ray.progress import progress_stream
 from effir_ray.provenance import __version__
 from effir_ray.results import store
@@ -403,11 +405,16 @@ def _checked_sources(space: SearchSpace) -> dict[str, Sources]:
         dataset.qrels("dev")
         dataset.qrels("test")
     for name in space.backbone_names:
-        wanted = [each for each in space.listed() if each.vocabulary and each.backbone in (None, name)]
-        if wanted:
+        listed = [each for each in space.listed() if each.backbone in (None, name)]
+        if wanted := [each for each in listed if each.vocabulary]:
             tokenizer, _ = load_text_side(name)
             for candidate in wanted:
                 check_size(tokenizer, candidate.vocabulary)
+        if wanted := [each for each in listed if each.dimension]:
+            first_blocks = space.of(name).first_blocks
+            config, present = (load(name, first_blocks=first_blocks) for load in (load_config, load_present))
+            for candidate in wanted:
+                with_dimension(present, candidate, embedding_size(config, present))
     return sources
 
 

@@ -1,7 +1,7 @@
 """The stages of a trial, each declared once; a new stage is a declaration in this file and nothing else.
 
-    backbone -> base -> importance -> neurons, tokens -> pruned -> recovered -> embeddings -> scores
-                                                                            \\-> timing
+    backbone -> base -> importance -> neurons, tokens, axes -> pruned -> recovered -> embeddings -> scores
+                                                                                  \\-> timing
     bm25, which needs no model
 
 Of several data sets each has its own embeddings, scores and bm25. A stage reads the folders of its parents
@@ -25,6 +25,8 @@ import torch
 
 from effir_ray import hardware
 from effir_ray.cluster.devices import on_device
+from effir_ray.compression.dimension import MOST_TEXTS as MOST_EMBEDDED
+from effir_ray.compression.dimension import shorten
 from effir_ray.compression.pipeline import (
     count_tokens,
     cut,
@@ -32,9 +34,16 @@ from effir_ray.compression.pipeline import (
     importance_scores,
     load_to_measure,
     neuron_scores,
+    principal_axes,
 )
-from effir_ray.compression.planning import ImportanceScores, narrow_plan, needs_scores, with_vocabulary
-from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.planning import (
+    ImportanceScores,
+    narrow_plan,
+    needs_scores,
+    with_dimension,
+    with_vocabulary,
+)
+from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.vocabulary import MOST_TEXTS, choose_tokens, cut_vocabulary
 from effir_ray.data.datasets import Dataset, load_dataset
 from effir_ray.encoding.embedding_shards import CorpusEmbeddings, ShardFolder
@@ -63,6 +72,7 @@ PLAN = "plan.json"
 IMPORTANCE = "importance.json"
 NEURONS = "neurons.npz"
 TOKENS = "tokens.npy"
+AXES = "axes.npy"
 SHARDS = "shards"
 SCORES = "scores.json"
 ISOTROPY = "isotropy.json"
@@ -201,10 +211,20 @@ def _neurons(task: StageTask) -> None:
 def _tokens(task: StageTask) -> None:
     """How often each token is in the texts that are calibrated on, or in those of every data set."""
     tokenizer, spec = load_text_side(task.parent("model") / CHECKPOINT)
-    calibration = task.config.calibration
-    names = (calibration.dataset,) if calibration.texts_from else task.config.dataset_names
-    each = [calibration.model_copy(update={"dataset": name}) for name in names]
+    each = _calibrations(task.config)
     np.save(task.out / TOKENS, sum(count_tokens(tokenizer, spec, one) for one in each))
+
+
+def _axes(task: StageTask) -> None:
+    """All axes of the full model's embeddings on those texts: every dimension takes the first of them."""
+    model = load_to_measure(task.parent("model") / CHECKPOINT)
+    np.save(task.out / AXES, principal_axes(model, _calibrations(task.config)))
+
+
+def _calibrations(config: TrialConfig) -> list[Calibration]:
+    calibration = config.calibration
+    names = (calibration.dataset,) if calibration.texts_from else config.dataset_names
+    return [calibration.model_copy(update={"dataset": name}) for name in names]
 
 
 def _pruned(task: StageTask) -> None:
@@ -220,6 +240,11 @@ def _pruned(task: StageTask) -> None:
         with _only_this_trial():
             plan = with_vocabulary(plan, schedule, model.model.config.vocab_size)
             cut_vocabulary(model, choose_tokens(model.tokenizer, counts, schedule.vocabulary))
+    if "axes" in task.parents:
+        axes, schedule = np.load(task.parent("axes") / AXES), task.config.schedule
+        with _only_this_trial():
+            plan = with_dimension(plan, schedule, model.dimension)
+        shorten(model, axes, schedule.dimension)
     save_checkpoint(model, task.out / CHECKPOINT)
     _write_plan(task.out, plan)
 
@@ -472,7 +497,15 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
     schedule = config.schedule
     depth = schedule.model_dump(mode="json", include=_DEPTH)
     tokens = {"vocabulary": schedule.vocabulary} if schedule.vocabulary else {}
-    return {"depth": depth, "width": schedule.width_reduction, "multiple": schedule.width_multiple, **tokens}
+    shorter = {"dimension": schedule.dimension} if schedule.dimension else {}
+    width = {"width": schedule.width_reduction, "multiple": schedule.width_multiple}
+    return {"depth": depth, **width, **tokens, **shorter}
+
+
+def _calibration_data(config: TrialConfig, sources: Sources) -> Any:
+    """What texts are drawn from where every data set counts."""
+    several = config.datasets and not config.calibration_from
+    return list(sources.datasets.values()) if several else sources.calibration
 
 
 def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
@@ -597,9 +630,7 @@ STAGES: tuple[Stage, ...] = (
         title="counting tokens",
         build=_tokens,
         inputs=lambda config, sources, split: {
-            "data": sources.calibration
-            if config.calibration_from or not config.datasets
-            else list(sources.datasets.values()),
+            "data": _calibration_data(config, sources),
             "texts": MOST_TEXTS,
             "max_length": config.document_max_length,
             "seed": config.seed,
@@ -607,6 +638,23 @@ STAGES: tuple[Stage, ...] = (
         parents={"model": ("backbone",)},  # training leaves the tokenizer as it is
         needed=lambda config: config.schedule.vocabulary > 0,
         shared=True,
+    ),
+    Stage(
+        name="axes",
+        title="fitting shorter embeddings",
+        build=_axes,
+        inputs=lambda config, sources, split: {
+            "data": _calibration_data(config, sources),
+            "texts": MOST_EMBEDDED,
+            "max_length": config.document_max_length,
+            "seed": config.seed,
+        },
+        parents={"model": _FULL},
+        needed=lambda config: config.schedule.dimension > 0,
+        on_device=_always,
+        computed_on="device",
+        shared=True,
+        cost=Cost(tokens=lambda config: 2.0 * MOST_EMBEDDED * config.document_max_length, full_model=True),
     ),
     Stage(
         name="pruned",
@@ -619,6 +667,7 @@ STAGES: tuple[Stage, ...] = (
             "importance": ("importance",),
             "neurons": ("neurons",),
             "tokens": ("tokens",),
+            "axes": ("axes",),
         },
         needed=lambda config: config.schedule != Schedule(),
         bulk=CHECKPOINT,

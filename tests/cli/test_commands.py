@@ -173,6 +173,16 @@ def test_a_report_is_written_beside_the_study_unless_told_otherwise(study: Path,
     assert (tmp_path / "front.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_compress_says_how_long_embeddings_are() -> None:
+    said = run("compress", "--backbone", "random:bert", "--dimension", 16, "--dry-run").stdout
+    assert "random:bert: d16" in said and "embeddings of 16" in " ".join(said.split())
+    refused = run("compress", "--backbone", "random:bert", "--dimension", 64, "--dry-run")
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines() == [
+        "effir-ray: dimension is 64; the backbone's embeddings have 64: expected fewer, or 0 for all of them"
+    ]
+
+
 def test_compress_previews_and_then_writes_the_same_plan(tmp_path: Path) -> None:
     options = ("--backbone", "random:llama", "--drop-mlp", "1,2", "--drop-last-blocks", 1, "--json")
     preview = json.loads(run("compress", *options, "--dry-run").stdout)

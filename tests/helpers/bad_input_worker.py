@@ -71,14 +71,18 @@ def _place(source: Path, target: Path) -> Path:
     return target
 
 
-def _model(scratch: Path) -> Path:
-    """A small real model; built once."""
-    base = scratch / "base"
+def _model(scratch: Path, *, shorter: bool = False) -> Path:
+    """A small real model, of shorter embeddings if asked for; built once."""
+    base = scratch / ("shorter" if shorter else "base")
     if not base.exists():
+        import numpy as np
+
+        from effir_ray.compression.dimension import shorten
         from effir_ray.models.checkpoint import save_checkpoint
         from effir_ray.models.retriever import load_retriever
 
-        save_checkpoint(load_retriever("random:llama"), base)
+        model = load_retriever("random:llama")
+        save_checkpoint(shorten(model, np.eye(64, dtype=np.float32), 16) if shorter else model, base)
     return base
 
 
@@ -94,7 +98,7 @@ def in_model(scratch: Path, name: str) -> Try:
     def attempt(file: Path) -> Any:
         folder = scratch / "model"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(_model(scratch), folder)
+        shutil.copytree(_model(scratch, shorter=name.startswith("2_Dense")), folder)
         if name in _AFTER_OURS:
             (folder / "effir.json").unlink()
         _place(file, folder / name)
@@ -253,6 +257,8 @@ def kinds(scratch: Path) -> dict[str, tuple[str, Try]]:
         "effir": ("model/effir", in_model(scratch, "effir.json")),
         "pooling": ("model/pooling", in_model(scratch, "1_Pooling/config.json")),
         "modules": ("model/modules", in_model(scratch, "modules.json")),
+        "dense": ("model/dense", in_model(scratch, "2_Dense/config.json")),
+        "dense-weights": ("SAFETENSORS .safetensors", in_model(scratch, "2_Dense/model.safetensors")),
         "lengths": ("model/lengths", in_model(scratch, "sentence_bert_config.json")),
         "prompts": ("model/prompts", in_model(scratch, "config_sentence_transformers.json")),
         "tokenizer": ("model/tokenizer", in_model(scratch, "tokenizer.json")),

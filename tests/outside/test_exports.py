@@ -185,6 +185,7 @@ EXPORTS: dict[str, Callable[[Path], Export]] = {
         "minilm-l6", place, Schedule(drop_mlp=(1,)), sparsity="2:4", sparsity_method="magnitude"
     ),
     "minilm-tokens": lambda place: compressed("minilm-l6", place, Schedule(drop_mlp=(2,), vocabulary=2500)),
+    "minilm-shorter": lambda place: compressed("minilm-l6", place, Schedule(drop_block=(2,), dimension=64)),
     "smollm2-tokens": lambda place: compressed(
         "smollm2-135m", place, Schedule(drop_last_blocks=26, vocabulary=1000)
     ),

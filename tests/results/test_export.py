@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 
+from effir_ray.compression.dimension import shorten
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, Schedule
 from effir_ray.compression.surgery import apply_plan
@@ -89,18 +90,20 @@ def test_the_model_is_the_study_s_and_its_card_says_what_the_rows_say(study: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "study"]
 
 
-def test_a_card_says_how_many_tokens_are_left(study: Path, tmp_path: Path) -> None:
+def test_a_card_says_how_many_tokens_and_dimensions_are_left(study: Path, tmp_path: Path) -> None:
     place = "stages/pruned/0456/checkpoint"
     calibration = Calibration(dataset=str(write_corpus(tmp_path / "texts")))
-    compress("random:llama", Schedule(vocabulary=300), study / place, calibration=calibration)
+    schedule = Schedule(vocabulary=300, dimension=16)
+    compress("random:llama", schedule, study / place, calibration=calibration)
     (row, *_) = store.trial_rows(store.read([study]))
-    trial = {"trial": json.dumps({"schedule": {"vocabulary": 300}}), "trial_id": "cc44"}
+    trial = {"trial": json.dumps({"schedule": schedule.model_dump()}), "trial_id": "cc44"}
     fewer = row.model_copy(update={**trial, "schedule": "v300", "model": place, "parameters": 90})
     means = fewer.model_copy(update={"dataset": "mean of /data/scifact, /data/nfcorpus"})
     store.append(study, [fewer, means])
     export(study, tmp_path / "fewer", trial="cc44")
     card = (tmp_path / "fewer" / "README.md").read_text()
     assert "300 tokens of the vocabulary" in card and "this is the full model" not in card
+    assert "Embeddings have 16 dimensions" in card and "1_Pooling/, the projection in 2_Dense/\n```" in card
     assert "| mean of scifact, nfcorpus | dev |" in card
 
 
@@ -143,11 +146,14 @@ def test_nothing_is_written_over(study: Path, tmp_path: Path) -> None:
 def test_the_code_on_the_card_runs_the_onnx_file_to_the_same_embeddings(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention of one layer and neurons of another are gone: no ordinary model has this shape."""
+    """Attention of one layer and neurons of another are gone, embeddings are projected: no ordinary model has
+    this shape."""
     shutil.rmtree(study / MODEL)
     narrow = LayerPlan(attention=False, neurons=tuple(range(1, 128, 2)))
     plan = Plan(layers=(LayerPlan(), narrow, LayerPlan(mlp=False), LayerPlan()))
-    save_checkpoint(apply_plan(load_retriever("random:gemma3"), plan), study / MODEL)
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0].astype(np.float32)
+    model = shorten(apply_plan(load_retriever("random:gemma3"), plan), axes, 16)
+    save_checkpoint(model, study / MODEL)
     done = export(study, tmp_path / "random-gemma3-1M", trial="aa", onnx=True)
     text = (done.model / "README.md").read_text(encoding="utf-8")
     code = next(part for part in text.split("```") if part.startswith("python\nimport numpy"))
@@ -156,6 +162,7 @@ def test_the_code_on_the_card_runs_the_onnx_file_to_the_same_embeddings(
     found: dict[str, Any] = {}
     exec(code, found)  # ours, and what a reader would do
     wanted = Encoder(load_retriever(done.model)).encode(["a text", "another one"], "document")
+    assert wanted.shape == (2, 16)
     np.testing.assert_allclose(found["vectors"], wanted, atol=1e-4)
 
     other = load_retriever(done.model)

@@ -5,11 +5,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from effir_ray import hardware
+from effir_ray.compression.dimension import shorten
 from effir_ray.errors import InputError
 from effir_ray.mirrors import Mirror
+from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.retriever import load_retriever
 from effir_ray.progress import show_progress
 from effir_ray.provenance import __version__
 from effir_ray.results import store
@@ -75,6 +79,15 @@ def test_a_resumed_study_reads_what_it_read_before(tmp_path: Path) -> None:
 def test_a_vocabulary_that_is_too_small_is_said_before_anything_is_written(tmp_path: Path) -> None:
     space = small_space(schedules=[{"drop_mlp": 1}, {"vocabulary": 20}])
     with pytest.raises(InputError, match="vocabulary is 20; expected 259"):
+        search(space, tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
+def test_what_is_shorter_already_is_known_before_anything_is_written(tmp_path: Path) -> None:
+    model = shorten(load_retriever("random:llama"), np.eye(64, dtype=np.float32), 16)
+    save_checkpoint(model, tmp_path / "model")
+    space = small_space(backbone=str(tmp_path / "model"), schedules=[{"dimension": 32}])
+    with pytest.raises(InputError, match="dimension is 32; the backbone's embeddings have 16"):
         search(space, tmp_path / "study")
     assert not (tmp_path / "study").exists()
 

@@ -21,7 +21,7 @@ SPACES = Path(__file__).parents[2] / "search_spaces"
 
 
 def size(parameters: int) -> ModelSize:
-    return ModelSize(parameters=parameters, dimensions=10, stored=2)
+    return ModelSize(parameters=parameters, width=10, dimensions=10, stored=2)
 
 
 ALL = 3 * 1_920 + 1_000 + (1_000 + 2_000)
@@ -47,6 +47,15 @@ def test_weights_optimizer_states_and_embeddings_are_counted(keep: str, stay: in
     backbone = 1_000 * 2
     building = 1_920 + 1_000 + 2_000 + 4 * 500 * 3 * 4  # of the trained trial, with its checkpoints
     assert (found.peak, found.end) == (backbone + stay + building, backbone + end)
+
+
+def test_shorter_embeddings_take_less_room() -> None:
+    """Of an adapter's share of a model its hidden states decide, which are as wide as they were."""
+    full, short = (
+        dry_run(small_space(schedules=[schedule], keep="all"))
+        for schedule in ({"drop_mlp": [1]}, {"drop_mlp": [1], "dimension": 16})
+    )
+    assert full.end_bytes - short.end_bytes == 2 * 24 * (64 - 16) * 4 - 16 * 64 * 4
 
 
 def test_the_papers_grid_says_what_it_needs() -> None:

@@ -380,6 +380,19 @@ def test_the_vocabulary_is_an_axis_in_which_0_is_all_of_it(tmp_path: Path) -> No
     assert sorted(params) == [0, 0, 300, 300, 400, 400] and again.complete
 
 
+def test_the_dimension_is_an_axis_in_which_0_is_all_of_them(tmp_path: Path) -> None:
+    """What makes the index smaller is asked of a schedule before it runs."""
+    parameters = {"dimension": [0, 16, 32, 48], "drop_mlp": [0, 1]}
+    space = small_space(parameters=parameters, trials=5, constraints=[f"index_bytes <= {4 * 32 * 10**6}"])
+    study = proposals(space, tmp_path)
+    dev = [request.config.name for request in finish(study) if request.split == "dev"]
+    assert sorted(dev) == ["1M-d16", "1M-d32", "d16", "d32", "full"]
+    (tmp_path / "other").mkdir()
+    again = proposals(space, tmp_path / "other", study.rows.values())
+    params = [trial.params["dimension"] for trial in again.study.get_trials()]
+    assert sorted(params) == [0, 16, 16, 32, 32] and again.complete
+
+
 def test_what_a_model_is_served_in_is_an_axis(tmp_path: Path) -> None:
     """A study that goes on knows which of its rows it had proposed with which."""
     space = small_space(parameters={"precision": ["auto", "int8"], "drop_mlp": [0, 1]}, trials=3)

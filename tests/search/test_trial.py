@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from effir_ray import hardware
+from effir_ray.compression.pipeline import compress
+from effir_ray.compression.schedule import Schedule
 from effir_ray.config import Prompts
 from effir_ray.encoding.cpu_kernels import build
 from effir_ray.errors import InputError, TrialFailure
@@ -168,6 +170,44 @@ def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
         InputError, match="v600 of random:llama: vocabulary is 600; the backbone has 512 tokens"
     ):
         dry_run(small_space(schedules=[{"vocabulary": 600}]))
+
+
+def test_axes_are_fitted_once_and_every_dimension_takes_the_first_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same checkpoint as ``compress`` writes; embeddings are as long as it says, and so is the index."""
+
+    def columns(task: StageTask) -> dict[str, Any]:
+        plan = trial_stages.read_plan(task.parents["model"])
+        return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
+
+    first, *others = WITHOUT_RAY
+    only(monkeypatch, first, DECLARED["axes"], *others, replace(SCORES, columns=columns))
+    data = str(write_corpus(tmp_path / "texts"))
+    space, store = small_space(dataset=data), StageStore(tmp_path / "stages")
+    schedules = [{}, {"dimension": 16}, {"dimension": 8, "drop_block": (1,)}]
+    full, short, least = (run_trial(space.trial(Candidate(**each)), store)[0] for each in schedules)
+    assert (short.schedule, least.schedule) == ("d16", "B[1]-d8")
+    assert full.parameters and short.parameters == full.parameters + 16 * 64
+    assert [row.index_bytes for row in (full, short, least)] == [4_000_000 * size for size in (64, 16, 8)]
+    assert short.block_parameters == full.block_parameters and short.flops_ratio == 1.0
+    assert short.document_speedup == 1.0 and speeds(tmp_path) == 2, "one product a text is no other speed"
+    assert Counter(built(tmp_path))["axes"] == 1
+    models = {
+        model.dimension: model
+        for place in (tmp_path / "stages" / "pruned").glob("*")
+        if (model := load_retriever(place / "checkpoint"))
+    }
+    assert set(models) == {8, 16}
+    weights = [models[size].model.projection.weight for size in (8, 16)]
+    assert torch.equal(weights[0], weights[1][:8])
+    calibration = space.trial(Candidate()).calibration
+    compress("random:llama", Schedule(dimension=16), tmp_path / "alone", calibration=calibration)
+    alone = load_retriever(tmp_path / "alone").model.projection.weight
+    torch.testing.assert_close(alone, weights[1], atol=1e-5, rtol=0)
+    assert dry_run(small_space(schedules=schedules[1:])).trials[1].parameters == short.parameters
+    with pytest.raises(InputError, match="d64 of random:llama: dimension is 64; the backbone's embeddings"):
+        dry_run(small_space(schedules=[{"dimension": 64}]))
 
 
 @pytest.mark.skipif(

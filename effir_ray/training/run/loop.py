@@ -20,6 +20,7 @@ from effir_ray.errors import InputError, TrialFailure
 from effir_ray.hardware import cpu_precision, detect
 from effir_ray.leases import Lease
 from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.projection import projection_of
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.stages import StageStore
 from effir_ray.storage import upload
@@ -70,6 +71,8 @@ class Worker:
         self.retriever = load_retriever(stages.local(job["model"]), dtype=dtype, device=device)
         self.retriever.spec = self.retriever.spec.with_prompts(config.prompts)
         self.skeleton = hollow(self.retriever)
+        projection = projection_of(self.retriever.model)
+        self.projection = None if projection is None else projection.weight.detach().float().clone()
         self.utilization = Utilization(
             self.retriever,
             device,
@@ -89,7 +92,9 @@ class Worker:
 
     def _step(self, teacher: TeacherEmbeddings | None) -> ContrastiveStep | ElasticStep:
         config, budget = self.config, self.halved or self.config.token_budget
-        objective = build_objective(config, has_teacher_scores=self.batches.has_teacher_scores)
+        objective = build_objective(
+            config, has_teacher_scores=self.batches.has_teacher_scores, projection=self.projection
+        )
         if config.elastic:
             return ElasticStep(
                 self.engine,

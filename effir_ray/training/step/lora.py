@@ -43,7 +43,8 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(retriever: Retriever, config: LoraConfig) -> None:
-    """Freeze the model and put an adapter on every Linear inside its blocks, in place."""
+    """Freeze the model, a projection of its embeddings too, and put an adapter on every Linear inside its
+    blocks, in place."""
     retriever.model.requires_grad_(False)
     for name, linear in retriever.family.linears(retriever.model):
         _replace(retriever.model, name, LoraLinear(linear, config))

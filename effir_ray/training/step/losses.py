@@ -89,14 +89,20 @@ class EmbeddingDistillation:
     Every text's embedding goes where the teacher's u is: Reimers and Gurevych 2020 (arXiv 2004.09813), eq. 1;
     the plain norm is LEAF's (arXiv 2509.12539). A sum over a query's own texts, as InfoNCE is: a mean would
     weigh the less the more hard negatives there are.
+
+    ``projection`` (d, t): of a student that was cut from the teacher and projects its embeddings, what it
+    projects by before it learns. The teacher's are projected alike, by the same matrix at every step.
     """
 
     distance: Literal["cosine", "l2"] = "cosine"
+    projection: Tensor | None = None
 
     def __call__(self, queries: Tensor, documents: Tensor, targets: Targets) -> Tensor:
         teacher_queries, teacher_documents = _teacher(targets)
         student = torch.cat([queries, documents])
         teacher = torch.cat([teacher_queries, teacher_documents])
+        if self.projection is not None:
+            teacher = _projected(teacher, self.projection.to(teacher))
         if student.shape[1] > teacher.shape[1]:
             raise InputError(
                 f"embedding distillation: the teacher's embeddings have {teacher.shape[1]} dimensions, the "
@@ -160,8 +166,22 @@ class Objective:
         return total, {name: float(value.detach()) for name, value in values.items()}
 
 
-def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objective:
+def _projected(teacher: Tensor, projection: Tensor) -> Tensor:
+    """(n, t) -> (n, d), of a teacher whose embeddings are not as short already."""
+    out, into = projection.shape
+    if teacher.shape[1] not in (out, into):
+        raise InputError(
+            f"embedding distillation: the teacher's embeddings have {teacher.shape[1]} dimensions, the "
+            f"student's {out}, projected from {into}; use the model it was cut from, or similarity instead"
+        )
+    return teacher if teacher.shape[1] == out else teacher @ projection.T
+
+
+def build_objective(
+    config: TrainConfig, *, has_teacher_scores: bool, projection: Tensor | None = None
+) -> Objective:
     """The terms of ``config``; score distillation only where the training pairs carry a reranker's scores.
+    ``projection``: the student's, see ``EmbeddingDistillation``.
 
     Raises InputError when that leaves nothing to learn from.
     """
@@ -173,10 +193,11 @@ def build_objective(config: TrainConfig, *, has_teacher_scores: bool) -> Objecti
         scored = ScoreDistillation(config.temperature, distillation.temperature)
         terms["scores"] = (distillation.scores, scored)
     if distillation.embedding:
-        terms["embedding"] = (distillation.embedding, EmbeddingDistillation(distillation.distance))
+        term = EmbeddingDistillation(distillation.distance, projection)
+        terms["embedding"] = (distillation.embedding, term)
     if distillation.similarity:
-        term = SimilarityDistillation(distillation.similarity_temperature)
-        terms["similarity"] = (distillation.similarity, term)
+        ranking = SimilarityDistillation(distillation.similarity_temperature)
+        terms["similarity"] = (distillation.similarity, ranking)
     if not terms:
         raise InputError(
             f"{config.dataset}: info_nce is 0 and no pair has a reranker's scores: nothing to learn from; "

@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """(tokens,) ids of texts that follow each other and (texts,) their lengths -> embeddings
-        (texts, hidden), float32.
+        (texts, dimension), float32.
 
         ``lengths`` stays on the CPU. Texts of equal length side by side make attention on CPUs fastest.
         """
@@ -69,7 +69,7 @@ class TextEncoder(nn.Module):
             output = self.model(
                 input_ids=ids[None], position_ids=packing.positions_t[None], packing=packing, use_cache=False
             )
-        return pool(output.last_hidden_state[0], packing, self._retriever.spec).float()
+        return pool(output.last_hidden_state[0], packing, self._retriever).float()
 
     def _forward_padded(self, ids: Tensor, sizes: list[int]) -> Tensor:
         texts: tuple[Tensor, ...] = torch.split(ids, sizes)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from effir_ray.compression.dimension import embedding_axes, shorten
 from effir_ray.data.pairs import load_pairs, write_pairs
 from effir_ray.encoding.encoder import Encoder
 from effir_ray.errors import InputError, TrialFailure
@@ -161,6 +162,35 @@ def test_a_teachers_embeddings_of_a_stream_pull_the_student_to_them(
     )
     distance = np.linalg.norm(before - teacher, axis=1).mean()
     assert np.linalg.norm(after - teacher, axis=1).mean() < 0.6 * distance
+
+
+def test_shorter_embeddings_learn_those_of_the_full_model(
+    dataset: Path, uninterrupted: TrainResult, tmp_path: Path
+) -> None:
+    """The teacher's, projected as the student's were at the start; the matrix is gathered and learns too."""
+    pairs = load_pairs(dataset)
+    axes = embedding_axes(load_retriever(str(uninterrupted.checkpoint)), pairs, max_length=32)
+    save_checkpoint(shorten(load_retriever("random:llama"), axes, 16), tmp_path / "model")
+    config = settings(
+        dataset,
+        info_nce=0.0,
+        workers=2,
+        zero_stage=3,
+        distillation={"teacher": str(uninterrupted.checkpoint), "embedding": 20.0},
+    )
+    student = train(tmp_path / "model", config, tmp_path / "student")
+    assert student.engine == "DeepSpeed ZeRO-3"
+    queries = [pair.query for pair in pairs]
+    teacher, before, after = (
+        Encoder(load_retriever(str(model))).encode(queries, "query")
+        for model in (uninterrupted.checkpoint, tmp_path / "model", student.checkpoint)
+    )
+    wanted = teacher @ axes[:16].T
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    distance = np.linalg.norm(before - wanted, axis=1).mean()
+    assert np.linalg.norm(after - wanted, axis=1).mean() < 0.6 * distance
+    trained = load_file(student.checkpoint / "2_Dense" / "model.safetensors")["linear.weight"].numpy()
+    assert 1e-4 < np.abs(trained - axes[:16]).max() < 0.1
 
 
 def test_a_diverging_run_fails_with_its_reason_and_is_not_repeated(dataset: Path, tmp_path: Path) -> None:

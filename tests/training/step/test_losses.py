@@ -115,6 +115,23 @@ def test_teacher_embeddings_pull_towards_themselves() -> None:
         EmbeddingDistillation()(torch.ones(3, 9), torch.ones(6, 9), same)
 
 
+def test_a_shorter_student_meets_the_teacher_by_its_own_projection() -> None:
+    """And the first dimensions of it by the first of that."""
+    queries, documents, targets = example()
+    projection = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0][:4]
+    taught = replace(targets, teacher_queries=queries, teacher_documents=documents)
+    short = [2 * each @ projection.T for each in (queries, documents)]
+    term = EmbeddingDistillation(projection=projection)
+    assert float(term(*short, taught)) == pytest.approx(0.0, abs=1e-5)
+    assert float(EmbeddingDistillation()(*short, taught)) > 0.1
+    assert float(Matryoshka(term, (2,))(*short, taught)) == pytest.approx(0.0, abs=1e-5)
+    itself = replace(targets, teacher_queries=short[0], teacher_documents=short[1])
+    assert float(term(*short, itself)) == pytest.approx(0.0, abs=1e-5)
+    other = replace(targets, teacher_queries=queries[:, :6], teacher_documents=documents[:, :6])
+    with pytest.raises(InputError, match="have 6 dimensions, the student's 4, projected from 8"):
+        term(*short, other)
+
+
 def test_embedding_distance_is_the_squared_or_the_plain_one_of_unit_vectors() -> None:
     queries, documents, targets = example()
     taught = replace(targets, teacher_queries=queries.flip(1), teacher_documents=documents.flip(1))
