@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def test_scores_of_single_queries_are_tables_too(server: JobServer, study: Path,
 def test_without_a_folder_the_place_is_said(server: JobServer, study: Path) -> None:
     said = run("results", JOB, "--address", server.address)
     assert f"{JOB} (RUNNING): {study}" in said.stdout
-    assert f"effir-ray pareto {study}" in said.stdout
+    assert f"effir-ray pareto {shlex.quote(str(study))}" in said.stdout
 
 
 @pytest.mark.parametrize("change", ["gone", "another study", "no rows yet"])
