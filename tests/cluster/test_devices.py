@@ -139,7 +139,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from effir_ray.encoding.corpus_encoding import encode_corpus
 from effir_ray.evaluation import corpus_search
 from effir_ray.search.space import TrialConfig
-from effir_ray.search import trial_stages
+from effir_ray.search import measurement_stages
 from effir_ray.search.trial import run_trial
 from effir_ray.stages import StageStore
 
@@ -149,7 +149,7 @@ def work(config, root):
         searched.append(options["workers"])
         return search(*arguments, **options)
     corpus_search.search_on_ray = told
-    trial_stages.SEARCHED_A_WORKER = 1000
+    measurement_stages.SEARCHED_A_WORKER = 1000
     encode_corpus.__kwdefaults__["shard_size"] = 8
     (row,) = run_trial(TrialConfig.model_validate_json(config), StageStore(root))
     (scores,) = root.glob("scores/*/scores.json")

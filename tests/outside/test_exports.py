@@ -33,9 +33,10 @@ from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.random_models import RANDOM_MODELS
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.search.candidates import Candidate
+from effir_ray.search.model_stages import CHECKPOINT
 from effir_ray.search.space import SearchSpace
 from effir_ray.search.trial import StageRunner, sources_of
-from effir_ray.search.trial_stages import CHECKPOINT, trial_stages
+from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.training.config import LoraConfig as OurLoraConfig
 from effir_ray.training.config import TrainConfig

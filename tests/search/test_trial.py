@@ -28,7 +28,7 @@ from effir_ray.models.retriever import load_retriever
 from effir_ray.results import query_scores, store
 from effir_ray.results.query_scores import METRICS
 from effir_ray.results.schema import TrialRow
-from effir_ray.search import trial_stages
+from effir_ray.search import measurement_stages, model_stages, trial_stages
 from effir_ray.search.activity import Activity
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.display import _activity_line
@@ -42,7 +42,7 @@ from tests.helpers.search_examples import small_space, write_corpus
 
 
 def footprint(task: StageTask) -> None:
-    (task.out / "layers.txt").write_text(str(len(trial_stages.read_plan(task.parents["model"]).layers)))
+    (task.out / "layers.txt").write_text(str(len(model_stages.read_plan(task.parents["model"]).layers)))
 
 
 EXTRA = Stage(
@@ -147,7 +147,7 @@ def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
 ) -> None:
 
     def columns(task: StageTask) -> dict[str, Any]:
-        plan = trial_stages.read_plan(task.parents["model"])
+        plan = model_stages.read_plan(task.parents["model"])
         return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
 
     first, *others = WITHOUT_RAY
@@ -178,7 +178,7 @@ def test_axes_are_fitted_once_and_every_dimension_takes_the_first_of_them(
     """The same checkpoint as ``compress`` writes; embeddings are as long as it says, and so is the index."""
 
     def columns(task: StageTask) -> dict[str, Any]:
-        plan = trial_stages.read_plan(task.parents["model"])
+        plan = model_stages.read_plan(task.parents["model"])
         return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
 
     first, *others = WITHOUT_RAY
@@ -280,8 +280,8 @@ def test_a_row_says_with_how_many_workers_its_model_was_trained(
 ) -> None:
     def train(task: StageTask) -> None:
         model = task.parents["model"]
-        (task.out / trial_stages.CHECKPOINT).symlink_to(model / trial_stages.CHECKPOINT)
-        trial_stages._write_plan(task.out, trial_stages.read_plan(model))
+        (task.out / model_stages.CHECKPOINT).symlink_to(model / model_stages.CHECKPOINT)
+        model_stages.write_plan(task.out, model_stages.read_plan(model))
         steps = [{"step": step, "workers": workers, "seconds": 1.0} for step, workers in ((1, 4), (2, 2))]
         (task.out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
 
@@ -307,14 +307,14 @@ def test_a_model_that_was_deleted_is_built_again_only_when_it_is_needed(
     config, stages = small_space().trial(Candidate(drop_mlp=(1,))), StageStore(tmp_path / "stages")
     (first,) = run_trial(config, stages)
     (pruned,) = (tmp_path / "stages" / "pruned").glob("*")
-    stages.free(pruned, trial_stages.CHECKPOINT)
+    stages.free(pruned, model_stages.CHECKPOINT)
     heard: list[str] = []
     (again,) = run_trial(config, stages, listener=heard.append)
     assert (heard, again.ndcg_at_10, again.mfu) == ([], first.ndcg_at_10, first.mfu)
     only(monkeypatch, *WITHOUT_RAY, SCORES, replace(EXTRA, version=2))
     run_trial(config, stages, listener=heard.append)
     assert heard == ["pruned", "footprint"]
-    assert (pruned / trial_stages.CHECKPOINT / "config.json").exists() and not stages.freed_bytes()
+    assert (pruned / model_stages.CHECKPOINT / "config.json").exists() and not stages.freed_bytes()
 
 
 def test_a_row_names_the_machine_that_measured_its_speed(
@@ -427,13 +427,13 @@ def test_a_model_that_does_not_fit_memory_fails_alone(
 
 def test_queries_are_timed_at_their_own_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, set[int | None]] = {"query": set(), "document": set()}
-    encode = trial_stages.Encoder.encode
+    encode = measurement_stages.Encoder.encode
 
     def spy(self: Any, texts: Any, kind: str, *, max_length: int | None = None, **rest: Any) -> Any:
         seen[kind].add(max_length)
         return encode(self, texts, kind, max_length=max_length, **rest)
 
-    monkeypatch.setattr(trial_stages.Encoder, "encode", spy)
+    monkeypatch.setattr(measurement_stages.Encoder, "encode", spy)
     only(monkeypatch, *WITHOUT_RAY, SCORES)
     space: SearchSpace = small_space(query_max_length=9, document_max_length=21)
     run_trial(space.trial(Candidate()), StageStore(tmp_path / "stages"))

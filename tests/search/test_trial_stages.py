@@ -22,13 +22,13 @@ from effir_ray.errors import TrialFailure
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
-from effir_ray.search import trial_stages
+from effir_ray.search import measurement_stages, model_stages, trial_stages
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import expected_plan, load_backbones, named_sources
+from effir_ray.search.model_stages import CHECKPOINT, read_plan
 from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import KeyedStage, StageTask
 from effir_ray.search.trial import StageRunner, sources_of
-from effir_ray.search.trial_stages import CHECKPOINT, read_plan
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE, TrainConfig
 from effir_ray.training.supervision.training_data import held_out_by, training_pairs
@@ -163,7 +163,7 @@ def test_seeds_share_their_queries_unless_another_sample_is_asked_for() -> None:
 
     def sampled(**changes: Any) -> list[str]:
         config = small_space(**changes).trial(Candidate())
-        return sorted(trial_stages._sampled(config, "dev").queries("dev"))
+        return sorted(measurement_stages.sampled(config, "dev").queries("dev"))
 
     assert sampled(seed=5) == sampled() != sampled(sample_seed=1)
     assert keys(seed=5)["importance"] != keys()["importance"] == keys(sample_seed=1)["importance"]
@@ -190,7 +190,7 @@ def test_a_trial_knows_with_how_many_workers_each_part_of_it_was_trained(tmp_pat
     space = small_space(base_training=TRAINING, recovery=TRAINING | {"workers": [1, 4], "zero_stage": 0})
     store, config = StageStore(tmp_path), space.trial(Candidate(drop_mlp=1, recover=True))
     stages = trial_stages.trial_stages(config, named_sources(config), "dev")
-    assert trial_stages.training_workers(stages, store) == {}
+    assert model_stages.training_workers(stages, store) == {}
     for stage in stages:
         if stage.name == "recovered":
             steps = [(1, 4, 1.0), (2, 4, 1.0), (3, 1, 1.0), (3, 2, 1.0), (4, 2, 1.0)]  # step 3 was done again
@@ -199,7 +199,7 @@ def test_a_trial_knows_with_how_many_workers_each_part_of_it_was_trained(tmp_pat
             store.run(
                 stage.name, stage.inputs, lambda out: (out / "history.jsonl").write_text('{"step": 1}\n')
             )
-    assert trial_stages.training_workers(stages, store) == {"recovery": [(1, 4), (3, 2)]}
+    assert model_stages.training_workers(stages, store) == {"recovery": [(1, 4), (3, 2)]}
 
 
 def test_a_training_begins_with_the_longest_part_that_is_whole_and_its_own(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_training_begins_with_the_longest_part_that_is_whole_and_its_own(tmp_p
         return store.run(of.name, of.inputs, lambda out: (out / STATE).mkdir())
 
     def begun(of: KeyedStage) -> Path | None:
-        return trial_stages._begun(replace(task(space, tmp_path, {}), store=store, inputs=of.inputs))
+        return model_stages._begun(replace(task(space, tmp_path, {}), store=store, inputs=of.inputs))
 
     one, other = Candidate(drop_mlp=(1,), recover=True), Candidate(drop_mlp=(2,), recover=True)
     first, second, whole = (stage(one, rung) for rung in range(3))
@@ -303,7 +303,7 @@ def test_the_backbone_is_linked_without_reading_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = compress("random:llama", Schedule(drop_mlp=(1,)), tmp_path / "small")
-    monkeypatch.setattr(trial_stages, "load_retriever", None)
+    monkeypatch.setattr(model_stages, "load_retriever", None)
     STAGES["backbone"].build(task(small_space(backbone=str(tmp_path / "small")), tmp_path / "out", {}))
     assert (tmp_path / "out" / CHECKPOINT).resolve() == tmp_path / "small"
     assert read_plan(tmp_path / "out") == done.plan
