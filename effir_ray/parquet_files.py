@@ -5,7 +5,8 @@ A file of a few kB can hold gigabytes: compressed well, or as one long value tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from effir_ray.errors import InputError
+from effir_ray.parquet_footer import BadFooter, Chunk, read_footer
 from effir_ray.readers import check_regular
 
 MAX_GROUP_BYTES = 512 * 2**20
@@ -26,7 +28,7 @@ MAX_ROW_BYTES = 64 * 2**10
 """Of a row of results, in the mean of a file; usual ones have 3 kB."""
 
 _ROWS = 1024  # in memory at once
-_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)  # that one: of names and texts
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError, BadFooter)  # the third: of names and texts
 
 
 class ParquetGroups:
@@ -43,9 +45,11 @@ class ParquetGroups:
             self._plain = pq.ParquetFile(source)
             self._coded = coded(source, self._plain)
             self.names: list[str] = self._plain.schema_arrow.names
+            self._chunks = chunks_of(source, self._plain)
         except _DAMAGED as error:
             raise InputError(f"{place}: cannot be read as Parquet: {_reason(error)}") from None
-        packed, size = _sizes(self._plain.metadata)
+        parts = [chunk for group in self._chunks for _, chunk in group]
+        packed, size = sum(chunk.packed for chunk in parts), sum(chunk.unpacked for chunk in parts)
         if size > MAX_GROUP_BYTES + MAX_RATIO * packed:
             raise InputError(f"{place}: {packed} bytes unpack to {size >> 20} MiB; expected a file of texts")
 
@@ -61,7 +65,7 @@ class ParquetGroups:
         Raises InputError where it is damaged or unpacks to more than ``MAX_GROUP_BYTES``.
         """
         where = f"{self.place}: row group {group}"
-        check_group(self._plain, group, self.names if columns is None else columns, where)
+        check_group(self._chunks[group], self.names if columns is None else columns, where)
         size = 0
         try:
             file = self._coded if self._repeats(group, columns) else self._plain
@@ -76,32 +80,35 @@ class ParquetGroups:
         """Whether a batch could be large because many rows point to the same text: then it is read with
         every text once, which is slower.
         """
-        parts = _group_columns(self._plain, group)
-        if sum(part.num_values * part.total_uncompressed_size for _, part in parts) <= MAX_GROUP_BYTES:
+        parts = self._chunks[group]
+        if sum(part.values * part.unpacked for _, part in parts) <= MAX_GROUP_BYTES:
             return False
         most: dict[str, int] = {}  # values of a column in a batch; one row may have all of a list's
         for path, part in parts:
             name, _, nested = path.partition(".")
-            most[name] = max(most.get(name, 0), part.num_values if nested else min(part.num_values, _ROWS))
+            most[name] = max(most.get(name, 0), part.values if nested else min(part.values, _ROWS))
         for first in self._coded.iter_batches(1, row_groups=[group], columns=columns):
             sizes = [most.get(name, 0) * _longest(first.column(name)) for name in first.schema.names]
             return sum(sizes) > MAX_GROUP_BYTES
         return False
 
 
-def _sizes(metadata: Any) -> tuple[int, int]:
-    """Bytes of all pages as they are stored, and unpacked."""
-    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
-    parts = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return (sum(part.total_compressed_size for part in parts), sum(p.total_uncompressed_size for p in parts))
-
-
-def _group_columns(file: pq.ParquetFile, group: int) -> list[tuple[str, Any]]:
-    """The columns of a row group by their paths: those of the schema, by which they are read. A row group
-    repeats them, and what is damaged there nobody else would notice.
+def chunks_of(source: Path | Any, file: pq.ParquetFile) -> list[list[tuple[str, Chunk]]]:
+    """The columns of every row group of ``file``, that of ``source``, beside their paths: those of the
+    schema, by which they are read. Raises BadFooter.
     """
-    found = file.metadata.row_group(group)
-    return [(file.schema.column(number).path, found.column(number)) for number in range(found.num_columns)]
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as stream:
+        groups = read_footer(stream)
+    paths = [file.schema.column(number).path for number in range(len(file.schema))]
+    if len(groups) != file.num_row_groups or any(len(group) != len(paths) for group in groups):
+        raise BadFooter("damaged footer: row groups of other columns than the schema's")
+    rows = [file.metadata.row_group(number).num_rows for number in range(len(groups))]
+    most = [max((chunk.values for chunk in group), default=0) for group in groups]
+    if any(not 0 <= count <= values for count, values in zip(rows, most, strict=True)) or (
+        sum(rows) != file.metadata.num_rows
+    ):
+        raise BadFooter("damaged footer: other numbers of rows than of values")
+    return [list(zip(paths, group, strict=True)) for group in groups]
 
 
 def coded(source: Path | Any, plain: pq.ParquetFile) -> pq.ParquetFile:
@@ -112,15 +119,11 @@ def coded(source: Path | Any, plain: pq.ParquetFile) -> pq.ParquetFile:
     return pq.ParquetFile(source, metadata=plain.metadata, read_dictionary=texts)
 
 
-def check_group(file: pq.ParquetFile, group: int, columns: Collection[str], where: str) -> None:
+def check_group(group: Sequence[tuple[str, Chunk]], columns: Collection[str], where: str) -> None:
     """Raise InputError where a row group, with every text once, is too large by what the file says."""
     wanted = set(columns)
     check_size(
-        sum(
-            max(part.total_uncompressed_size, 4 * part.num_values)
-            for path, part in _group_columns(file, group)
-            if path.partition(".")[0] in wanted
-        ),
+        sum(max(part.unpacked, 4 * part.values) for path, part in group if path.partition(".")[0] in wanted),
         where,
     )
 

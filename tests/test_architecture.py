@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = (
     ("errors", "provenance"),
-    ("files", "readers", "progress", "contrastive", "pages"),
+    ("files", "readers", "parquet_footer", "progress", "contrastive", "pages"),
     ("caches", "parquet_files", "storage"),
     ("hardware", "leases", "mirrors"),
     ("config", "stages", "cluster"),

@@ -26,7 +26,8 @@ from effir_ray import storage
 from effir_ray.errors import InputError, is_disk_full
 from effir_ray.files import whole
 from effir_ray.mirrors import Mirror
-from effir_ray.parquet_files import check_group, check_rows, coded
+from effir_ray.parquet_files import check_group, check_rows, check_size, chunks_of, coded
+from effir_ray.parquet_footer import BadFooter
 from effir_ray.readers import check_regular, json_object, parse_json, quoted
 
 Folders = Path | str | Iterable[Path | str]
@@ -287,21 +288,25 @@ def _read_file(file: Path, kind: TableKind, schema: pa.Schema) -> pa.Table:
     with _opened(file, kind) as parquet:
         present = set(_columns_with_values(file, parquet))
         names = [name for name in schema.names if name in present]
-        for group in range(parquet.num_row_groups):
-            check_group(parquet, group, names, f"{file}: row group {group}")
+        for number, group in enumerate(_decoded(file, partial(chunks_of, file, parquet))):
+            check_group(group, names, f"{file}: row group {number}")
+        rows = parquet.metadata.num_rows
+        if not names:  # nothing is read that would show whether there are so many
+            check_size(8 * rows, str(file))
         table = _decoded(file, lambda: parquet.read(columns=names))
-        return _typed(file, table, parquet.metadata.num_rows, kind, schema)
+        return _typed(file, table, rows if not names else len(table), kind, schema)
 
 
 def _rows_of_file(file: Path, kind: TableKind, wanted: Sequence[int]) -> Iterator[tuple[list[int], pa.Table]]:
     """``wanted`` rows, in ascending order, with their numbers, a row group at a time."""
     with _opened(file, kind) as parquet:
         names, start = _columns_with_values(file, parquet), 0
+        chunks = _decoded(file, partial(chunks_of, file, parquet))
         for group in range(parquet.num_row_groups):
             size = parquet.metadata.row_group(group).num_rows
             here = [row for row in wanted if start <= row < start + size]
             if here:
-                check_group(parquet, group, names, f"{file}: row group {group}")
+                check_group(chunks[group], names, f"{file}: row group {group}")
                 places = pa.array([row - start for row in here], pa.int64())
                 # One column after the other: a few rows of a million should not hold them all in memory.
                 columns = [_decoded(file, partial(_taken, parquet, group, name, places)) for name in names]
@@ -350,7 +355,7 @@ def _decoded(file: Path, decode: Callable[[], Any]) -> Any:
         return decode()
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:  # that one: of column names
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError, BadFooter) as error:
         raise InputError(f"{file}: not a readable Parquet file ({_first_line(error)})") from None
 
 
