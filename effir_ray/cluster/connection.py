@@ -311,11 +311,22 @@ def _end_local(folder: Path, token: TextIO) -> None:
 
 def _end_stragglers(folder: Path) -> None:
     """Kill Ray's processes that outlived the instance in ``folder``: now and then one waits for ever for its
-    own threads, with all the memory it has."""
+    own threads, with all the memory it has, and agents of a killed raylet write logs until they notice."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # it has ended, or is another user's
-            if process.name().startswith("ray::") and process.environ().get(INSTANCE) == str(folder):
+            if process.pid != os.getpid() and _belongs(process, folder):
                 process.kill()
+
+
+def _belongs(process: psutil.Process, folder: Path) -> bool:
+    """Whether it is one of the workers, or of Ray's own processes, of the instance in ``folder``."""
+    if process.name().startswith("ray::"):
+        return bool(process.environ().get(INSTANCE) == str(folder))
+    import ray
+
+    words = process.cmdline()
+    of_ray = any(word.startswith(f"{Path(ray.__file__).parent}/") for word in words[:4])  # or -u before it
+    return of_ray and any(f"{folder}/" in word for word in words)
 
 
 @contextmanager

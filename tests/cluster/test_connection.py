@@ -4,6 +4,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from ray._private.utils import check_version_info
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from effir_ray.cluster import connection
 from effir_ray.cluster.connection import _no_cluster, private_folder, worker_environment
 
 _LOCAL = """
@@ -249,3 +251,23 @@ def test_another_version_of_python_on_the_cluster_is_one_line() -> None:
 
 def test_an_address_where_nobody_answers_is_named_at_once() -> None:
     assert re.match(r"no Ray cluster answers at '127\.0\.0\.1:1'.*refused", _refusal("127.0.0.1:1"))
+
+
+def test_agents_that_outlived_an_instance_end_with_its_folder(tmp_path: Path) -> None:
+    """Those of others stay: of another instance, and what is no process of Ray's."""
+    agent = f"{Path(ray.__file__).parent}/dashboard/agent.py"
+    words = {
+        "its": [agent, f"--session-dir={tmp_path}/mine/session"],
+        "other": [agent, f"--session-dir={tmp_path}/other/session"],
+        "user": [f"{tmp_path}/mine/session/logs/agent.log"],
+    }
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    found = {name: subprocess.Popen([*sleep, *given]) for name, given in words.items()}
+    try:
+        connection._end_stragglers(tmp_path / "mine")
+        assert found["its"].wait(10) == -signal.SIGKILL
+        assert found["other"].poll() is found["user"].poll() is None
+    finally:
+        for process in found.values():
+            process.kill()
+            process.wait()
