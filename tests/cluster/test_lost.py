@@ -130,9 +130,9 @@ from effir_ray.cluster.lost import watched
 connect(None)
 ended, began = threading.Event(), threading.Event()
 def work():
-    began.set()
     try:
         while True:
+            began.set()
             time.sleep(0.05)
     finally:
         ended.set()
