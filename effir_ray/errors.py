@@ -6,32 +6,33 @@ import errno
 import re
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _FULL_IN_WORDS = ("no space left on device", "os error 28", "database or disk is full")
 
 
-class InputError(Exception):
-    """Something the user gave is wrong. The message says what was found, what was expected and the fix.
-
-    The command line prints it as one line and exits with code 2: what a name or a file's content brings along
-    of line ends and control characters stands there escaped.
-    """
+class _Told(Exception):
+    """One line for a person: what a name or a file's content brings along of line ends and control characters
+    stands there escaped."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", _escaped, message))
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
-def _escaped(found: re.Match[str]) -> str:
-    return repr(found[0])[1:-1]
+class InputError(_Told):
+    """Something the user gave is wrong. The message says what was found, what was expected and the fix.
+
+    The command line prints it as one line and exits with code 2.
+    """
 
 
-class TrialFailure(Exception):
+class TrialFailure(_Told):
     """A trial cannot give a trustworthy score (NaN loss, collapsed embeddings, ...).
 
     The study records a failed row with this message as its reason and goes on.
     """
 
 
-class LostProcess(Exception):
+class LostProcess(_Told):
     """A process that the work needs was killed, again and again: not the work's own fault.
 
     What is finished is kept, and the same command goes on from there. The command line prints the message as

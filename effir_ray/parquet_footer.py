@@ -1,15 +1,18 @@
 """Sizes of a Parquet file's columns, from its footer (Thrift's compact protocol, parquet.thrift).
 
 pyarrow's own view of a column chunk ends the whole process where statistics and schema disagree (a C++
-exception that nothing catches, up to pyarrow 25 at least). What is read here of a footer that anybody may
+exception that nothing catches). What is read here of a footer that anybody may
 have written is five fields, and every length in it is checked against the bytes that are there.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MAX_FOOTER_BYTES = 64 * 2**20
 """Of files with 10,000 row groups of 50 columns; usual ones have some kB."""
@@ -18,11 +21,10 @@ _MAGIC = b"PAR1"
 _DEEPEST = 32  # Thrift's structures in structures
 
 # Types of the compact protocol.
-_STOP, _TRUE, _FALSE, _BYTE, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT, _UUID = (
-    *(0, 1, 2, 3, 6, 7),
-    *(8, 9, 10, 11, 12, 13),
-)
-_WHOLE = range(_BYTE + 1, _I64 + 1)  # 16, 32 and 64 bits, as varints
+_STOP, _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY = 0, 1, 2, 3, 7, 8
+_LIST, _SET, _MAP, _STRUCT, _UUID = 9, 10, 11, 12, 13
+_WHOLE = range(4, 7)  # 16, 32 and 64 bits, as varints
+_SIZES = {_DOUBLE: 8, _UUID: 16, _BYTE: 1}
 
 # Fields of parquet.thrift: FileMetaData.row_groups, RowGroup.columns, ColumnChunk.meta_data, ColumnMetaData.
 _ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
@@ -63,22 +65,17 @@ class _Reader:
         self._data, self._at = data, 0
 
     def row_groups(self) -> list[list[Chunk]]:
-        groups: list[list[Chunk]] = []
-        for field, kind in self._fields():
-            if field == _ROW_GROUPS:
-                groups = [self._group() for _ in range(self._list_of(kind, _STRUCT))]
-            else:
-                self._skip(kind, 0)
-        return groups
+        return self._structures(_ROW_GROUPS, lambda: self._structures(_COLUMNS, self._chunk))
 
-    def _group(self) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _structures(self, wanted: int, read: Callable[[], T]) -> list[T]:
+        """What ``read`` makes of the list in the field ``wanted`` of a structure."""
+        found: list[T] = []
         for field, kind in self._fields():
-            if field == _COLUMNS:
-                chunks = [self._chunk() for _ in range(self._list_of(kind, _STRUCT))]
+            if field == wanted:
+                found = [read() for _ in range(self._list_of(kind, _STRUCT))]
             else:
                 self._skip(kind, 0)
-        return chunks
+        return found
 
     def _chunk(self) -> Chunk:
         found: Chunk | None = None
@@ -102,7 +99,7 @@ class _Reader:
             raise _bad("a column without sizes")
         return Chunk(values=sizes[_VALUES], packed=sizes[_PACKED], unpacked=sizes[_UNPACKED])
 
-    def _fields(self) -> Any:
+    def _fields(self) -> Iterator[tuple[int, int]]:
         """(number, type) of every field of a structure, whose value is to be read before the next."""
         number = 0
         while (head := self._byte()) != _STOP:
@@ -130,12 +127,8 @@ class _Reader:
             raise _bad("structures in structures without end")
         if kind in _WHOLE:
             self._varint()
-        elif kind == _BYTE:
-            self._take(1)
-        elif kind == _DOUBLE:
-            self._take(8)
-        elif kind == _UUID:
-            self._take(16)
+        elif kind in _SIZES:
+            self._take(_SIZES[kind])
         elif kind == _BINARY:
             self._take(self._varint())
         elif kind == _STRUCT:

@@ -73,24 +73,28 @@ class StageStore:
     def bring(self, place: Path) -> Path:
         """The stage at ``place``, which exists, on this machine's disk."""
         if self.remote:
+            with suppress(FileNotFoundError):
+                os.utime(place)  # used now: it does not make room for another
             if not _whole(place):
                 shutil.rmtree(place, ignore_errors=True)
                 self._make_room()
                 storage.bring(self._at(place), place)
-            os.utime(place)  # used now
         return place
 
     def _make_room(self) -> None:
         """Delete copies of what the object store has while this machine's disk is nearly full: those that
         were not used for longest, and none that may be in use."""
-        copies = [record.parent for record in self.root.glob(f"*/*/{_RECORD}")]
-        for used, copy in sorted((copy.stat().st_mtime, copy) for copy in copies if _ASIDE not in copy.name):
+        copies: list[tuple[float, Path]] = []
+        for record in self.root.glob(f"*/*/{_RECORD}"):
+            with suppress(FileNotFoundError):  # another process makes room too
+                if _ASIDE not in record.parent.name:
+                    copies.append((record.parent.stat().st_mtime, record.parent))
+        for used, copy in sorted(copies):
             usage = shutil.disk_usage(self.root)
             if usage.used <= _FULL * usage.total or time.time() - used < _UNUSED_SECONDS:
                 return
-            (copy / _RECORD).unlink(
-                missing_ok=True
-            )  # first: a kill in between leaves nothing that looks whole
+            # First: a kill in between leaves nothing that looks whole.
+            (copy / _RECORD).unlink(missing_ok=True)
             shutil.rmtree(copy, ignore_errors=True)
 
     @property

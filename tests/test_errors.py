@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from effir_ray.errors import InputError, is_disk_full
+from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 
 
 def _chained(cause: Exception, *, explicit: bool) -> Exception:
@@ -34,9 +34,10 @@ def test_a_full_disk_is_recognised_through_other_errors(error: Exception) -> Non
     assert is_disk_full(_chained(error, explicit=False))
 
 
-def test_wrong_input_is_one_line_whatever_a_file_is_called() -> None:
-    said = str(InputError("/data/\n\x1b[2J\u2028ö: no such file"))
-    assert said == r"/data/\n\x1b[2J\u2028ö: no such file"
+def test_what_a_person_is_told_is_one_line_whatever_a_file_is_called() -> None:
+    for kind in (InputError, TrialFailure, LostProcess):
+        said = str(kind("/data/\n\x1b[2J\u2028ö: no such file"))
+        assert said == r"/data/\n\x1b[2J\u2028ö: no such file"
 
 
 def test_other_errors_are_not_a_full_disk() -> None:

@@ -104,10 +104,16 @@ def disconnect() -> None:
     Threads that still wait for the old one must not start another, as Ray's functions do where there is none.
     """
     import ray
+
+    start_no_other()
+    ray.shutdown()
+
+
+def start_no_other() -> None:
+    """From now on only ``connect`` starts a Ray."""
     from ray._private import auto_init_hook
 
     auto_init_hook.enable_auto_connect = False
-    ray.shutdown()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from effir_ray.caches import cache_folder
-from effir_ray.cluster.connection import connect, disconnect, on_cluster
+from effir_ray.cluster.connection import connect, disconnect, on_cluster, start_no_other
 from effir_ray.errors import InputError, LostProcess, TrialFailure, is_disk_full
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ def watched(work: Callable[[], T]) -> T:
     Then ``work`` stays behind in a thread of its own: it waits for what does not come any more. What stops
     this thread, as Ctrl-C does, stops ``work`` too.
     """
-    from ray._private import auto_init_hook, worker
+    from ray._private import worker
 
     if worker._global_node is None or not worker._global_node.all_processes:
         return work()
@@ -172,15 +172,15 @@ def watched(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()  # within: it waits until the other one runs, and may be stopped meanwhile
         while not wait([outcome], _POLL_SECONDS).done:
             check_local_processes()
     except BaseException as error:
-        if not isinstance(error, LostProcess):
+        if not isinstance(error, LostProcess) and thread.is_alive():
             _interrupt(thread)
             wait([outcome], _SECONDS_TO_STOP)
-        auto_init_hook.enable_auto_connect = False  # what is left of it must not start another Ray
+        start_no_other()  # as what is left of it might
         raise
     return outcome.result()
 

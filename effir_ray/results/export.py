@@ -142,6 +142,7 @@ def card(rows: list[TrialRow], full: dict[tuple[str, str], TrialRow], model: Pat
         changes=_changes(json.loads(row.plan)),
         tokens=_left(json.loads(row.trial), "vocabulary"),
         dimension=_left(json.loads(row.trial), "dimension"),
+        precision=json.loads(row.trial).get("precision") or "",
         scores=[_score(each, full.get((each.dataset, each.split))) for each in rows],
         speed=_speed(row),
         hardware=row.hardware,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,10 +64,9 @@ def search_and_score(task: StageTask) -> None:
     """
     workers = searchers(task)
     if workers == 1:
-        run, spread = on_device(_ranking, task, _query_vectors, 1).value
+        run, spread = on_device(_ranking_here, task).value
     else:
-        vectors = on_device(_query_vectors, task).value
-        run, spread = _ranking(task, lambda task: vectors, workers)
+        run, spread = _ranking(task, on_device(_query_vectors, task).value, workers)
     scores = score_run(run, sampled(task.config, task.split).qrels(task.split))
     (task.out / ISOTROPY).write_text(json.dumps(spread))
     (task.out / SCORES).write_text(json.dumps(asdict(scores), indent=1))
@@ -82,15 +80,18 @@ def searchers(task: StageTask) -> int:
     return min(task.config.encoding_workers, 1 + size // SEARCHED_A_WORKER)
 
 
-def _ranking(
-    task: StageTask, vectors: Callable[[StageTask], npt.NDArray[np.float32]], workers: int
-) -> tuple[Run, float | None]:
-    """What the queries of ``vectors(task)`` find, and the isotropy of what they search."""
+def _ranking_here(task: StageTask) -> tuple[Run, float | None]:
+    """All in one process, which may be where a GPU is reserved."""
+    return _ranking(task, _query_vectors(task), 1)
+
+
+def _ranking(task: StageTask, vectors: npt.NDArray[np.float32], workers: int) -> tuple[Run, float | None]:
+    """What queries of ``vectors``, (queries, d), find, and the isotropy of what they search."""
     queries = list(sampled(task.config, task.split).queries(task.split))
     several = task.config.encoding_workers > 1  # who wrote them where all machines read them
     place = task.store.target(task.parents["embeddings"], SHARDS) if several else None
     embedded = CorpusEmbeddings(ShardFolder(place or task.parent("embeddings") / SHARDS))
-    run = search_corpus(queries, vectors(task), embedded, workers=min(workers, embedded.encoding.shards))
+    run = search_corpus(queries, vectors, embedded, workers=min(workers, embedded.encoding.shards))
     return run, isotropy(embedded.shards()) if len(embedded) > 1 else None
 
 

@@ -9,7 +9,7 @@ Of several data sets each has its own embeddings, scores and bm25. A dry run rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from effir_ray.compression.dimension import MOST_TEXTS as MOST_EMBEDDED
@@ -80,10 +80,19 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
     return {"depth": depth, **width, **tokens, **shorter}
 
 
-def _calibration_data(config: TrialConfig, sources: Sources) -> Any:
-    """What texts are drawn from where every data set counts."""
-    several = config.datasets and not config.calibration_from
-    return list(sources.datasets.values()) if several else sources.calibration
+def _drawn_inputs(most: int) -> Callable[[TrialConfig, Sources, Split], dict[str, Any]]:
+    """Of what looks at so many texts, drawn where every data set counts."""
+
+    def inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+        several = config.datasets and not config.calibration_from
+        return {
+            "data": list(sources.datasets.values()) if several else sources.calibration,
+            "texts": most,
+            "max_length": config.document_max_length,
+            "seed": config.seed,
+        }
+
+    return inputs
 
 
 def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
@@ -207,12 +216,7 @@ STAGES: tuple[Stage, ...] = (
         name="tokens",
         title="counting tokens",
         build=count_tokens_of_texts,
-        inputs=lambda config, sources, split: {
-            "data": _calibration_data(config, sources),
-            "texts": MOST_TEXTS,
-            "max_length": config.document_max_length,
-            "seed": config.seed,
-        },
+        inputs=_drawn_inputs(MOST_TEXTS),
         parents={"model": ("backbone",)},  # training leaves the tokenizer as it is
         needed=lambda config: config.schedule.vocabulary > 0,
         shared=True,
@@ -221,12 +225,7 @@ STAGES: tuple[Stage, ...] = (
         name="axes",
         title="fitting shorter embeddings",
         build=fit_axes,
-        inputs=lambda config, sources, split: {
-            "data": _calibration_data(config, sources),
-            "texts": MOST_EMBEDDED,
-            "max_length": config.document_max_length,
-            "seed": config.seed,
-        },
+        inputs=_drawn_inputs(MOST_EMBEDDED),
         parents={"model": _FULL},
         needed=lambda config: config.schedule.dimension > 0,
         on_device=_always,

@@ -96,7 +96,8 @@ def test_a_card_says_how_many_tokens_and_dimensions_are_left(study: Path, tmp_pa
     schedule = Schedule(vocabulary=300, dimension=16)
     compress("random:llama", schedule, study / place, calibration=calibration)
     (row, *_) = store.trial_rows(store.read([study]))
-    trial = {"trial": json.dumps({"schedule": schedule.model_dump()}), "trial_id": "cc44"}
+    served = {"schedule": schedule.model_dump(), "precision": "int8"}
+    trial = {"trial": json.dumps(served), "trial_id": "cc44"}
     fewer = row.model_copy(update={**trial, "schedule": "v300", "model": place, "parameters": 90})
     means = fewer.model_copy(update={"dataset": "mean of /data/scifact, /data/nfcorpus"})
     store.append(study, [fewer, means])
@@ -104,6 +105,7 @@ def test_a_card_says_how_many_tokens_and_dimensions_are_left(study: Path, tmp_pa
     card = (tmp_path / "fewer" / "README.md").read_text()
     assert "300 tokens of the vocabulary" in card and "this is the full model" not in card
     assert "Embeddings have 16 dimensions" in card and "1_Pooling/, the projection in 2_Dense/\n```" in card
+    assert "Scores and speed are those of int8" in card
     assert "| mean of scifact, nfcorpus | dev |" in card
 
 

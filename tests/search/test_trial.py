@@ -142,18 +142,24 @@ def test_prompts_are_those_of_the_study_and_of_each_backbone(
     assert found == [Prompts(query="find: "), Prompts(document="text: ")]
 
 
-def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def counted_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> tuple[SearchSpace, StageStore]:
+    """A study whose trials also have that stage, and whose rows have sizes."""
 
     def columns(task: StageTask) -> dict[str, Any]:
         plan = model_stages.read_plan(task.parents["model"])
         return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
 
     first, *others = WITHOUT_RAY
-    only(monkeypatch, first, DECLARED["tokens"], *others, replace(SCORES, columns=columns))
+    only(monkeypatch, first, DECLARED[stage], *others, replace(SCORES, columns=columns))
     data = str(write_corpus(tmp_path / "texts"))
-    space, store = small_space(dataset=data), StageStore(tmp_path / "stages")
+    return small_space(dataset=data), StageStore(tmp_path / "stages")
+
+
+def test_tokens_are_counted_once_and_rows_know_how_many_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    space, store = counted_in(tmp_path, monkeypatch, "tokens")
     schedules = [{}, {"vocabulary": 300}, {"vocabulary": 280, "drop_block": (1,)}]
     full, fewer, least = (run_trial(space.trial(Candidate(**each)), store)[0] for each in schedules)
     assert (fewer.schedule, least.schedule) == ("v300", "B[1]-v280")
@@ -177,14 +183,7 @@ def test_axes_are_fitted_once_and_every_dimension_takes_the_first_of_them(
 ) -> None:
     """The same checkpoint as ``compress`` writes; embeddings are as long as it says, and so is the index."""
 
-    def columns(task: StageTask) -> dict[str, Any]:
-        plan = model_stages.read_plan(task.parents["model"])
-        return {"ndcg_at_10": 0.5, **size_columns(load_config("random:llama"), plan, document_tokens=32)}
-
-    first, *others = WITHOUT_RAY
-    only(monkeypatch, first, DECLARED["axes"], *others, replace(SCORES, columns=columns))
-    data = str(write_corpus(tmp_path / "texts"))
-    space, store = small_space(dataset=data), StageStore(tmp_path / "stages")
+    space, store = counted_in(tmp_path, monkeypatch, "axes")
     schedules = [{}, {"dimension": 16}, {"dimension": 8, "drop_block": (1,)}]
     full, short, least = (run_trial(space.trial(Candidate(**each)), store)[0] for each in schedules)
     assert (short.schedule, least.schedule) == ("d16", "B[1]-d8")

@@ -180,6 +180,19 @@ def test_seconds_count_once_a_worker(tmp_path: Path) -> None:
     assert counted == {"base": 2, "recovered": 2, "embeddings": 3}
 
 
+def test_large_embeddings_are_searched_by_as_many_workers_as_they_are_worth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most by as many as encode."""
+    monkeypatch.setattr(measurement_stages, "SEARCHED_A_WORKER", 1000)
+    for workers, size, expected in ((8, 999, 1), (8, 2500, 3), (2, 2500, 2), (1, 2500, 1)):
+        shards = tmp_path / f"{workers}-{size}" / measurement_stages.SHARDS
+        shards.mkdir(parents=True)
+        (shards / "000000.parquet").write_bytes(bytes(size))
+        asked = task(small_space(encoding_workers=workers), tmp_path, {"embeddings": shards.parent})
+        assert measurement_stages.searchers(asked) == expected
+
+
 def write_history(folder: Path, steps: list[tuple[int, int, float]]) -> None:
     """Of a training: step, workers and seconds of each."""
     rows = [{"step": step, "workers": workers, "seconds": seconds} for step, workers, seconds in steps]
