@@ -20,7 +20,7 @@ class Candidate(Schedule):
     it is (None: of its only one, or of each)."""
 
     recover: bool = False
-    precision: Literal["auto"] | Precision = Field(default="auto", exclude_if=lambda value: value == "auto")
+    precision: Literal["auto", Precision] = Field(default="auto", exclude_if=lambda value: value == "auto")
     backbone: str | None = None
 
     @property
