@@ -7,7 +7,7 @@ there now: an autoscaler starts nodes for what somebody asks for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -131,7 +131,7 @@ def room(workers: int = 1, cpus: float = 1.0) -> Room:
 @cache
 def _brings_gpus(cluster: str) -> bool:
     """Whether the autoscaler of the ``cluster`` of that address starts nodes with GPUs; then one is there."""
-    if not _autoscaler_state().autoscaler_state_version:
+    if not _has_autoscaler():
         return False
     failed = _wait([{"GPU": 1.0}], lambda: _totals()[0] > 0, "a GPU")
     if failed not in (None, _REFUSED):
@@ -143,15 +143,16 @@ def _wait(bundles: list[dict[str, float]], enough: Callable[[], bool], what: str
     """Ask the cluster for ``bundles`` and wait until there is ``enough``; or why that is in vain."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    autoscaled = bool(_autoscaler_state().autoscaler_state_version)
+    autoscaled = _has_autoscaler()
     begun = said = time.monotonic()
     demand = placement_group(bundles)  # seen by an autoscaler, and given back as soon as nodes are there
+    refusal = _Refusal(demand=demand.id.hex(), bundle=bundles[0])
     try:
         while not enough():
             waited = time.monotonic() - begun
             begins = _reserves.get() is None and any(_totals())  # nothing is lost by an early end
             limit = AUTOSCALER_SECONDS if autoscaled else STATIC_SECONDS if begins else EMPTY_SECONDS
-            if autoscaled and _is_refused(demand.id.hex()):
+            if autoscaled and refusal.holds():
                 return _REFUSED
             if waited > limit:
                 return f"after {duration(waited)}"
@@ -164,14 +165,46 @@ def _wait(bundles: list[dict[str, float]], enough: Callable[[], bool], what: str
     return None
 
 
-def _is_refused(demand: str) -> bool:
-    """Whether the autoscaler has looked at the placement group ``demand`` and has no nodes for it."""
-    refused = _autoscaler_state().infeasible_gang_resource_requests
-    return any(request.details.startswith(demand) for request in refused)
+@dataclass(kw_only=True)
+class _Refusal:
+    """What the autoscaler says of the placement group ``demand``, all of whose bundles are like ``bundle``.
+
+    It also calls a group infeasible that only lacks what somebody else uses now. So its word counts where
+    nothing was in use that the group could have had, in the state of the nodes that it judged by.
+    """
+
+    demand: str
+    bundle: dict[str, float]
+    _free_since: int | None = None
+
+    def holds(self) -> bool:
+        """Whether it has looked at the group and can never bring nodes for it."""
+        status = _cluster_status()
+        nodes, autoscaler = status.cluster_resource_state, status.autoscaling_state
+        rooms = [
+            (self._fits(n.total_resources), self._fits(n.available_resources)) for n in nodes.node_states
+        ]
+        if any(in_all > free for in_all, free in rooms):
+            self._free_since = None
+            return False
+        if self._free_since is None:
+            self._free_since = nodes.cluster_resource_state_version
+        return autoscaler.last_seen_cluster_resource_state_version >= self._free_since and any(
+            request.details.startswith(self.demand)
+            for request in autoscaler.infeasible_gang_resource_requests
+        )
+
+    def _fits(self, resources: Mapping[str, float]) -> int:
+        """How many bundles a node has room for."""
+        return min(int(resources.get(kind, 0.0) // amount) for kind, amount in self.bundle.items())
 
 
-def _autoscaler_state() -> Any:
-    """What the cluster's autoscaler last told; of version 0 where none is, or none can be reached."""
+def _has_autoscaler() -> bool:
+    return bool(_cluster_status().autoscaling_state.autoscaler_state_version)
+
+
+def _cluster_status() -> Any:
+    """Nodes and what the cluster's autoscaler last told; empty where none is, or none can be reached."""
     from ray import _raylet
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
@@ -179,7 +212,7 @@ def _autoscaler_state() -> Any:
     reply = GetClusterStatusReply()
     if address := _address():
         reply.ParseFromString(raylet.GcsClient(address).get_cluster_status(timeout_s=_STATUS_SECONDS))
-    return reply.autoscaling_state
+    return reply
 
 
 def _address() -> str:

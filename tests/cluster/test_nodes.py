@@ -154,7 +154,7 @@ def test_a_study_waits_for_a_gpu_and_computes_on_it(empty: Nodes, shared: Path) 
 
 
 AUTOSCALED = """
-import sys
+import sys, time
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine, on_device, room, uses_gpus
 from effir_ray.errors import InputError
@@ -163,6 +163,9 @@ import ray
 assert not uses_gpus()
 print(room())
 print(on_device(lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"]).value)
+other = ray.remote(num_gpus=1)(lambda: time.sleep(10)).remote()
+while ray.available_resources().get("GPU"):
+    time.sleep(0.1)
 print(room(2))
 try:
     room(9)
@@ -172,7 +175,7 @@ except InputError as error:
 
 
 def test_an_autoscaler_is_asked_for_what_work_needs(shared: Path) -> None:
-    """Its GPUs start from none, and what it has no nodes for is told at once."""
+    """Its GPUs start from none, what others use is waited for, and what it has no nodes for is told at once."""
     config = shared / "autoscaler.json"
     options = autoscaling.write_config(config, most=2)
     own = {"setup": autoscaling.setup(config), "environment": autoscaling.ENVIRONMENT}
