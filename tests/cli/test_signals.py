@@ -71,18 +71,18 @@ def test_a_stopped_study_says_so_and_goes_on(tmp_path: Path) -> None:
 def test_a_stopped_training_goes_on(tmp_path: Path) -> None:
     settings, out = tmp_path / "train.yaml", tmp_path / "out"
     settings.write_text(
-        f"dataset: {write_folder(tmp_path / 'data')}\nsteps: 100\nbatch_size: 4\nworkers: 1\nlora: null\n"
-        "query_max_length: 16\ndocument_max_length: 16\ncheckpoint_every: 5\n"
+        f"dataset: {write_folder(tmp_path / 'data')}\nsteps: 600\nbatch_size: 4\nworkers: 1\nlora: null\n"
+        "query_max_length: 16\ndocument_max_length: 16\ncheckpoint_every: 30\n"
     )
     command = [sys.executable, "-m", "effir_ray", "train", str(settings), "--model", "random:bert"]
     command += ["--out", str(out)]
     _stop(command, partial(_has_text, out / HISTORY), signal.SIGTERM, 143)  # it comes after a checkpoint
     before = read_history(out / HISTORY)
-    assert before and len(before) < 100
+    assert before and len(before) < 600
     subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, env=_alone())
     rows = read_history(out / HISTORY)
-    assert [row["step"] for row in rows] == list(range(1, 101))
-    assert rows[: 5 * (len(before) // 5)] == before[: 5 * (len(before) // 5)]  # not done again
+    assert [row["step"] for row in rows] == list(range(1, 601))
+    assert rows[: 30 * (len(before) // 30)] == before[: 30 * (len(before) // 30)]  # not done again
 
 
 @pytest.mark.integration
