@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_EMPTY_SHARE = 0.002
 MAX_UNMATCHED_SHARE = 0.001
 
-_SCORE = re.compile(r" *[+-]?[0-9]{1,9} *")  # int() would read 1_0 as 10, and fail at separators that \s matches
+_SCORE = re.compile(r" *[+-]?[0-9]{1,9} *")  # int() reads 1_0 as 10, and not what \s matches
 
 _CHUNK = 65536  # ids that are Python objects at once
 

@@ -175,7 +175,7 @@ except InputError as error:
 
 
 def test_an_autoscaler_is_asked_for_what_work_needs(shared: Path) -> None:
-    """Its GPUs start from none, what others use is waited for, and what it has no nodes for is told at once."""
+    """From none. What others use is waited for, and what it has no nodes for is told at once."""
     config = shared / "autoscaler.json"
     options = autoscaling.write_config(config, most=2)
     own = {"setup": autoscaling.setup(config), "environment": autoscaling.ENVIRONMENT}
