@@ -155,7 +155,10 @@ def _show_preview(space: Path, as_json: bool) -> None:
         shares = [loaded.halving.factor**place for place in range(len(on), 0, -1)]
         parts = [f"1/{share}" for share in shares[1:]] + ["all"]
         further = ", ".join(f"{count} do {part}" for count, part in zip(on, parts, strict=True))
-        say(f"Halving: {begin} trainings do 1/{shares[0]} of their steps; of these {further}")
+        if loaded.strategy == "elastic":
+            say(f"Elastic: {begin} models are cut from one training of all; of these {further} of their own")
+        else:
+            say(f"Halving: {begin} trainings do 1/{shares[0]} of their steps; of these {further}")
     if preview.excluded:
         say(f"Left out: {preview.excluded} combinations that do not fit their backbone or the constraints")
     _say_work(preview.work)

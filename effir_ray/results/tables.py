@@ -217,6 +217,7 @@ _TABLES = ("rows", "query_scores")
 _OF_STAGES = {
     "importance": ("importance.json", "stage.json"),
     "base": ("history.jsonl", "stage.json"),
+    "elastic": ("history.jsonl", "stage.json"),
     "recovered": ("history.jsonl", "stage.json"),
 }
 """Kinds of stages, and the small files in them that tables are made of."""

@@ -42,6 +42,7 @@ STAGES_FOLDER = "stages"
 _NOT_IDENTITY = (
     "budget",
     "concurrency",
+    "elastic",
     "encoding_workers",
     "halving",
     "keep",

@@ -55,6 +55,12 @@ def study_footprint(
         for name, full in fulls.items()
         if (training := space.of(name).base_training) is not None
     ]
+    if space.strategy == "elastic":
+        based += [
+            (full, training)
+            for name, full in fulls.items()
+            if (training := space.of(name).recovery) is not None
+        ]
     common = sum(full.parameters * full.stored for full in fulls.values())
     common += sum(full.parameters * _FLOAT for full, _ in based)
     kept = [_kept(config, size, every=space.keep == "all") for config, size in trials]
@@ -65,7 +71,7 @@ def study_footprint(
     building = max(_building(config, size) for config, size in trials)
     building = max([building, *(_training(training, full) for full, training in based)])
     waiting = [_state(config.recovery, size) for config, size in trials if config.recovery is not None]
-    states = sum(waiting) + max(waiting, default=0) * space.trials if space.strategy == "halving" else 0
+    states = sum(waiting) + max(waiting, default=0) * space.trials if space.strategy != "independent" else 0
     end = common + (0 if space.keep == "none" else stay)
     return Footprint(peak=common + stay + building * space.concurrency + states, end=end)
 

@@ -6,6 +6,7 @@ own. Ray is imported where it is used: a dry run reads the declarations, in ``tr
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from effir_ray import hardware
 from effir_ray.compression.dimension import shorten
@@ -36,6 +38,7 @@ from effir_ray.models.loading import load_config, load_text_side
 from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
+from effir_ray.search.elastic import networks
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, StageTask
 from effir_ray.stages import StageStore
@@ -48,7 +51,10 @@ NEURONS = "neurons.npz"
 TOKENS = "tokens.npy"
 AXES = "axes.npy"
 
-_TRAININGS = {"base": "base_training", "recovered": "recovery"}  # stage -> field of its settings
+_PREPARED = "prepared"  # the model that an elastic training begins with, while it runs
+
+_TRAININGS = {"base": "base_training", "elastic": "elastic", "recovered": "recovery"}
+"""Stage -> field of its settings."""
 
 
 def settle(config: TrialConfig) -> None:
@@ -77,24 +83,43 @@ def fine_tune(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[
     where it is the teacher, is another parent."""
 
     def build(task: StageTask) -> None:
-        from effir_ray.training.run.launcher import train
-
         training = choose(task.config)
         assert training is not None
-        if "teacher" in task.parents:
-            training = _taught_by(training, task.parent("teacher") / CHECKPOINT)
-        if task.store.remote and training.storage_path is None:  # workers of other machines reach it
-            training = training.model_copy(update={"storage_path": task.store.checkpoints})
-        train(
-            task.parent("model") / CHECKPOINT,
-            training,
-            task.out,
-            stages=task.store,
-            begun=_begun(task),
-        )
+        _train(task, task.parent("model") / CHECKPOINT, training, begun=_begun(task))
         write_plan(task.out, read_plan(task.parent("model")))
 
     return build
+
+
+def _train(task: StageTask, model: Path, training: TrainConfig, *, begun: Path | None = None) -> None:
+    from effir_ray.training.run.launcher import train
+
+    if "teacher" in task.parents:
+        training = _taught_by(training, task.parent("teacher") / CHECKPOINT)
+    if task.store.remote and training.storage_path is None:  # workers of other machines reach it
+        training = training.model_copy(update={"storage_path": task.store.checkpoints})
+    train(model, training, task.out, stages=task.store, begun=begun)
+
+
+def elastic_training(config: TrialConfig) -> TrainConfig:
+    """The settings of ``recovery`` for the one training that comes before; its networks are not known yet."""
+    assert config.recovery is not None and config.elastic is not None
+    return config.recovery.model_copy(update={"steps": config.elastic.steps, "stop_after": None})
+
+
+def train_elastic(task: StageTask) -> None:
+    """The full model, trained as the networks between it and the smallest one at once, its neurons sorted."""
+    from effir_ray.training.step.elastic import prepare_elastic
+
+    elastic, model = task.config.elastic, task.parent("model")
+    assert elastic is not None
+    with _only_this_trial():
+        ladder = networks(elastic.smallest, read_plan(model), _importance(task))
+        prepared = prepare_elastic(model / CHECKPOINT, _neurons(task), task.out / _PREPARED)
+    training = elastic_training(task.config).model_copy(update={"elastic": ladder})
+    _train(task, prepared, training)
+    shutil.rmtree(prepared)
+    write_plan(task.out, read_plan(model))
 
 
 def mean_workers(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[StageTask], float]:
@@ -155,15 +180,15 @@ def _taught_by(training: TrainConfig, teacher: Path) -> TrainConfig:
 
 def measure_importance(task: StageTask) -> None:
     model = load_to_measure(task.parent("model") / CHECKPOINT)
-    scores = importance_scores(model, task.config.schedule, task.config.calibration)
+    scores = importance_scores(model, task.config.ordered_by, task.config.calibration)
     (task.out / IMPORTANCE).write_text(scores.model_dump_json())
 
 
 def rank_neurons(task: StageTask) -> None:
     """Scores of the intermediate neurons of the model at this depth, from which every width is cut."""
     model = load_to_measure(task.parent("model") / CHECKPOINT)
-    plan = _depth_plan(task)
-    scores = neuron_scores(model, plan, task.config.schedule, task.config.calibration)
+    plan = read_plan(task.parent("model")) if task.config.elastic else _depth_plan(task)
+    scores = neuron_scores(model, plan, task.config.ordered_by, task.config.calibration)
     arrays: dict[str, Any] = {str(layer): values for layer, values in scores.items()}
     np.savez(task.out / NEURONS, **arrays)
 
@@ -189,9 +214,9 @@ def _calibrations(config: TrialConfig) -> list[Calibration]:
 
 def prune(task: StageTask) -> None:
     plan = _depth_plan(task)
-    if "neurons" in task.parents:
-        with np.load(task.parent("neurons") / NEURONS) as file:
-            ranked = {int(layer): file[layer] for layer in file.files}
+    if ranked := _neurons(task):
+        if task.config.elastic is not None:  # the model's neurons have been sorted
+            ranked = {layer: np.sort(scores)[::-1] for layer, scores in ranked.items()}
         with _only_this_trial():
             plan = narrow_plan(plan, task.config.schedule, ranked)
     model = cut(task.parent("model") / CHECKPOINT, plan)
@@ -210,11 +235,22 @@ def prune(task: StageTask) -> None:
 
 
 def _depth_plan(task: StageTask) -> Plan:
-    scores = None
-    if "importance" in task.parents:
-        scores = ImportanceScores.model_validate_json((task.parent("importance") / IMPORTANCE).read_text())
     with _only_this_trial():
-        return depth_plan(task.config.schedule, read_plan(task.parent("model")), scores)
+        return depth_plan(task.config.schedule, read_plan(task.parent("model")), _importance(task))
+
+
+def _importance(task: StageTask) -> ImportanceScores | None:
+    if "importance" not in task.parents:
+        return None
+    return ImportanceScores.model_validate_json((task.parent("importance") / IMPORTANCE).read_text())
+
+
+def _neurons(task: StageTask) -> dict[int, NDArray[np.floating]]:
+    """Scores by layer; empty where no width is cut."""
+    if "neurons" not in task.parents:
+        return {}
+    with np.load(task.parent("neurons") / NEURONS) as file:
+        return {int(layer): file[layer] for layer in file.files}
 
 
 @contextmanager

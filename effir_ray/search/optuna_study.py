@@ -60,6 +60,8 @@ def study_name(space: SearchSpace) -> str:
     """One study for each thing that is compared: what was trained equally long."""
     if space.strategy == "independent":
         return space.name
+    if space.strategy == "elastic":
+        return f"{space.name}, as elastic training leaves them"
     return f"{space.name}, first of {space.halving.rungs} rungs by {space.halving.factor}"
 
 

@@ -316,7 +316,7 @@ class Proposals:
         """How many trials train on from each rung, or are expected to; without the ``decided`` ones only
         those of rungs that are still open."""
         several = [parts for parts in list(self.parts.values()) if len(parts) > 1]
-        counts, pool = [], len(several) + (self._lacking if self.space.strategy == "halving" else 0)
+        counts, pool = [], len(several) + (self._lacking if self.space.strategy != "independent" else 0)
         waiting = {config.id for config in list(self.promoted)}
         for rung in range(1, self._rungs):
             ids = [parts[rung][0] for parts in several if rung < len(parts)]
@@ -489,8 +489,10 @@ class Proposals:
                     self.listed.append(config)  # it failed, and is tried again as listed ones are
                     self._enter(config)
         for row in [row for row in self.rows.values() if row.split == "dev"]:
-            entry = self._entry(TrialConfig.of(row))
-            if self._known(entry):  # not where another strategy did a part that this one does not
+            config = TrialConfig.of(row)
+            entry = self._entry(config)
+            ours = config.elastic == self.space.elastic_of(config.schedule, config.recovery)
+            if ours and self._known(entry):  # not where another strategy did a part that this one does not
                 self._enter(entry)
             if row.trial_id not in told:
                 self._tell(row)

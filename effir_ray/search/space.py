@@ -32,11 +32,12 @@ from effir_ray.results.schema import (
     mean_of,
 )
 from effir_ray.search.candidates import MOST_VALUES, Axis, Candidate, Parameters
+from effir_ray.search.elastic import Elastic, ElasticTraining, removes, smallest
 from effir_ray.search.halving import Halving
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 
 SamplerName = Literal["tpe", "nsga2", "gp", "grid", "random"]
-StrategyName = Literal["independent", "halving"]
+StrategyName = Literal["independent", "halving", "elastic"]
 
 _ID_LENGTH = 12  # hex digits of a trial id
 
@@ -204,10 +205,12 @@ def _backbone(value: Any) -> Any:
 
 class TrialConfig(StudySettings):
     """Everything that determines a trial. ``recovery`` is set only if this trial is trained after pruning;
-    ``threads`` is the number of compute threads the study resolved; ``precision`` is what texts are embedded
-    in, where the machine does not choose it."""
+    ``elastic`` only if it is cut from a model that was trained for all trials together; ``threads`` is the
+    number of compute threads the study resolved; ``precision`` is what texts are embedded in, where the
+    machine does not choose it."""
 
     schedule: Schedule
+    elastic: Elastic | None = Field(default=None, exclude_if=says_nothing)
     precision: Precision | None = Field(default=None, exclude_if=says_nothing)
 
     @classmethod
@@ -237,13 +240,19 @@ class TrialConfig(StudySettings):
     @property
     def name(self) -> str:
         served = f"+{self.precision}" if self.precision else ""
-        if self.recovery is None:
-            return self.schedule.name + served
+        begun = "" if self.elastic is None else "+el"
+        if self.recovery is None or self.recovery.stop_after == 0:
+            return self.schedule.name + begun + served
         stopped = self.recovery.stop_after
-        return f"{self.schedule.name}+ft" + (f"@{stopped}" if stopped else "") + served
+        return f"{self.schedule.name}{begun}+ft" + (f"@{stopped}" if stopped else "") + served
+
+    @property
+    def ordered_by(self) -> Schedule:
+        """What sublayers and neurons are put in order for: the schedule, or the one training of them all."""
+        return self.schedule if self.elastic is None else self.elastic.smallest
 
     def until(self, steps: int | None) -> TrialConfig:
-        """The same trial, its recovery ended after so many steps; None: after all."""
+        """The same trial, its recovery ended after so many steps, 0: before it; None: after all."""
         if self.recovery is None or self.recovery.stop_after == steps:
             return self
         return self.model_copy(update={"recovery": self.recovery.model_copy(update={"stop_after": steps})})
@@ -258,7 +267,8 @@ class TrialConfig(StudySettings):
 
     def full(self) -> TrialConfig:
         """The uncompressed model of the same study: the reference for sizes and speeds."""
-        return self.model_copy(update={"schedule": Schedule(), "recovery": None, "precision": None})
+        none = dict.fromkeys(("recovery", "elastic", "precision"))
+        return self.model_copy(update={"schedule": Schedule(), **none})
 
 
 @lru_cache(maxsize=8192)
@@ -293,7 +303,9 @@ class SearchSpace(StudySettings):
     seeds: several in the place of ``seed``. The search has the first; its front, and the full models, are
     then measured with each of the others too
     strategy: what a trained trial may cost. ``independent``: all steps of ``recovery``, each. ``halving``:
-    all begin with few, and only the better ones go on, from their checkpoints (``halving`` says how many)
+    all begin with few, and only the better ones go on, from their checkpoints (``halving`` says how many).
+    ``elastic``: all are cut from one model that was trained as all of them at once (``elastic`` says for how
+    long), which is the first rung; the better ones train on from there
     keep: of which trials the models and embeddings are kept once their rows exist
     """
 
@@ -305,6 +317,7 @@ class SearchSpace(StudySettings):
     sampler: SamplerName = "tpe"
     strategy: StrategyName = "independent"
     halving: Halving = Halving()
+    elastic: ElasticTraining = ElasticTraining()
     trials: int = Field(default=0, ge=0, le=10**6)
     priors: tuple[Place, ...] = Field(default=(), max_length=100)
     budget: Budget = Budget()
@@ -377,14 +390,16 @@ class SearchSpace(StudySettings):
         if self.strategy == "independent":
             return self
         if not trainings:
-            raise ValueError("strategy halving stops trainings early, and there is no 'recovery' to stop")
+            raise ValueError(f"strategy {self.strategy} stops trainings early, and there is no 'recovery'")
         for training in trainings:
             if training.steps is None:
                 raise ValueError(
-                    "strategy halving divides the steps of 'recovery': give 'steps', not 'epochs'"
+                    f"strategy {self.strategy} divides the steps of 'recovery': give 'steps', not 'epochs'"
                 )
             if training.dev is not None:
-                raise ValueError("strategy halving compares the trials itself: leave recovery.dev out")
+                raise ValueError(
+                    f"strategy {self.strategy} compares the trials itself: leave recovery.dev out"
+                )
             if not self.halving.steps(training.steps):
                 raise ValueError(
                     f"{training.steps} steps of 'recovery' are too few for a rung of {self.halving.factor} "
@@ -436,6 +451,15 @@ class SearchSpace(StudySettings):
             raise ValueError(
                 f"objective {relative[0]} compares a model with its own full one, which says nothing between "
                 f"backbones; take {', '.join(OBJECTIVES_ACROSS_BACKBONES)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_one_training(self) -> SearchSpace:
+        if self.strategy == "elastic" and not removes(self._smallest):
+            raise ValueError(
+                "strategy elastic trains what is left of a model; no schedule that recovers drops or narrows "
+                "anything"
             )
         return self
 
@@ -505,7 +529,10 @@ class SearchSpace(StudySettings):
         if self.strategy == "independent" or whole.recovery is None:
             return (whole,)
         assert whole.recovery.steps is not None  # see ``_halves_steps``
-        return (*(whole.until(steps) for steps in self.halving.steps(whole.recovery.steps)), whole)
+        stops = self.halving.steps(whole.recovery.steps)
+        if whole.elastic is not None:
+            stops = (0, *stops[1:])
+        return (*(whole.until(steps) for steps in stops), whole)
 
     def trial(self, candidate: Candidate) -> TrialConfig:
         """The whole trial of a candidate."""
@@ -514,4 +541,27 @@ class SearchSpace(StudySettings):
         shared = {name: getattr(own, name) for name in StudySettings.model_fields if name != "recovery"}
         recovery = own.recovery if candidate.recover else None
         precision = None if candidate.precision == "auto" else candidate.precision
-        return TrialConfig(**shared, recovery=recovery, schedule=candidate.schedule(), precision=precision)
+        schedule = candidate.schedule()
+        elastic = self.elastic_of(schedule, recovery)
+        return TrialConfig(
+            **shared, recovery=recovery, schedule=schedule, elastic=elastic, precision=precision
+        )
+
+    def elastic_of(self, schedule: Schedule, recovery: TrainConfig | None) -> Elastic | None:
+        """What a trial with these is cut from besides its full model; None by another strategy."""
+        if self.strategy != "elastic" or recovery is None or not removes(schedule):
+            return None
+        assert recovery.steps is not None  # see ``_halves_steps``
+        return Elastic(steps=self.elastic.steps or recovery.steps, smallest=self._smallest)
+
+    @cached_property
+    def _smallest(self) -> Schedule:
+        """The most that a trained trial removes. Raises ValueError where they do not go along one order."""
+        sampled = Parameters() if self.sampler == "grid" else self.parameters
+        return smallest(self.listed(), sampled)
+
+    def __copy__(self) -> Self:
+        """As for a trial's id."""
+        copied = super().__copy__()
+        copied.__dict__.pop("_smallest", None)
+        return copied

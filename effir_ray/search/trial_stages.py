@@ -1,7 +1,8 @@
 """The stages of a trial, each declared once: a new one is a declaration here, and a function that builds it.
 
-    backbone -> base -> importance -> neurons, tokens, axes -> pruned -> recovered -> embeddings -> scores
-                                                                                  \\-> timing
+    backbone -> base -> importance -> neurons, tokens, axes -> elastic -> pruned
+    pruned -> recovered -> embeddings -> scores
+          \\-> timing
     bm25, which needs no model
 
 Of several data sets each has its own embeddings, scores and bm25. A dry run reads these declarations alone.
@@ -31,6 +32,7 @@ from effir_ray.search.measurement_stages import (
 from effir_ray.search.model_stages import (
     CHECKPOINT,
     count_tokens_of_texts,
+    elastic_training,
     fine_tune,
     fit_axes,
     make_backbone,
@@ -38,18 +40,21 @@ from effir_ray.search.model_stages import (
     measure_importance,
     prune,
     rank_neurons,
+    train_elastic,
 )
 from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, key_stages
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
+from effir_ray.training.step.ladder import BETWEEN
 
 _FULL = ("base", "backbone")  # the full model: fine-tuned, where a study does that
 _MODEL = ("recovered", "pruned", *_FULL)  # the model that a trial measures
+NETWORKS = BETWEEN + 2  # that an elastic step trains: the full one, the smallest, and some between
 _DEPTH = {"drop_attention", "drop_mlp", "drop_block", "drop_last_blocks"}
 
 
 def _importance_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
-    criterion = config.schedule.importance
+    criterion = config.ordered_by.importance
     return {
         "data": sources.calibration,
         "texts": config.calibration_texts,
@@ -61,9 +66,10 @@ def _importance_inputs(config: TrialConfig, sources: Sources, split: Split) -> d
 
 
 def _neuron_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    depth = config.schedule if config.elastic is None else Schedule()  # one order for every depth
     return {
-        "depth": config.schedule.model_dump(mode="json", include=_DEPTH),
-        "method": config.schedule.width_method,
+        "depth": depth.model_dump(mode="json", include=_DEPTH),
+        "method": config.ordered_by.width_method,
         "gates": config.gates.model_dump(),
         "data": sources.dataset,
         "max_length": config.document_max_length,
@@ -100,14 +106,25 @@ def _recovery_inputs(config: TrialConfig, sources: Sources, split: Split) -> dic
     return _with_seed(sources.trainings["recovery"], config.recovery)
 
 
+def _elastic_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
+    assert config.elastic is not None
+    return {
+        **_with_seed(sources.trainings["recovery"], elastic_training(config)),
+        "smallest": config.elastic.smallest.model_dump(mode="json"),
+    }
+
+
 def _base_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
     return _with_seed(sources.trainings["base_training"], config.base_training)
 
 
 def _with_seed(identity: Mapping[str, Any], training: TrainConfig | None) -> dict[str, Any]:
     assert training is not None
-    stopped = {} if training.stop_after is None else {"stop_after": training.stop_after}
-    return {**identity, "settings": {**identity["settings"], "seed": training.seed, **stopped}}
+    changed = {"seed": training.seed, "steps": training.steps, "stop_after": training.stop_after}
+    settings = {**identity["settings"], **changed}
+    if training.stop_after is None:
+        del settings["stop_after"]
+    return {**identity, "settings": settings}
 
 
 def _sample_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[str, Any]:
@@ -190,7 +207,7 @@ STAGES: tuple[Stage, ...] = (
         version=2,
         inputs=_importance_inputs,
         parents={"model": _FULL},
-        needed=lambda config: needs_scores(config.schedule),
+        needed=lambda config: needs_scores(config.ordered_by),
         on_device=_always,
         computed_on="device",
         shared=True,
@@ -204,7 +221,8 @@ STAGES: tuple[Stage, ...] = (
         build=rank_neurons,
         inputs=_neuron_inputs,
         parents={"model": _FULL, "importance": ("importance",)},
-        needed=lambda config: config.schedule.width_reduction > 0,
+        asked=lambda config, role: role != "importance" or config.elastic is None,
+        needed=lambda config: config.ordered_by.width_reduction > 0,
         on_device=_always,
         computed_on="device",
         shared=True,
@@ -234,13 +252,32 @@ STAGES: tuple[Stage, ...] = (
         cost=Cost(tokens=lambda config: 2.0 * MOST_EMBEDDED * config.document_max_length, full_model=True),
     ),
     Stage(
+        name="elastic",
+        title="fine-tuning all sub-networks",
+        build=train_elastic,
+        inputs=_elastic_inputs,
+        parents={"model": _FULL, "importance": ("importance",), "neurons": ("neurons",), "teacher": _FULL},
+        asked=lambda config, role: role != "teacher" or _learns_from_base(config),
+        needed=lambda config: config.elastic is not None,
+        computed_on="device",
+        workers=mean_workers(elastic_training),
+        resumable=True,
+        shared=True,
+        bulk=CHECKPOINT,
+        cost=Cost(
+            start_seconds=30.0,
+            tokens=lambda config: NETWORKS * _training_tokens(elastic_training(config)),
+            full_model=True,
+        ),
+    ),
+    Stage(
         name="pruned",
         title="pruning",
         build=prune,
         version=2,
         inputs=_pruned_inputs,
         parents={
-            "model": _FULL,
+            "model": ("elastic", *_FULL),
             "importance": ("importance",),
             "neurons": ("neurons",),
             "tokens": ("tokens",),
@@ -256,7 +293,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_recovery_inputs,
         parents={"model": ("pruned", *_FULL), "teacher": _FULL},
         asked=lambda config, role: role != "teacher" or _learns_from_base(config),
-        needed=lambda config: config.recovery is not None,
+        needed=lambda config: config.recovery is not None and config.recovery.stop_after != 0,
         computed_on="device",
         workers=mean_workers(lambda config: config.recovery),
         resumable=True,

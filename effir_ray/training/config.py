@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from effir_ray.config import Config, Length, Place, Prompts, Seed, says_nothing
-from effir_ray.training.step.ladder import Ladder, check_nested
+from effir_ray.training.step.ladder import Ladder, check_ladder
 
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
 Workers = Annotated[int, Field(ge=1, le=65536)]
@@ -103,7 +103,7 @@ class TrainConfig(Config):
     info_nce: weight of the contrastive term. 0 learns from ``distillation`` alone: queries then need no
     relevant documents, ``dataset`` may be texts without queries, and dropout, which only blurs what is to be
     matched, is off.
-    elastic: sub-networks trained together with the model, nested, from large to small (see ``elastic``).
+    elastic: sub-networks trained together with the model, the last a part of all others (see ``elastic``).
     keep_zeros: weights of the blocks that are zero at the start stay zero (a model pruned to sparsity).
     workers: how many; or the fewest and the most, ``[1, 8]``, where nodes come and go: the run then goes on
     with as many as there is room for, among the numbers that divide ``batch_size``.
@@ -111,7 +111,7 @@ class TrainConfig(Config):
     checkpoint_every: steps from one checkpoint to the next; None takes a tenth of the run, and at least five
     minutes.
     stop_after: ends after so many of its ``steps``, at the learning rate that has there, and leaves what a
-    run that goes further begins with: a rung of a search by halving.
+    run that goes further begins with: a rung of a search. 0 stands there for a model that has yet to begin.
     """
 
     model: Place | None = Field(default=None, exclude=True)  # of `effir-ray train` alone; see --model
@@ -123,7 +123,7 @@ class TrainConfig(Config):
     hard_negatives: int = Field(default=7, ge=0, le=10**4)
     epochs: float = Field(default=1.0, gt=0, le=1e5)
     steps: int | None = Field(default=None, ge=1, le=10**9)
-    stop_after: int | None = Field(default=None, ge=1, le=10**9, exclude_if=says_nothing)
+    stop_after: int | None = Field(default=None, ge=0, le=10**9, exclude_if=lambda value: value is None)
     batch_size: int = Field(default=128, ge=2, le=2**20)  # not stated in the paper; RepLLaMA's
     query_max_length: Length = 512
     document_max_length: Length = 512
@@ -139,7 +139,7 @@ class TrainConfig(Config):
     temperature: float = Field(default=0.02, ge=1e-4, le=1e4)
     distillation: DistillationConfig = DistillationConfig()
     matryoshka: tuple[Dimension, ...] = Field(default=(), max_length=64)
-    elastic: Annotated[Ladder, AfterValidator(check_nested)] = ()
+    elastic: Annotated[Ladder, AfterValidator(check_ladder)] = ()
     lora: LoraConfig | None = LoraConfig()
     keep_zeros: bool = False
 

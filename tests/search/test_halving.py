@@ -227,7 +227,7 @@ def test_studies_of_parts_have_a_sampler_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recovery": None, "schedules": []}, "no 'recovery' to stop"),
+        ({"recovery": None, "schedules": []}, "no 'recovery'"),
         ({"recovery": {"epochs": 1, "batch_size": 4}}, "give 'steps', not 'epochs'"),
         ({"recovery": {"steps": 2, "batch_size": 4}}, "too few"),
         ({"recovery": {"steps": 18, "dev": {"every": 2}}}, "leave recovery.dev out"),

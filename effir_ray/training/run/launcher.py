@@ -125,6 +125,8 @@ def train(
             f"distillation.teacher: '{STUDY_TEACHER}' is a study's own full model, known in a study alone; "
             "name a model or a checkpoint folder"
         )
+    if config.stop_after == 0:
+        raise InputError("stop_after is 0: nothing would be trained; expected a number of steps")
     if storage.is_uri(out):
         raise InputError(f"out is {out}: expected a folder; storage_path keeps checkpoints in object stores")
     out = Path(out).absolute()

@@ -29,13 +29,11 @@ from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.training.step.batches import Batch
 from effir_ray.training.step.engine import Passes
 from effir_ray.training.step.gradcache import ContrastiveStep, StepOutcome, Teacher
-from effir_ray.training.step.ladder import Ladder, Rung
+from effir_ray.training.step.ladder import BETWEEN, Ladder, Rung
 from effir_ray.training.step.losses import Objective, SimilarityDistillation
 
 if TYPE_CHECKING:
     from effir_ray.training.config import TrainConfig
-
-BETWEEN = 2  # rungs a step beside the largest and the smallest network
 
 
 def prepare_elastic(
@@ -44,10 +42,11 @@ def prepare_elastic(
     """The model with every MLP's neurons sorted by importance, best first, as a checkpoint in ``out``.
 
     What it computes is unchanged; a prefix of its neurons now is the best sub-network of that width. Train
-    it with ``TrainConfig(elastic=ladder)``.
+    it with ``TrainConfig(elastic=ladder)``. Without scores, for a ladder of depth alone, they stay in place.
     """
-    retriever = load_retriever(model, first_blocks=first_blocks)
-    sort_neurons(retriever, neuron_scores)
+    retriever = load_retriever(model, dtype="auto", first_blocks=first_blocks)
+    if neuron_scores:
+        sort_neurons(retriever, neuron_scores)
     save_checkpoint(retriever, out)
     return out
 

@@ -1,8 +1,8 @@
-"""A ladder of nested sub-networks: what one elastic fine-tune serves. Pure data.
+"""Sub-networks that one elastic fine-tune serves. Pure data.
 
-Depth goes along one drop order, so a smaller rung drops everything a larger one drops; widths are prefixes
-of neurons sorted by importance (Flextron, arXiv 2406.10260; MatFormer, arXiv 2310.07707). A fixed ladder of
-(depth, width) pairs beats random sub-sampling (Starbucks, arXiv 2410.13230).
+Depth goes along one drop order; widths are prefixes of neurons sorted by importance (Flextron, arXiv
+2406.10260; MatFormer, arXiv 2310.07707). A fixed ladder of (depth, width) pairs beats random sub-sampling
+(Starbucks, arXiv 2410.13230). The last is a part of all others: it is trained at every step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pydantic import Field, field_validator
 from effir_ray.config import Config
 from effir_ray.errors import InputError
 from effir_ray.models.plan import LayerPlan, Plan
+
+BETWEEN = 2
+"""Rungs that a step trains beside the largest and the smallest network."""
 
 Layer = Annotated[int, Field(ge=0)]
 
@@ -80,16 +83,17 @@ class Rung(Config):
 Ladder = tuple[Rung, ...]
 
 
-def check_nested(ladder: Ladder) -> Ladder:
-    """``ladder`` itself; ValueError unless it goes down: every rung a sub-network of the one before."""
-    above = Rung()
-    for rung in ladder:
-        if rung == above or not above.contains(rung):
+def check_ladder(ladder: Ladder) -> Ladder:
+    """``ladder`` itself; ValueError unless its rungs differ from the full model and from each other, and the
+    last is a sub-network of all others."""
+    for place, rung in enumerate(ladder):
+        if rung in (Rung(), *ladder[:place]):
+            raise ValueError(f"rung {rung.name} is there twice, or nothing less than the full model")
+        if not rung.contains(ladder[-1]):
             raise ValueError(
-                f"rung {rung.name} is not a smaller sub-network of {above.name}; "
-                "list nested rungs from large to small"
+                f"rung {ladder[-1].name} is not a smaller sub-network of {rung.name}; list the smallest "
+                "last, which has nothing that another lacks"
             )
-        above = rung
     return ladder
 
 
@@ -102,8 +106,8 @@ def make_ladder(
     """Rungs from (sublayers dropped, fraction of neurons kept) pairs, large to small.
 
     ``mlp_order`` or ``attention_order``: layers in the order in which they are dropped, least important
-    first. With both, each takes its share in turn (one MLP, one attention, ...). Raises InputError when a
-    rung is no sub-network of the one before, or asks for more drops than the orders hold.
+    first. With both, each takes its share in turn (one MLP, one attention, ...). Raises InputError when the
+    last rung is no sub-network of the others, or one asks for more drops than the orders hold.
     """
     order = _interleaved(mlp_order, attention_order)
     rungs = []
@@ -119,7 +123,7 @@ def make_ladder(
             )
         )
     try:
-        return check_nested(tuple(rungs))
+        return check_ladder(tuple(rungs))
     except ValueError as error:
         raise InputError(str(error)) from None
 
