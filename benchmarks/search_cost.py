@@ -1,10 +1,10 @@
-"""``python benchmarks/search_cost.py --out OUT``: what halving finds, for which part of a grid's cost.
+"""``python benchmarks/search_cost.py --out OUT``: what strategies find, for which part of a grid's cost.
 
 Every schedule of a grid of depth and width is trained for real, in the parts that halving would do, and
 scored on dev queries after each: hours on two cores, a line a part; what was stopped goes on. The strategies
 then search that table through the same ``Proposals`` that a study asks, and pay what the parts took. The
-front of the whole grid, every training to its end, is what they are measured by. Seeds are trained one by
-one (``--seed 1``); ``--table`` prints what is there.
+front of the whole grid, every training to its end, is what they are measured by. Elastic studies train other
+models, so they are really run. Seeds are trained one by one (``--seed 1``); ``--table`` prints what is there.
 
 OUT/rows        a row a part: ordinary rows, which ``effir-ray query`` reads
 OUT/costs.json  seconds of starting, of steps and of everything else, by trial id
@@ -31,7 +31,9 @@ from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.dry_run import load_backbones
+from effir_ray.search.elastic import ElasticTraining
 from effir_ray.search.folder import STAGES_FOLDER
+from effir_ray.search.halving import Halving
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.trial import run_trial, sources_of
@@ -41,6 +43,7 @@ from effir_ray.training.config import STATE
 from effir_ray.training.run.history import HISTORY, read_history
 
 DEPTH_AND_WIDTH = tuple(itertools.product(range(4), range(3), (0.0, 0.25, 0.5, 0.75)))
+ELASTIC = ((36, 18, 5), (54, 54, 9))  # steps of all together, steps of each, of how many one goes on
 DRAWS = 200  # of random search
 
 
@@ -88,25 +91,59 @@ def measure(space: SearchSpace, out: Path) -> None:
     connect()
     stages, here = StageStore(out / STAGES_FOLDER), machine()
     schedules = [space.rungs(space.trial(candidate)) for candidate in (Candidate(), *space.schedules)]
-    for number, rungs in enumerate(schedules, start=1):
+
+    def run(config: TrialConfig, steps_before: int, place: str) -> None:
+        """One part that is not known yet."""
+        if config.id in rows and config.id in costs:
+            return
+        (rows[config.id],) = run_trial(config, stages, study=space.name, out=out, here=here)
+        store.append(out, [rows[config.id]])
+        costs[config.id] = cost_of(config, rows[config.id], stages, steps_before)
+        write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
+        score, cost = rows[config.id].ndcg_at_10 or 0.0, costs[config.id]
+        print(f"{place} {config.name}: nDCG@10 {score:.4f}, {cost}", flush=True)
+
+    full, *grown = schedules
+    run(full[0], 0, "full")
+    cut: dict[str, TrialConfig] = {}
+    for variant in ELASTIC:
+        own = elastic(space, *variant)
+        with tempfile.TemporaryDirectory() as folder:
+            study = Proposals(own, Path(folder), [rows[full[0].id]], load_backbones(own))
+            while (request := study.next()) is not None and request.split == "dev":
+                parts = own.rungs(request.config)
+                stops = [0, *(part.recovery.stop_after or 0 for part in parts if part.recovery is not None)]
+                run(request.config, stops[parts.index(request.config)], f"elastic {variant}")
+                cut[request.config.id] = request.config
+                study.finished(rows[request.config.id])
+    for config in cut.values():
+        free(config, stages)
+    for number, parts in enumerate(grown, start=1):
         steps_before = 0
-        for config in rungs:
-            if config.id not in rows or config.id not in costs:
-                (row,) = run_trial(config, stages, study=space.name, out=out, here=here)
-                store.append(out, [row])
-                costs[config.id] = cost_of(config, row, stages, steps_before)
-                write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
-                score, cost = row.ndcg_at_10 or 0.0, costs[config.id]
-                print(f"{number}/{len(schedules)} {config.name}: nDCG@10 {score:.4f}, {cost}", flush=True)
+        for config in parts:
+            run(config, steps_before, f"{number}/{len(grown)}")
             steps_before = config.recovery.stop_after or 0 if config.recovery is not None else 0
-        for config in rungs if len(rungs) > 1 else ():
+        for config in parts:
             free(config, stages)
+
+
+def elastic(space: SearchSpace, together: int, alone: int, factor: int) -> SearchSpace:
+    """The same study with one training of all sub-networks, of which one in ``factor`` then trains on."""
+    assert space.recovery is not None
+    return space.model_copy(
+        update={
+            "strategy": "elastic",
+            "elastic": ElasticTraining(steps=together),
+            "halving": Halving(factor=factor, rungs=2),
+            "recovery": space.recovery.model_copy(update={"steps": alone}),
+        }
+    )
 
 
 def free(config: TrialConfig, stages: StageStore) -> None:
     """Models and states of 141 parts would be 50 GB."""
     for stage in trial_stages(config, sources_of(config), "dev"):
-        if stage.stage.bulk is not None:
+        if stage.stage.bulk is not None and not stage.stage.shared:
             stages.free(stage.path(stages), stage.stage.bulk)
         shutil.rmtree(stage.path(stages) / STATE, ignore_errors=True)
 
@@ -114,7 +151,7 @@ def free(config: TrialConfig, stages: StageStore) -> None:
 def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore, steps_before: int) -> dict[str, float]:
     """Seconds of what this part did, without the ``steps_before`` that a shorter one had done."""
     assert row.device_seconds is not None
-    if config.recovery is None:
+    if config.recovery is None or config.recovery.stop_after == 0:
         return {"start": 0.0, "steps": 0.0, "rest": round(row.device_seconds, 2)}
     keyed = trial_stages(config, sources_of(config), "dev")
     place = next(stage for stage in keyed if stage.name == "recovered").path(stages)
@@ -216,6 +253,16 @@ def table(space: SearchSpace, rows: Mapping[str, TrialRow], costs: Costs) -> lis
             drawn.append((len(some), volume([*some, full], rows, wholes)))
         count, found = np.mean(drawn, axis=0)
         line("random, as dear", f"{count:.1f}", f"{count:.1f}", found, cost, "")
+    for together, each, factor in ELASTIC:
+        try:
+            ids = [i for i in found_by(elastic(space, together, each, factor), rows) if i != full]
+        except KeyError:
+            continue  # not measured yet
+        cost = sum(sum(costs[i].values()) for i in ids)
+        without = f"{(cost - sum(costs[i]['start'] for i in ids)) / (grid_cost - started):.2f}"
+        name = f"elastic, {together} steps, 1 in {factor} does {each} more"
+        whole = sum(rows[i].schedule.endswith("+ft") for i in ids)
+        line(name, len(ids), whole, volume([*ids, full], rows, wholes), cost, without)
     for place in range(len(schedules[0]) - 1):
         scores = [[rows[rungs[at].id].ndcg_at_10 for rungs in schedules] for at in (place, -1)]
         steps = schedules[0][place].recovery

@@ -42,6 +42,27 @@ def test_strategies_pay_for_their_parts_and_find_what_early_scores_tell(early: f
     assert told == pytest.approx([1.0, 1.0] if early > 0 else [-1.0, -1.0], abs=0.02)  # equal sizes may tie
 
 
+def test_an_elastic_study_pays_for_what_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """47 models without a training of their own, of which every fifth then trains 18 steps."""
+    monkeypatch.setattr(search_cost, "ELASTIC", ((36, 18, 5),))
+    space, own = search_cost.grid(0), search_cost.elastic(search_cost.grid(0), 36, 18, 5)
+    parts = [own.rungs(own.trial(candidate)) for candidate in own.schedules]
+    assert [[part.recovery and part.recovery.stop_after for part in each] for each in parts] == [
+        [0, None]
+    ] * 47
+    schedules = [space.rungs(space.trial(candidate)) for candidate in (Candidate(), *space.schedules)]
+    rows = {
+        part.id: row(part, quality(part, early=0.9), parameters=int(1e6 * quality(part, early=1.0)))
+        for rungs in (*schedules, *parts)
+        for part in rungs
+    }
+    costs = {trial: {"start": 10.0, "steps": 10.0, "rest": 5.0} for trial in rows}
+    lines = [[cell.strip() for cell in line.split("|")] for line in search_cost.table(space, rows, costs)]
+    (elastic,) = (line for line in lines if len(line) > 3 and line[2].startswith("elastic"))
+    assert elastic[2:5] == ["elastic, 36 steps, 1 in 5 does 18 more", str(47 + 10), "10"]
+    assert elastic[6] == f"{57 * 25 / (47 * 45):.2f}"
+
+
 def test_the_area_is_that_of_the_steps() -> None:
     configs = [search_cost.grid(0).trial(Candidate(drop_block=drop)) for drop in range(4)]
     points = [(0.9, 40), (0.8, 20), (0.7, 30), (0.5, 10)]
