@@ -40,6 +40,7 @@ _WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # spinning OpenMP threads slow FAISS and neighbouring workers
     "TOKENIZERS_PARALLELISM": "false",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # what has reserved no GPU sees none
 }
 
 LOOPBACK = "127.0.0.1"
@@ -70,7 +71,7 @@ def connect(address: str | None = None, *, num_cpus: int | None = None) -> None:
     ``address`` (or the environment's RAY_ADDRESS) names a running cluster; without one a private local
     instance starts and ends with this process. Raises InputError when the address does not answer.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from effir_ray.cluster.connection import is_connected, is_private, through_client
 from effir_ray.cluster.probe import Shared, current, everywhere
@@ -70,6 +70,19 @@ def reserving(gpus: bool) -> Iterator[None]:
         yield
     finally:
         _reserves.reset(token)
+
+
+_share: ContextVar[float] = ContextVar("effir_ray_share", default=1.0)
+
+
+@contextmanager
+def sharing(gpus: float) -> Iterator[None]:
+    """Within it what computes in one process reserves that share of a GPU, beside others."""
+    token = _share.set(gpus)
+    try:
+        yield
+    finally:
+        _share.reset(token)
 
 
 _avoid: ContextVar[Sequence[str]] = ContextVar("effir_ray_avoid", default=())
@@ -273,7 +286,8 @@ def _say(line: str) -> None:
 
 
 def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
-    """``function(*arguments)`` on a GPU that is reserved for it, where the cluster has GPUs; else here.
+    """``function(*arguments)`` on a GPU, or a share of one, that is reserved for it, where the cluster has
+    GPUs; else here.
 
     A process that has a GPU already (a stage within a stage) uses that one. Progress goes where this
     process's goes, if that is a file that the other process sees. Raises what ``function`` raises.
@@ -285,13 +299,16 @@ def on_device(function: Callable[..., T], *arguments: Any) -> Computed[T]:
     if ray.get_runtime_context().get_accelerator_ids().get("GPU"):
         return _timed(function, *arguments)
     log = _log()
-    if log is not None and ray.available_resources().get("GPU", 0) < 1:
+    if log is not None and ray.available_resources().get("GPU", 0) < _share.get():
         with log.open("a") as lines:
             lines.write(f"{WAITING}\n")
     # Without a strategy of its own the task would have to fit into the reservation of this trial, a sliver
     # of a CPU. A lost one is the trial's to try again.
-    options = {"label_selector": selector} if (selector := avoided(_avoid.get(), "GPU")) else {}
-    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, scheduling_strategy="DEFAULT", **options)(_there)
+    options: dict[str, Any] = {}
+    if selector := avoided(_avoid.get(), "GPU"):
+        options["label_selector"] = selector
+    options |= {"num_cpus": 0, "num_gpus": _share.get(), "max_retries": 0, "scheduling_strategy": "DEFAULT"}
+    task = ray.remote(**options)(_there)
     try:
         found: Computed[T] = ray.get(task.remote(current(), log, function, *arguments))
     except ray.exceptions.RayTaskError as error:
@@ -310,9 +327,16 @@ def lacks_nodes() -> bool:
 
 
 def machine() -> Hardware:
-    """What stages compute on: a GPU's process where the cluster has or can get any, else this machine."""
-    if is_connected():
-        room()
+    """What stages compute on: a GPU's process where the cluster has or can get any, else this machine, whose
+    GPUs do not count where none shall be reserved."""
+    if not is_connected():
+        return detect()
+    room()
+    if _reserves.get() is False:
+        import ray
+
+        # In this process they could be seen; Ray hides them from what has reserved none.
+        return cast(Hardware, ray.get(ray.remote(num_cpus=0)(detect).remote()))
     return on_device(detect).value
 
 

@@ -42,11 +42,13 @@ STAGES_FOLDER = "stages"
 _NOT_IDENTITY = (
     "budget",
     "concurrency",
+    "device",
     "elastic",
     "encoding_workers",
     "halving",
     "keep",
     "priors",
+    "resources",
     "seeds",
     "strategy",
     "trials",

@@ -288,6 +288,14 @@ class Budget(Config):
     device_hours: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
+class Resources(Config):
+    """``gpus``: the share of a GPU that a stage in one process reserves, so that several trials compute on
+    one beside each other; speed is always measured on a whole one. Workers of trainings and of encoding take
+    one each."""
+
+    gpus: float = Field(default=1.0, gt=0, le=1)
+
+
 class SearchSpace(StudySettings):
     """A study. ``schedules`` always run (by halving, they always begin), first and in order, after the full
     model; the ``sampler`` then proposes ``trials`` more from ``parameters`` (grid: all combinations) until
@@ -307,6 +315,7 @@ class SearchSpace(StudySettings):
     ``elastic``: all are cut from one model that was trained as all of them at once (``elastic`` says for how
     long), which is the first rung; the better ones train on from there
     keep: of which trials the models and embeddings are kept once their rows exist
+    device: what all stages compute on; ``auto``: GPUs where there are any when the study begins
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -325,6 +334,8 @@ class SearchSpace(StudySettings):
     constraints: tuple[str, ...] = Field(default=(), max_length=len(DIRECTIONS))
     concurrency: int = Field(default=1, ge=1, le=4096)
     keep: Literal["front", "all", "none"] = "front"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    resources: Resources = Resources()
 
     @model_validator(mode="before")
     @classmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from effir_ray import storage
-from effir_ray.cluster.connection import connect, is_connected
-from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, uses_gpus
+from effir_ray.cluster.connection import connect, is_connected, is_private
+from effir_ray.cluster.devices import avoided, avoiding, machine, reserving, sharing, uses_gpus
 from effir_ray.cluster.jobs import submit
 from effir_ray.cluster.lost import is_lost_process, outlive_ray, own_disks, unfit_node, watched
 from effir_ray.cluster.probe import Shared, check_shared, everywhere
@@ -108,7 +109,30 @@ def search(
     shared = check_shared(
         None if study.uri else folder, reads_of(space.of(name) for name in space.backbone_names)
     )
-    here = machine()
+    with ExitStack() as stack:
+        if space.device == "cuda" and is_private() and not uses_gpus():
+            raise InputError(
+                "device is cuda, and Ray finds no GPU on this machine; leave device out, or name a cluster "
+                "that has some (--address)"
+            )
+        if space.device != "auto":
+            stack.enter_context(reserving(space.device == "cuda"))
+        return _search(space, study, sources, contents, shared, resume=resume, given=given, address=address)
+
+
+def _search(
+    space: SearchSpace,
+    study: Mirror,
+    sources: dict[str, Sources],
+    contents: dict[str, str],
+    shared: Shared | None,
+    *,
+    resume: bool,
+    given: bool,
+    address: str | None,
+) -> StudyResult:
+    """Connected, and with everything checked that takes no device. ``given``: Ray was there before."""
+    folder, here = study.folder, machine()
     _check_precisions(space, here)
     record = claim(folder, space, contents, resume=resume, here=here)
     study.push(folder / STUDY_FILE)
@@ -308,6 +332,7 @@ def _trial(
         with (
             everywhere(shared),
             reserving(gpus),
+            sharing(space.resources.gpus),
             avoiding(config["avoid"]),
             own_disks(folder),
             reporting(study, trial.id, title, split) as listener,

@@ -14,7 +14,7 @@ from typing import Any
 
 from effir_ray import hardware
 from effir_ray.cluster.connection import connect
-from effir_ray.cluster.devices import machine, on_device, reserving, uses_gpus
+from effir_ray.cluster.devices import machine, on_device, reserving, sharing, uses_gpus
 from effir_ray.cluster.lost import own_disks
 from effir_ray.cluster.probe import Find, check_shared, everywhere, is_unused
 from effir_ray.data.pair_stream import source_files, source_fingerprint
@@ -162,12 +162,12 @@ class StageRunner:
 
     @contextmanager
     def _exclusive(self, stage: Stage) -> Iterator[None]:
-        """Exclusive stages of a study's trials take turns on a machine."""
+        """Exclusive stages of a study's trials take turns on a machine, and have a whole GPU."""
         if not stage.exclusive:
             yield
             return
         waiting = aloud(f"its turn on {platform.node()}", partial(self.listener, stage.name))
-        with self.store.lease(platform.node(), waiting):
+        with self.store.lease(platform.node(), waiting), sharing(1):
             yield
 
 

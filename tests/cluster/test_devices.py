@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from effir_ray.cluster.devices import WAITING
+from effir_ray.results import store
 from effir_ray.search.candidates import Candidate
 from tests.helpers.search_examples import small_space, write_corpus
 
@@ -78,6 +79,56 @@ def test_a_function_runs_where_a_gpu_is_reserved_for_it_and_waits_for_one(tmp_pa
     assert lines.startswith(WAITING) and "Working 1/1 steps" in lines
 
 
+SHARED = """
+import json, os, time
+import ray
+from effir_ray.cluster.connection import worker_environment
+from effir_ray.cluster.devices import machine, on_device, reserving, sharing
+
+def seen():
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+def slow():
+    began = time.time()
+    time.sleep(3)
+    return began, time.time()
+
+def share(gpus):
+    with sharing(0.5), sharing(gpus):
+        return on_device(slow).value
+
+def overlap(gpus):
+    task = ray.remote(num_cpus=0)(share)
+    (began, ended), (other, _) = sorted(ray.get([task.remote(gpus) for _ in range(2)]))
+    return other < ended
+
+ray.init(
+    "local",
+    num_cpus=1,
+    num_gpus=1,
+    include_dashboard=False,
+    log_to_driver=False,
+    runtime_env={"env_vars": worker_environment(local=True)},
+)
+found = {"without": ray.get(ray.remote(num_cpus=0)(seen).remote()), "with": on_device(seen).value}
+found |= {"halves": overlap(0.5), "wholes": overlap(1)}
+with reserving(False):
+    found |= {"on a CPU": on_device(os.getpid).value == os.getpid(), "machine": machine().device}
+print(json.dumps(found))
+"""
+
+
+def test_a_gpu_is_seen_by_those_that_reserved_it_and_shared_by_those_that_say_so() -> None:
+    assert json.loads(run(SHARED).splitlines()[-1]) == {
+        "without": "",
+        "with": "0",
+        "halves": True,
+        "wholes": False,
+        "on a CPU": True,
+        "machine": "cpu",
+    }
+
+
 TRIAL = """
 import dataclasses, functools, json, sys
 from pathlib import Path
@@ -128,6 +179,36 @@ def test_every_stage_of_a_trial_that_computes_in_one_process_has_reserved_a_gpu(
     assert {name for name, gpus in told.items() if gpus == ["0"]} == computing
     left = {name for name, gpus in told.items() if gpus == []}
     assert left >= {"pruned", "recovered", "bm25"}
+
+
+STUDY = """
+import sys
+from pathlib import Path
+import ray
+from effir_ray.search.space import SearchSpace
+from effir_ray.search.study import search
+ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+others = ray.remote(num_cpus=0, num_gpus=1)(type("Other", (), {"ping": lambda self: None})).remote()
+ray.get(others.ping.remote())  # who waited for the GPU would wait for ever
+search(SearchSpace.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_a_study_on_cpus_leaves_gpus_alone_and_one_on_gpus_does_not_begin_without(tmp_path: Path) -> None:
+    data = str(write_corpus(tmp_path / "data"))
+    spaces = {
+        device: small_space(dataset=data, dev={}, test={}, schedules=[{"drop_mlp": [1]}], device=device)
+        for device in ("cpu", "cuda")
+    }
+    run(STUDY, spaces["cpu"].model_dump_json(), tmp_path / "cpu")
+    assert {row["schedule"] for row in store.read([tmp_path / "cpu"]).to_pylist()} == {"full", "M[1]"}
+    file = tmp_path / "space.yaml"
+    file.write_text(spaces["cuda"].model_dump_json())
+    command = [sys.executable, "-m", "effir_ray", "search", str(file), "--out", str(tmp_path / "cuda")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("effir-ray: device is cuda, and Ray finds no GPU")
+    assert not (tmp_path / "cuda").exists()
 
 
 SEARCHES = """

@@ -143,7 +143,7 @@ def test_adapted_and_quantised_models_take_their_own_forward(family, change):
     assert encoder._forward.padded
     assert np.abs(got - plain).max() > 1e-4
     if change == "adapters":  # activations are quantised a batch as they come: int8 depends on the batch
-        np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(got, alone(retriever, TEXTS), atol=3e-5, rtol=1e-5)
 
 
 def test_no_dropout_in_the_middle_of_a_training():
