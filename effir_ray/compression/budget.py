@@ -59,10 +59,12 @@ Options = tuple[tuple[LayerOption, ...], ...]
 
 
 class Replacements(Config):
-    """What every option was measured to lose. ``plan``: what depth had left of the model before; losses: of
-    each layer one an option, see ``replacements.measure_replacements``."""
+    """What every option was measured to lose, see ``replacements.measure_replacements``. ``plan``: what depth
+    had left of the model before, which by itself loses ``loss``; ``losses``: of each layer one an option,
+    what it loses beyond that."""
 
     plan: Plan
+    loss: float
     options: Options
     losses: tuple[tuple[float, ...], ...]
 
@@ -78,7 +80,8 @@ class Replacements(Config):
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """The best shape within ``fraction`` of the uncompressed backbone's cost. ``cost``: of its blocks;
-    ``loss``: the sum of what its layers were measured to lose."""
+    ``loss``: what the plan loses by itself, and what its layers were measured to lose, added up: to compare
+    choices of different plans by."""
 
     fraction: float
     schedule: Schedule
@@ -226,7 +229,8 @@ def choose_within(
                 fraction=fraction,
                 schedule=to_schedule(config, measured.plan, chosen, like=like),
                 cost=sum(layer[place] for layer, place in zip(costs, places, strict=True)),
-                loss=sum(layer[place] for layer, place in zip(measured.losses, places, strict=True)),
+                loss=measured.loss
+                + sum(layer[place] for layer, place in zip(measured.losses, places, strict=True)),
             )
         )
     return tuple(choices)

@@ -42,10 +42,10 @@ def measure_replacements(
     depth leaves ``plan`` of ``retriever``'s model and one layer becomes one of its ``options``.
 
     neuron_scores: layer -> one score a neuron, higher = keep: an option keeps the best of its layer, as
-    ``narrow_plan`` does. The option that leaves a layer as it is has the loss of ``plan`` alone. Every other
-    one takes a forward from its layer on over all texts, in padded batches of ``token_budget`` tokens; memory
-    does not grow with their number. The model is not changed. Raises InputError for options or scores that do
-    not fit it, and without texts.
+    ``narrow_plan`` does. Its loss is what it adds to that of ``plan`` alone: nothing, where it leaves a layer
+    as it is. Every other one takes a forward from its layer on over all texts, in padded batches of
+    ``token_budget`` tokens; memory does not grow with their number. The model is not changed. Raises
+    InputError for options or scores that do not fit it, and without texts.
     """
     left = retriever.plan if plan is None else within(plan, retriever.plan)
     if not texts:
@@ -57,9 +57,9 @@ def measure_replacements(
         chain(documents(texts), documents(queries, kind="query")),
         "Replacing layers",
     )
-    ends = np.cumsum([len(choices) for choices in options])
-    losses = tuple(tuple(part.tolist()) for part in np.split(means, ends[:-1]))
-    return Replacements(plan=left, options=options, losses=losses)
+    base, ends = float(means[0]), np.cumsum([len(choices) for choices in options])
+    losses = tuple(tuple(part.tolist()) for part in np.split(means[1:] - base, ends[:-1]))
+    return Replacements(plan=left, loss=base, options=options, losses=losses)
 
 
 @torch.inference_mode()
@@ -71,8 +71,9 @@ def replaced(
     options: Options,
     orders: Mapping[int, Tensor],
 ) -> Sums:
-    """Sums over texts of 1 - cos(vector of the full model, vector with ``plan`` and one option); totals (all
-    options, layer after layer). An option's forward starts at its layer: those before are the plan's.
+    """Sums over texts of 1 - cos(vector of the full model, vector with ``plan`` and one option); totals (1 +
+    options of all layers), first of ``plan`` alone. An option's forward starts at its layer: those before are
+    the plan's.
 
     orders: layer -> (width,) places of its neurons, the best first.
     """
@@ -86,7 +87,7 @@ def replaced(
     full = embed(retriever, batch)
     with masked(retriever, gone), retriever.family.watch(retriever.model, keep):
         base = distance(full, embed(retriever, batch))
-    totals = []
+    totals = [base]
     for layer, choices in enumerate(options):
         as_it_is = LayerOption(attention=plan.layers[layer].attention, width=len(orders[layer]))
         for option in choices:

@@ -62,13 +62,19 @@ def test_losses_that_differ_by_less_than_the_solvers_gap_are_told_apart() -> Non
     assert solve(losses, [[1, 1, 1]] * 3, 3) == (1, 2, 0)
 
 
-def test_a_large_model_is_solved_in_no_time() -> None:
-    """32 layers of 14336 neurons, nine widths with attention and without."""
-    random = np.random.default_rng(1)
-    costs = [[58_000_000 * a + 176_000_000 * w // 8 for a in (1, 0) for w in range(9)]] * 32
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_large_model_is_solved_and_its_budget_kept_to_the_last_parameter(seed: int) -> None:
+    """32 layers, nine widths with attention and without. Of seed 1, what HiGHS first takes for a choice that
+    the budget allows is a few parameters above it."""
+    random = np.random.default_rng(seed)
+    costs = [
+        [58_000_000 * a + 176_000_000 * w // 8 + int(random.integers(9)) for a in (1, 0) for w in range(9)]
+        for _ in range(32)
+    ]
     losses = [(1e-2 * random.random(18)).tolist() for _ in range(32)]
-    chosen = solve(losses, costs, sum(map(max, costs)) // 2)
-    assert sum(costs[0][place] for place in chosen) <= sum(map(max, costs)) // 2
+    budget = sum(map(max, costs)) // 2
+    chosen = solve(losses, costs, budget)
+    assert 0.99 * budget < sum(layer[place] for layer, place in zip(costs, chosen, strict=True)) <= budget
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,7 @@ def measured(plan: Plan, seed: int = 0) -> Replacements:
         tuple(float(random.random() * (2 - option.attention - option.width / 128)) for option in layer)
         for layer in options
     )
-    return Replacements(plan=plan, options=options, losses=losses)
+    return Replacements(plan=plan, loss=0.25, options=options, losses=losses)
 
 
 @pytest.mark.parametrize("tokens", [None, 64])
@@ -161,7 +167,7 @@ def test_every_budget_has_a_schedule_that_keeps_it(tokens: int | None) -> None:
         assert not cut.layers[1].attention and not cut.layers[2].mlp
         assert (schedule.width_method, schedule.vocabulary, schedule.width_reduction) == ("magnitude", 300, 0)
     losses = [choice.loss for choice in found]
-    assert losses == sorted(losses), "less costs more"
+    assert losses == sorted(losses) and losses[0] > 0.25, "less costs more"
     assert len({choice.schedule.name for choice in found}) >= 8
 
 
@@ -169,7 +175,7 @@ def test_budgets_that_nothing_is_cheap_enough_for_are_left_out() -> None:
     config, plan = load_config("random:llama"), Plan.full(4)
     options = layer_options(config, plan, (0.5,), attention=False)
     losses = tuple((0.0, 1.0) for _ in options)
-    found = Replacements(plan=plan, options=options, losses=losses)
+    found = Replacements(plan=plan, loss=0.0, options=options, losses=losses)
     least = 1 - 0.5 * 3 * 64 * 128 * 4 / count_block_parameters(config, plan)
     choices = choose_within(config, found, [0.2, least, 1.0])
     assert [choice.schedule.name for choice in choices] == ["w[64x4]", "full"]
@@ -205,4 +211,4 @@ def test_every_option_has_one_loss() -> None:
     assert Replacements.model_validate_json(found.model_dump_json()) == found
     for losses in (found.losses[:3], (*found.losses[:3], (0.0,))):
         with pytest.raises(ValueError, match=r"one number of layers|one loss"):
-            Replacements(plan=found.plan, options=found.options, losses=losses)
+            Replacements(plan=found.plan, loss=0.0, options=found.options, losses=losses)

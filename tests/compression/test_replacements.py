@@ -49,13 +49,14 @@ def test_losses_are_those_of_models_that_are_cut(kind: str, gone: bool) -> None:
     assert (found.plan, found.options) == (plan, options)
     for layer, choices in enumerate(options):
         assert len({round(loss, 7) for loss in found.losses[layer]}) == len(choices), "all differ"
+        assert found.losses[layer][0] == 0
         for option, loss in zip(choices, found.losses[layer], strict=True):
             chosen = [each[0] for each in options]  # the first one is as it is
             chosen[layer] = option
             schedule = to_schedule(full.model.config, plan, chosen)
             cut = narrow_plan(depth_plan(schedule, Plan.full(4), None), schedule, scores)
             small = apply_plan(load_retriever(name), cut)
-            assert loss == pytest.approx(moved(full, small), abs=2e-6), (layer, option)
+            assert found.loss + loss == pytest.approx(moved(full, small), abs=2e-6), (layer, option)
 
 
 def test_the_batches_make_no_difference_and_what_is_as_it_was_loses_nothing() -> None:
@@ -67,7 +68,8 @@ def test_the_batches_make_no_difference_and_what_is_as_it_was_loses_nothing() ->
     )
     for layer, others in zip(one.losses, many.losses, strict=True):
         np.testing.assert_allclose(layer, others, atol=2e-6)
-        assert abs(layer[0]) < 1e-6 < min(layer[1:])
+        assert layer[0] == 0 < min(layer[1:])
+    assert abs(one.loss) < 1e-6
 
 
 def test_what_a_compressed_model_has_left_is_replaced_by_less_of_it() -> None:
@@ -99,7 +101,7 @@ def test_the_best_choice_is_that_of_the_least_sum_of_what_was_measured() -> None
     )
     (choice,) = choose_within(config, measured, [0.7])
     assert choice.schedule == to_schedule(config, Plan.full(4), [option for option, _, _ in best])
-    assert choice.loss == pytest.approx(sum(loss for _, loss, _ in best))
+    assert choice.loss == pytest.approx(measured.loss + sum(loss for _, loss, _ in best))
 
 
 @pytest.mark.parametrize(
