@@ -177,6 +177,14 @@ def compress(
     width_reduction: Annotated[
         float, typer.Option(min=0, help="Fraction of the remaining MLP neurons to remove, e.g. 0.3.")
     ] = 0.0,
+    layer_widths: Annotated[
+        str,
+        typer.Option(
+            help="Or the neurons that each layer keeps, e.g. 1536,1024,0: one number a layer, 0 without MLP.",
+            metavar="WIDTHS",
+            show_default=False,
+        ),
+    ] = "",
     importance: Annotated[
         str, typer.Option(help="cosine, pooled, dev-loss or random.", metavar="CRITERION")
     ] = "cosine",
@@ -234,8 +242,9 @@ def compress(
     """Cut sublayers and neurons out of a model and save it as a checkpoint, without training.
 
     Depth goes first (blocks, then attention and MLP sublayers), then width: the neurons that are left are
-    ranked over all layers at once; sparsity, for comparison, zeroes single weights of what remains. Train the
-    result with `effir-ray train` (`keep_zeros: true` keeps it sparse).
+    ranked over all layers at once, or each layer keeps the number that `--layer-widths` gives it; sparsity,
+    for comparison, zeroes single weights of what remains. Train the result with `effir-ray train`
+    (`keep_zeros: true` keeps it sparse).
 
     `--vocabulary` takes rows out of the embedding matrix, in small models a fifth to two thirds of all
     parameters: texts whose tokens stay are embedded as before, other words are spelt in shorter pieces.
@@ -252,6 +261,7 @@ def compress(
     [bold]Examples[/bold]
     effir-ray compress --backbone smollm2-135m --drop-mlp 4 --out small
     effir-ray compress --backbone minilm-l6 --drop-attention 1,3 --width-reduction 0.3 --out smaller
+    effir-ray compress --backbone minilm-l6 --layer-widths 1536,1280,1024,768,768,1024 --out uneven
     effir-ray compress --backbone smollm2-135m --drop-last-blocks 8 --dry-run
     effir-ray compress --backbone minilm-l6 --drop-mlp 2 --width-reduction 0.3 --uniform --out plain
     effir-ray compress --backbone minilm-l6 --vocabulary 12000 --texts-from corpus.jsonl --out fewer-tokens
@@ -272,6 +282,7 @@ def compress(
         "drop_block": drop_block,
         "drop_last_blocks": drop_last_blocks,
         "width_reduction": width_reduction,
+        "layer_widths": layer_widths,
         "importance": importance,
         "width_method": width_method,
         "width_multiple": width_multiple,

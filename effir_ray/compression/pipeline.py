@@ -23,10 +23,11 @@ from effir_ray.compression.dimension import embedding_axes, shorten
 from effir_ray.compression.planning import (
     ImportanceScores,
     counted_units,
+    equal_neurons,
     make_plan,
     narrow_plan,
     needs_scores,
-    uniform_width,
+    sized_plan,
     with_dimension,
     with_vocabulary,
     within,
@@ -48,11 +49,9 @@ from effir_ray.config import Prompts
 from effir_ray.data.pairs import Pair
 from effir_ray.models.accounting import (
     alike,
-    anatomy_of,
     count_parameters,
     embedding_size,
     flops,
-    width,
 )
 from effir_ray.models.checkpoint import save_checkpoint
 from effir_ray.models.folder import RetrieverSpec
@@ -144,7 +143,7 @@ def compress(
         return _result(backbone, config, schedule, _sized(config, schedule, shape), tokens, None)
     plan = shape.plan
     axes = principal_axes(measured, [calibration]) if schedule.dimension else None
-    if schedule.width_reduction:
+    if schedule.narrows:
         ranks = neuron_scores(measured, plan, schedule, calibration)
         if shape.width is None:
             plan = narrow_plan(plan, schedule, ranks)
@@ -283,9 +282,7 @@ def _sized(config: PreTrainedConfig, schedule: Schedule, shape: _Shape) -> Plan:
     plan = shape.plan
     if shape.width is not None:
         return narrow_to(config, plan, shape.width, None)
-    if not schedule.width_reduction:
-        return plan
-    return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
+    return sized_plan(config, plan, schedule)
 
 
 def check_room(schedule: Schedule, config: PreTrainedConfig, present: Plan) -> None:
@@ -294,9 +291,7 @@ def check_room(schedule: Schedule, config: PreTrainedConfig, present: Plan) -> N
     plan = depth_plan(schedule, present, equal_scores(schedule, config.num_hidden_layers))
     with_vocabulary(plan, schedule, config.vocab_size)
     with_dimension(plan, schedule, embedding_size(config, present))
-    if schedule.width_reduction:
-        sizes = [width(*parts) for parts in zip(anatomy_of(config).layers, plan.layers, strict=True)]
-        narrow_plan(plan, schedule, {layer: np.zeros(size) for layer, size in enumerate(sizes)})
+    narrow_plan(plan, schedule, equal_neurons(config, plan))
 
 
 def _result(

@@ -141,21 +141,23 @@ def _dropped(
 
 def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> Plan:
     """Remove ``schedule.width_reduction`` of the remaining neurons, ranked over all layers at once (section
-    3.2).
+    3.2), or all but ``schedule.layer_widths``.
 
     neuron_scores: layer -> one score a neuron that ``plan`` keeps, higher = keep; every kept MLP is
     listed. Each layer keeps a multiple of ``width_multiple`` (see ``grain``) neurons, at least one multiple.
     The number kept overall is the target rounded to the nearest such total, met exactly; within a layer the
-    best neurons stay.
+    best neurons stay. Raises InputError for what does not fit the backbone.
     """
-    if schedule.width_reduction == 0.0:
+    if not schedule.narrows:
         return plan
     layers = [index for index, layer in enumerate(plan.layers) if layer.mlp]
     missing = [index for index in layers if index not in neuron_scores]
     if missing:
         raise InputError(f"no neuron scores for layers {missing}; expected every layer that keeps its MLP")
     if not layers:
-        raise InputError(f"width_reduction is {schedule.width_reduction:g} but the schedule drops every MLP")
+        reduction = schedule.width_reduction
+        given = f"width_reduction is {reduction:g}" if reduction else "there are layer_widths"
+        raise InputError(f"{given} but the schedule drops every MLP")
     scores = {index: np.asarray(neuron_scores[index], dtype=np.float64) for index in layers}
     for index, values in scores.items():
         left = plan.layers[index].neurons
@@ -166,7 +168,11 @@ def narrow_plan(plan: Plan, schedule: Schedule, neuron_scores: NeuronScores) -> 
     if not all(np.isfinite(values).all() for values in scores.values()):
         raise InputError("neuron scores are not all finite; expected one number a neuron")
     multiple = grain(schedule.width_multiple, [len(values) for values in scores.values()])
-    widths = _widths([scores[index] for index in layers], schedule.width_reduction, multiple)
+    if schedule.layer_widths:
+        sizes = {index: len(values) for index, values in scores.items()}
+        widths = _given_widths(schedule, len(plan.layers), sizes, multiple)
+    else:
+        widths = _widths([scores[index] for index in layers], schedule.width_reduction, multiple)
     entries = list(plan.layers)
     for index, target in zip(layers, widths, strict=True):
         if target == len(scores[index]):
@@ -191,6 +197,40 @@ def grain(multiple: int | None, widths: Sequence[int]) -> int:
 def target_width(total: int, reduction: float, multiple: int) -> int:
     """Neurons to keep of ``total``: the nearest multiple of ``multiple``."""
     return min(total, round(total * (1.0 - reduction) / multiple) * multiple)
+
+
+def _given_widths(schedule: Schedule, n_layers: int, present: Mapping[int, int], multiple: int) -> list[int]:
+    """Neurons that each layer of ``present`` (layer with an MLP -> neurons it has) keeps.
+
+    Raises InputError unless there is one width a layer of the backbone, 0 exactly where no MLP is left.
+    """
+    given = schedule.layer_widths
+    if counted := sorted(counted_units(schedule) - {"attention"}):
+        raise InputError(
+            f"layer_widths says which layers keep an MLP, drop_{counted[0]} only how many lose theirs: name "
+            "the layers there"
+        )
+    if len(given) != n_layers:
+        raise InputError(f"layer_widths has {len(given)} widths; the backbone has {n_layers} layers")
+    for layer, asked in enumerate(given):
+        found = present.get(layer, 0)
+        if asked > found and not found:
+            raise InputError(f"layer_widths is {asked} for layer {layer}, which has no MLP; expected 0")
+        if asked > found:
+            raise InputError(
+                f"layer_widths is {asked} for layer {layer}, whose MLP has {found} neurons; expected no more"
+            )
+        if found and not asked:
+            raise InputError(
+                f"layer_widths is 0 for layer {layer}, whose MLP stays; name the layer in drop_mlp, or keep "
+                f"{multiple} neurons or more"
+            )
+        if asked != found and asked % multiple:
+            raise InputError(
+                f"layer_widths is {asked} for layer {layer}; expected a multiple of {multiple} (see "
+                f"width_multiple), or {found} to leave it"
+            )
+    return [given[layer] for layer in present]
 
 
 def _widths(scores: list[NDArray[np.float64]], reduction: float, multiple: int) -> list[int]:
@@ -262,3 +302,16 @@ def uniform_width(config: PreTrainedConfig, plan: Plan, reduction: float, multip
         share = target // len(slim) + (1 if place < target % len(slim) else 0)
         layers[index] = layers[index].model_copy(update={"neurons": tuple(range(share))})
     return plan.model_copy(update={"layers": tuple(layers)})
+
+
+def sized_plan(config: PreTrainedConfig, plan: Plan, schedule: Schedule) -> Plan:
+    """``plan`` as wide as ``schedule`` asks, for counting: which neurons stay is anybody's guess."""
+    if schedule.width_reduction:
+        return uniform_width(config, plan, schedule.width_reduction, schedule.width_multiple)
+    return narrow_plan(plan, schedule, equal_neurons(config, plan))
+
+
+def equal_neurons(config: PreTrainedConfig, plan: Plan) -> NeuronScores:
+    """Scores that prefer no neuron: enough to know how many stay, not which."""
+    parts = zip(anatomy_of(config).layers, plan.layers, strict=True)
+    return {layer: np.zeros(width(*each)) for layer, each in enumerate(parts)}

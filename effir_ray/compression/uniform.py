@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effir_ray.compression.planning import ImportanceScores, NeuronScores, grain, uniform_width
+from effir_ray.compression.planning import ImportanceScores, NeuronScores, grain, sized_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
 from effir_ray.models import family as families
@@ -31,12 +31,11 @@ def uniform_shape(
     present: what is left of the backbone ``config``. Raises InputError when no ordinary shape fits.
     """
     plan = round_to_blocks(config, asked, present, scores)
-    if not schedule.width_reduction:
+    if not schedule.narrows:
         _check_widths(config, plan)
         return plan, None
-    reduction, multiple = schedule.width_reduction, schedule.width_multiple
-    target = count_parameters(config, uniform_width(config, asked, reduction, multiple))
-    return plan, nearest_width(config, plan, target, multiple)
+    target = count_parameters(config, sized_plan(config, asked, schedule))
+    return plan, nearest_width(config, plan, target, schedule.width_multiple)
 
 
 def round_to_blocks(

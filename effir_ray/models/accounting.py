@@ -80,12 +80,16 @@ def count_block_parameters(config: PreTrainedConfig, plan: Plan) -> int:
     """Those of the blocks alone: what dropping and slimming can take away."""
     anatomy = anatomy_of(config)
     check_plan(anatomy, plan)
+    return sum(layer_parameters(*layer) for layer in zip(anatomy.layers, plan.layers, strict=True))
+
+
+def layer_parameters(parts: LayerAnatomy, kept: LayerPlan) -> int:
+    """Those of one block."""
     total = 0
-    for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
-        if kept.attention:
-            total += parts.attention_parameters
-        if kept.mlp:
-            total += parts.mlp_fixed_parameters + parts.parameters_a_neuron * width(parts, kept)
+    if kept.attention:
+        total += parts.attention_parameters
+    if kept.mlp:
+        total += parts.mlp_fixed_parameters + parts.parameters_a_neuron * width(parts, kept)
     return total
 
 
@@ -93,13 +97,17 @@ def flops(config: PreTrainedConfig, plan: Plan, tokens: int) -> int:
     """FLOPs of one forward pass over one text of ``tokens`` tokens."""
     anatomy = anatomy_of(config)
     check_plan(anatomy, plan)
+    return sum(layer_flops(*layer, tokens) for layer in zip(anatomy.layers, plan.layers, strict=True))
+
+
+def layer_flops(parts: LayerAnatomy, kept: LayerPlan, tokens: int) -> int:
+    """Those of one block."""
     total = 0
-    for parts, kept in zip(anatomy.layers, plan.layers, strict=True):
-        if kept.attention:
-            seen = tokens if parts.window is None else min(tokens, parts.window)
-            total += 2 * tokens * parts.attention_weights + 4 * tokens * seen * parts.attention_channels
-        if kept.mlp:
-            total += 2 * tokens * parts.weights_a_neuron * width(parts, kept)
+    if kept.attention:
+        seen = tokens if parts.window is None else min(tokens, parts.window)
+        total += 2 * tokens * parts.attention_weights + 4 * tokens * seen * parts.attention_channels
+    if kept.mlp:
+        total += 2 * tokens * parts.weights_a_neuron * width(parts, kept)
     return total
 
 

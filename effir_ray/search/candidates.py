@@ -31,7 +31,7 @@ class Candidate(Schedule):
     def canonical(self) -> Candidate:
         """Without the settings that change nothing, so that equal trials are recognised as equal."""
         inert: set[str] = set()
-        if not self.width_reduction:
+        if not self.narrows:
             inert |= {"width_method", "width_multiple"}
         counted = (
             drop for drop in (self.drop_attention, self.drop_mlp, self.drop_block) if isinstance(drop, int)
@@ -45,7 +45,8 @@ class Candidate(Schedule):
 
 
 def _axis(value: Any) -> Any:
-    """A plain list in the YAML is a list of choices; layer lists become ``"3,5"``, which Schedule reads."""
+    """A plain list in the YAML is a list of choices; lists of layers or widths become ``"3,5"``,
+    which Schedule reads."""
     if isinstance(value, list | tuple):
         return {
             "choices": [
@@ -117,6 +118,7 @@ class Parameters(Config):
     drop_last_blocks: ParameterAxis = None
     importance: ParameterAxis = None
     width_reduction: ParameterAxis = None
+    layer_widths: ParameterAxis = None
     width_method: ParameterAxis = None
     vocabulary: ParameterAxis = None
     dimension: ParameterAxis = None
@@ -125,9 +127,13 @@ class Parameters(Config):
 
     @model_validator(mode="after")
     def _values_fit(self) -> Parameters:
+        if self.width_reduction is not None and self.layer_widths is not None:
+            raise ValueError("width_reduction and layer_widths exclude each other: vary one of them")
         for name, axis in self.axes.items():
             if name.startswith("drop_") and axis.choices is None and not axis.integral:
                 raise ValueError(f"{name} counts sublayers: give low, high and step as whole numbers")
+            if name == "layer_widths" and axis.choices is None:
+                raise ValueError('layer_widths is one number a layer: give a list of choices ("": none)')
             for value in axis.values() or (axis.low, axis.high):
                 try:
                     Candidate(**{name: value})

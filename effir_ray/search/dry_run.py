@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from effir_ray.compression.planning import (
     ImportanceScores,
+    equal_neurons,
     make_plan,
     narrow_plan,
     with_dimension,
@@ -257,9 +256,7 @@ def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:
     try:
         _check_names(config.schedule)
         plan = within(make_plan(config.schedule, len(present.layers), scores), present)
-        parts = zip(accounting.anatomy_of(backbone).layers, plan.layers, strict=True)
-        neurons = {index: np.zeros(accounting.width(*layer)) for index, layer in enumerate(parts)}
-        plan = narrow_plan(plan, config.schedule, neurons)
+        plan = narrow_plan(plan, config.schedule, equal_neurons(backbone, plan))
         plan = with_vocabulary(plan, config.schedule, backbone.vocab_size)
         return with_dimension(plan, config.schedule, accounting.embedding_size(backbone, present))
     except InputError as error:

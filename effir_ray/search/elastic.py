@@ -49,7 +49,7 @@ def smallest(listed: Iterable[Candidate], sampled: Parameters) -> Schedule:
     found = [candidate for candidate in (*listed, *_extremes(sampled)) if candidate.recover]
     orders: dict[str, set[str]] = {
         "importance": {each.importance for each in found if _counts(each)},
-        "width_method": {each.width_method for each in found if each.width_reduction},
+        "width_method": {each.width_method for each in found if each.narrows},
     }
     for name, several in orders.items():
         if len(several) > 1:
@@ -62,14 +62,14 @@ def smallest(listed: Iterable[Candidate], sampled: Parameters) -> Schedule:
         drop_block=max((_count(each.drop_block) + each.drop_last_blocks for each in found), default=0),
         drop_attention=max((_count(each.drop_attention) for each in found), default=0),
         drop_mlp=max((_count(each.drop_mlp) for each in found), default=0),
-        width_reduction=max((each.width_reduction for each in found), default=0.0),
+        width_reduction=max(map(_narrowed, found), default=0.0),
         **{"importance": "pooled", **agreed},
     )
 
 
 def removes(schedule: Schedule) -> bool:
     """Whether it drops sublayers or narrows any."""
-    return bool(schedule.width_reduction or schedule.drop_last_blocks) or any(map(_count, _drops(schedule)))
+    return schedule.narrows or bool(schedule.drop_last_blocks) or any(map(_count, _drops(schedule)))
 
 
 def _extremes(sampled: Parameters) -> Iterator[Candidate]:
@@ -91,6 +91,13 @@ def _drops(schedule: Schedule) -> tuple[Drop, Drop, Drop]:
 
 def _counts(schedule: Schedule) -> bool:
     return any(isinstance(drop, int) and drop for drop in _drops(schedule))
+
+
+def _narrowed(schedule: Schedule) -> float:
+    """The share of neurons that go. Of widths by layer it is that of the narrowest, measured by the widest,
+    and at least half: what the backbone has is not known here."""
+    left = [width for width in schedule.layer_widths if width]
+    return max(0.5, 1 - min(left) / max(left)) if left else schedule.width_reduction
 
 
 def _count(drop: int | tuple[int, ...]) -> int:

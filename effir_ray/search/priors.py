@@ -40,7 +40,7 @@ _BLOCKS = {
 
 _UNITS = {"A": "drop_attention", "M": "drop_mlp", "B": "drop_block"}
 _COUNTED = (*_UNITS.values(), "drop_last_blocks")
-_CHANGES = (*_COUNTED, "width_reduction", "vocabulary", "dimension")
+_CHANGES = (*_COUNTED, "width_reduction", "layer_widths", "vocabulary", "dimension")
 _OFF_THE_SHELF = "T1-offtheshelf"  # the table whose models were not trained again
 _SHARE = 0.5  # of a search's trials, at most: the rest is for the sampler to find
 
@@ -132,9 +132,14 @@ def _in_terms_of(space: SearchSpace, backbone: str, blocks: int, known: _Known) 
             params[name] = backbone
             continue
         value = known.settings.get(name, 0 if name in _CHANGES else None)
+        if name == "layer_widths":
+            value = value or ""
+        elif name == "width_reduction" and known.settings.get("layer_widths"):
+            value = None  # it is narrower, by no share that is known
         if isinstance(value, list):  # of a model of as many blocks the same ones
             listed = ",".join(map(str, value)) + "," * (len(value) == 1)
-            value = listed if known.blocks == blocks and axis.contains(listed) else len(value)
+            other = None if name == "layer_widths" else len(value)
+            value = listed if known.blocks == blocks and axis.contains(listed) else other
         if name in _COUNTED and isinstance(value, int):
             value = round(value * blocks / known.blocks)
         if (nearest := _nearest(axis, value)) is not None:

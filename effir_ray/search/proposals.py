@@ -453,7 +453,8 @@ class Proposals:
 
     def _params(self, config: TrialConfig) -> dict[str, Any] | None:
         """The parameters that would have proposed this trial; None when the parameters cannot express it."""
-        said = {"vocabulary": 0, "dimension": 0, **config.schedule.model_dump(mode="json")}
+        unsaid = {"layer_widths": [], "vocabulary": 0, "dimension": 0}
+        said = {**unsaid, **config.schedule.model_dump(mode="json")}
         wanted = {**said, "backbone": config.backbone}
         wanted |= {"recover": config.recovery is not None, "precision": config.precision or "auto"}
         params: dict[str, Any] = {}

@@ -83,7 +83,8 @@ def _pruned_inputs(config: TrialConfig, sources: Sources, split: Split) -> dict[
     tokens = {"vocabulary": schedule.vocabulary} if schedule.vocabulary else {}
     shorter = {"dimension": schedule.dimension} if schedule.dimension else {}
     width = {"width": schedule.width_reduction, "multiple": schedule.width_multiple}
-    return {"depth": depth, **width, **tokens, **shorter}
+    widths = {"widths": list(schedule.layer_widths)} if schedule.layer_widths else {}
+    return {"depth": depth, **width, **widths, **tokens, **shorter}
 
 
 def _drawn_inputs(most: int) -> Callable[[TrialConfig, Sources, Split], dict[str, Any]]:
@@ -222,7 +223,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=_neuron_inputs,
         parents={"model": _FULL, "importance": ("importance",)},
         asked=lambda config, role: role != "importance" or config.elastic is None,
-        needed=lambda config: config.ordered_by.width_reduction > 0,
+        needed=lambda config: config.ordered_by.narrows,
         on_device=_always,
         computed_on="device",
         shared=True,

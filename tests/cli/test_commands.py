@@ -183,6 +183,22 @@ def test_compress_says_how_long_embeddings_are() -> None:
     ]
 
 
+def test_compress_takes_the_width_of_every_layer() -> None:
+    asked = ("compress", "--backbone", "random:llama", "--dry-run", "--layer-widths")
+    said = run(*asked, "128,64,8,32").stdout
+    assert "random:llama: w[128,64,8,32]" in said and "8 neurons" in said
+    for widths, message in (
+        ("128,64", "layer_widths has 2 widths; the backbone has 4 layers"),
+        (
+            "128,64,x,1",
+            "options of compress: layer_widths: expected the neurons that each layer keeps, such as",
+        ),
+    ):
+        refused = run(*asked, widths)
+        assert refused.exit_code == 2 and len(refused.stderr.splitlines()) == 1
+        assert refused.stderr.startswith(f"effir-ray: {message}")
+
+
 def test_compress_previews_and_then_writes_the_same_plan(tmp_path: Path) -> None:
     options = ("--backbone", "random:llama", "--drop-mlp", "1,2", "--drop-last-blocks", 1, "--json")
     preview = json.loads(run("compress", *options, "--dry-run").stdout)

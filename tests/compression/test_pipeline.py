@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig
@@ -15,9 +16,12 @@ from transformers import AutoConfig
 from effir_ray import hardware
 from effir_ray.cli.models import compress as cli_compress
 from effir_ray.compression import calibration, pipeline
+from effir_ray.compression.depth.masking import masked
 from effir_ray.compression.pipeline import compress
 from effir_ray.compression.schedule import Calibration, GateTraining, Schedule
 from effir_ray.compression.surgery import apply_plan
+from effir_ray.compression.width.neurons import on_neurons
+from effir_ray.compression.width.reduction import magnitude
 from effir_ray.config import Prompts
 from effir_ray.data.pairs import Pair, load_pairs
 from effir_ray.errors import InputError
@@ -27,6 +31,7 @@ from effir_ray.models.known_configs import KNOWN_CONFIGS
 from effir_ray.models.ordinary import Layout
 from effir_ray.models.retriever import Retriever, load_retriever
 from effir_ray.search.space import SearchSpace
+from tests.helpers.compression_examples import TEXTS, vectors
 
 
 def test_prompts_are_measured_with_and_stay_with_the_checkpoint(
@@ -104,11 +109,39 @@ def test_too_much_is_refused_before_anything_is_read(tmp_path: Path) -> None:
         (Schedule(width_reduction=0.5, width_multiple=48), "48 does not divide the MLP width 128"),
         (Schedule(width_reduction=0.99), "leaves 8 neurons; 4 MLPs need 8 each"),
         (Schedule(drop_mlp=4, width_reduction=0.5), "the schedule drops every MLP"),
+        (Schedule(layer_widths=(64, 64)), "has 2 widths; the backbone has 4 layers"),
+        (Schedule(drop_mlp=1, layer_widths=(64, 64, 64, 0)), "drop_mlp only how many lose theirs"),
     ):
         for out in (tmp_path / "x", None):
             with pytest.raises(InputError, match=message):
                 compress("random:llama", schedule, out, calibration=Calibration(dataset="absent"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_layers_of_different_widths(kind: str, dataset: str, tmp_path: Path) -> None:
+    """What the checkpoint computes is what the full model does with those neurons silenced."""
+    schedule = Schedule(drop_block=(1,), layer_widths="64,0,128,24", width_method="magnitude")
+    quick = Calibration(dataset=dataset, max_length=16)
+    announced = compress(f"random:{kind}", schedule, None, calibration=quick)
+    made = compress(f"random:{kind}", schedule, tmp_path / "small", calibration=quick)
+    assert announced.schedule == made.schedule == "B[1]-w[64,0,128,24]"
+    sizes = (announced.parameters, announced.flops_per_document)
+    assert sizes == (made.parameters, made.flops_per_document)
+    small, full = load_retriever(tmp_path / "small"), load_retriever(f"random:{kind}")
+    assert made.parameters == sum(p.numel() for p in small.model.parameters())
+    assert made.layout is not None and "differ in width (24 to 128 neurons)" in made.layout.reason
+    kept, scores = full.plan.layers, magnitude(full)
+    assert made.plan is not None and made.plan.layers[2] == kept[2]
+
+    def silence(layer: int, neurons: torch.Tensor) -> torch.Tensor:
+        stay = torch.zeros(128)
+        stay[np.argsort(-scores[layer], kind="stable")[: schedule.layer_widths[layer]].copy()] = 1
+        return neurons * stay
+
+    with masked(full, [("block", 1)]), on_neurons(full, silence):
+        expected = vectors(full, TEXTS)
+    torch.testing.assert_close(vectors(small, TEXTS), expected, atol=1e-5, rtol=0)
 
 
 def test_a_width_that_a_compressed_checkpoint_has_no_room_for(dataset: str, tmp_path: Path) -> None:
@@ -117,6 +150,16 @@ def test_a_width_that_a_compressed_checkpoint_has_no_room_for(dataset: str, tmp_
     with pytest.raises(InputError, match="does not divide the MLP width"):
         again = half.model_copy(update={"width_multiple": 128})
         compress(str(tmp_path / "half"), again, None, calibration=Calibration(dataset="absent"))
+    plan = load_retriever(tmp_path / "half").plan
+    found = [len(layer.neurons or range(128)) for layer in plan.layers]
+    wider = Schedule(layer_widths=(*found[:3], found[3] + 8))
+    with pytest.raises(InputError, match=f"whose MLP has {found[3]} neurons; expected no more"):
+        compress(str(tmp_path / "half"), wider, None, calibration=Calibration(dataset="absent"))
+    same = compress(str(tmp_path / "half"), Schedule(layer_widths=tuple(found)), None)
+    assert (
+        same.plan is not None
+        and same.parameters == compress(str(tmp_path / "half"), Schedule(), None).parameters
+    )
 
 
 def test_kept_weights_are_saved_as_they_were_stored(

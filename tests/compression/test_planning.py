@@ -11,11 +11,16 @@ from effir_ray.compression.planning import (
     make_plan,
     narrow_plan,
     needs_scores,
+    sized_plan,
     within,
 )
 from effir_ray.compression.schedule import Schedule
+from effir_ray.compression.surgery import apply_plan
 from effir_ray.errors import InputError
+from effir_ray.models.accounting import count_parameters
+from effir_ray.models.loading import load_config
 from effir_ray.models.plan import LayerPlan, Plan
+from effir_ray.models.retriever import load_retriever
 
 SCORES = ImportanceScores(
     criterion="cosine", attention=(0.9, 0.1, 0.5, 0.3), mlp=(0.2, 0.8, 0.1, 0.7), block=(0.4, 0.3, 0.2, 0.1)
@@ -160,10 +165,71 @@ def test_widths_suit_the_size_of_the_model(multiple: int | None, widths: list[in
     assert grain(multiple, widths) == expected
 
 
-def test_width_without_any_mlp() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Schedule(width_reduction=0.5), "width_reduction is 0.5 but the schedule drops every MLP"),
+        (Schedule(layer_widths=(0,)), "there are layer_widths but the schedule drops every MLP"),
+    ],
+)
+def test_width_without_any_mlp(schedule: Schedule, message: str) -> None:
     plan = Plan(layers=(LayerPlan(mlp=False),))
-    with pytest.raises(InputError, match="drops every MLP"):
-        narrow_plan(plan, Schedule(width_reduction=0.5), {})
+    with pytest.raises(InputError, match=message):
+        narrow_plan(plan, schedule, {})
+
+
+def test_every_layer_keeps_its_best_neurons_to_the_width_given_for_it() -> None:
+    random = np.random.default_rng(0)
+    plan = Plan(layers=(LayerPlan(), LayerPlan(mlp=False), LayerPlan(attention=False), LayerPlan()))
+    scores = {0: random.random(64), 2: 100 * random.random(64), 3: random.random(60)}
+    schedule = Schedule(drop_mlp=(1,), drop_attention=1, layer_widths=(16, 0, 8, 60))
+    narrowed = narrow_plan(plan, schedule, scores)
+    assert [layer.attention for layer in narrowed.layers] == [True, True, False, True]
+    for layer, size in ((0, 16), (2, 8)):
+        best = sorted(np.argsort(-scores[layer])[:size].tolist())
+        assert narrowed.layers[layer].neurons == tuple(best)
+    assert narrowed.layers[1] == plan.layers[1]
+    assert narrowed.layers[3] == plan.layers[3], "its present width leaves it, whatever the multiple"
+    left = Plan(layers=(LayerPlan(neurons=tuple(range(0, 64, 2))),))
+    again = narrow_plan(left, Schedule(layer_widths=(8,)), {0: np.arange(32)})
+    assert again.layers[0].neurons == tuple(range(48, 64, 2)), "of the neurons that are left"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layer_widths": (64, 64)}, "layer_widths has 2 widths; the backbone has 3 layers"),
+        ({"layer_widths": (64, 0, 72)}, "is 72 for layer 2, whose MLP has 64 neurons; expected no more"),
+        ({"layer_widths": (64, 8, 64)}, "is 8 for layer 1, which has no MLP; expected 0"),
+        (
+            {"layer_widths": (0, 0, 64)},
+            "is 0 for layer 0, whose MLP stays; name the layer in drop_mlp, or keep 8",
+        ),
+        (
+            {"layer_widths": (64, 0, 12)},
+            r"is 12 for layer 2; expected a multiple of 8 \(see width_multiple\), or 64",
+        ),
+        ({"layer_widths": (24, 0, 64), "width_multiple": 16}, "is 24 for layer 0; expected a multiple of 16"),
+        (
+            {"layer_widths": (64, 0, 64), "drop_mlp": 1},
+            "drop_mlp only how many lose theirs: name the layers there",
+        ),
+        ({"layer_widths": (64, 0, 64), "drop_block": 1}, "drop_block only how many"),
+    ],
+)
+def test_widths_that_do_not_fit_the_backbone(settings: dict[str, object], message: str) -> None:
+    plan = Plan(layers=(LayerPlan(), LayerPlan(mlp=False), LayerPlan()))
+    with pytest.raises(InputError, match=message):
+        narrow_plan(plan, Schedule(**settings), {0: np.ones(64), 2: np.ones(64)})
+
+
+def test_sizes_are_counted_layer_by_layer() -> None:
+    config, schedule = load_config("random:modernbert"), Schedule(layer_widths=(8, 128, 64, 128))
+    sized = sized_plan(config, Plan.full(4), schedule)
+    assert widths(sized, 128) == [8, 128, 64, 128]
+    retriever = apply_plan(load_retriever("random:modernbert"), sized)
+    assert count_parameters(config, sized) == sum(p.numel() for p in retriever.model.parameters())
+    assert sized_plan(config, Plan.full(4), Schedule(drop_mlp=1)) == Plan.full(4)
 
 
 def test_narrowing_what_is_narrow_already() -> None:

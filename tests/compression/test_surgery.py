@@ -38,12 +38,17 @@ def plans(draw: st.DrawFn) -> Plan:
     rest = range(LAYERS - last)
     blocks = tuple(layer for layer in draw(layers) if layer in rest)[:2]
     free = [layer for layer in rest if layer not in blocks]
+    mlps = tuple(layer for layer in draw(layers) if layer in free)
+    kept = [layer for layer in free if layer not in mlps]
+    given = {layer: draw(st.sampled_from([8, 40, WIDTH])) for layer in kept}
+    uneven = draw(st.booleans())
     schedule = Schedule(
         drop_last_blocks=last,
         drop_block=blocks,
         drop_attention=tuple(layer for layer in draw(layers) if layer in free),
-        drop_mlp=tuple(layer for layer in draw(layers) if layer in free),
-        width_reduction=draw(st.sampled_from([0.0, 0.1, 0.3, 0.7])),
+        drop_mlp=mlps,
+        width_reduction=0.0 if uneven else draw(st.sampled_from([0.0, 0.1, 0.3, 0.7])),
+        layer_widths=tuple(given.get(layer, 0) for layer in range(LAYERS)) if uneven else (),
     )
     plan = make_plan(schedule, LAYERS, None)
     if not any(layer.mlp for layer in plan.layers):

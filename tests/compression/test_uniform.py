@@ -86,6 +86,13 @@ def test_what_stays_first_and_what_is_gone_already() -> None:
         uniform_shape(load_config("random:llama"), Schedule(), uneven, uneven, SCORES)
 
 
+def test_widths_of_layers_are_rounded_to_one() -> None:
+    config = load_config("random:llama")
+    schedule = Schedule(layer_widths=(128, 16, 64, 48))
+    plan, size = uniform_shape(config, schedule, FULL, FULL, SCORES)
+    assert (plan, size) == (FULL, 64)
+
+
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_compress_writes_the_shape_its_dry_run_announced(
     kind: str, tmp_path: Path, write_folder: object

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from effir_ray.results.effects import effects, varying_settings
+from effir_ray.results.effects import effects, parameter, varying_settings
 
 
 def test_settings_are_what_differs() -> None:
@@ -23,6 +23,14 @@ def test_settings_are_what_differs() -> None:
         "recovery.steps": [None, 40, 80],
     }
     assert varying_settings(trials[1:2]) == {}
+
+
+def test_widths_of_layers_are_one_setting() -> None:
+    schedules = [{"width_reduction": 0.0, "layer_widths": [64, 8]}, {"width_reduction": 0.5}]
+    found = varying_settings([{"schedule": schedule} for schedule in schedules])
+    assert found == {"schedule.width_reduction": [0.0, 0.5], "schedule.layer_widths": [[64, 8], None]}
+    _, values = parameter(found["schedule.layer_widths"])
+    assert values == ["[64, 8]", "null"]
 
 
 def rows(count: int) -> list[dict[str, Any]]:

@@ -129,11 +129,41 @@ def test_whatever_changes_a_result_changes_its_stage() -> None:
         {"drop_attention": [4]},
         {"drop_last_blocks": 3, "drop_block": 2},
         {"drop_mlp": 4, "width_reduction": 0.5},
+        {"layer_widths": [64, 64]},
+        {"layer_widths": [64, 64, 64, 60]},
+        {"drop_mlp": 1, "layer_widths": [64, 64, 64, 0]},
     ],
 )
 def test_schedules_that_cannot_be_built_are_named(schedule: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"schedule .* of random:llama: "):
         dry_run(small_space(schedules=[schedule]))
+
+
+def test_widths_of_layers_are_counted_and_constrained_before_anything_runs() -> None:
+    schedules = [
+        {"layer_widths": "128,64,8,32", "width_method": method} for method in ("magnitude", "random")
+    ]
+    preview = dry_run(small_space(schedules=[*schedules, {"width_reduction": 0.5, "width_method": "random"}]))
+    full, first, second, even = preview.trials
+    assert (first.schedule, second.schedule) == ("w[128,64,8,32]",) * 2
+    assert full.parameters - first.parameters == 3 * 64 * (512 - 128 - 64 - 8 - 32)
+    assert first.parameters == second.parameters < even.parameters
+    assert first.flops_per_document < even.flops_per_document
+    assert "neurons" in second.shared_stages + second.new_stages
+    grid = {"sampler": "grid", "parameters": {"layer_widths": [[], [128, 64, 8, 32], [128, 128, 128, 8]]}}
+    bound = f"parameters <= {first.parameters}"
+    kept = dry_run(small_space(**grid, constraints=[bound]))
+    assert [trial.schedule for trial in kept.trials] == ["full", "w[128,64,8,32]"] and kept.excluded == 1
+
+
+def test_widths_of_layers_change_the_pruned_model_alone() -> None:
+    """Neurons are ranked once for all widths; schedules without widths keep their stages."""
+    space = small_space()
+    share = stages(space, width_reduction=0.5)
+    first, second = (stages(space, layer_widths=each) for each in ("128,64,8,32", "128,64,32,8"))
+    assert first["neurons"] == second["neurons"] == share["neurons"]
+    assert len({first["pruned"], second["pruned"], share["pruned"]}) == 3
+    assert share["pruned"].endswith("a2d3f336e72226c7")
 
 
 def test_what_a_compressed_backbone_lost_already_is_not_lost_again(tmp_path: Path) -> None:

@@ -97,6 +97,10 @@ def test_what_is_gone_is_not_dropped_again_and_one_block_stays() -> None:
             },
             Schedule(drop_block=2, width_reduction=0.5, importance="pooled", width_method="magnitude"),
         ),
+        (
+            {"schedules": [{"layer_widths": [128, 32, 64, 128], "width_method": "taylor", "recover": True}]},
+            Schedule(width_reduction=0.75, importance="pooled", width_method="taylor"),
+        ),
     ],
 )
 def test_the_smallest_network_removes_the_most_of_each(changes: dict[str, Any], expected: Schedule) -> None:

@@ -61,6 +61,25 @@ def test_of_a_model_as_deep_the_same_layers_go(earlier: str) -> None:
     assert {"drop_mlp": 0, "drop_block": "0,1", "recover": False} in begin(space)
 
 
+def test_widths_of_layers_are_those_of_models_as_deep(tmp_path: Path) -> None:
+    """What is narrower by no known share says nothing of a share, and of another depth nothing of widths."""
+    known = row(
+        small_space().trial(Candidate(layer_widths="64,64,8,8", drop_attention=2)), 0.8, parameters=80
+    )
+    store.append(tmp_path / "earlier", [known.model_copy(update={"blocks": 4})])
+    priors = [str(tmp_path / "earlier")]
+
+    def begun(**axes: object) -> list[dict[str, object]]:
+        return begin(small_space(parameters={"drop_attention": [0, 1, 2], **axes}, trials=8, priors=priors))
+
+    widths = ["", "64,64,8,8", "64,64,64,64"]
+    assert begun(layer_widths=widths) == [{"drop_attention": 2, "layer_widths": "64,64,8,8"}]
+    assert begun(layer_widths=widths[::2]) == [{"drop_attention": 2}]
+    assert begun(width_reduction=[0.0, 0.5]) == [{"drop_attention": 2}]
+    store.append(tmp_path / "earlier", [known.model_copy(update={"blocks": 8, "study": "another"})])
+    assert {"drop_attention": 1} in begun(layer_widths=widths)
+
+
 def test_the_papers_table_is_known() -> None:
     axes = {"drop_mlp": {"low": 0, "high": 4}, "width_reduction": [0.0, 0.25], "recover": [True]}
     space = small_space(parameters=axes, trials=40, priors=["published"], recovery={"steps": 2})

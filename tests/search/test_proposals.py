@@ -393,6 +393,18 @@ def test_the_dimension_is_an_axis_in_which_0_is_all_of_them(tmp_path: Path) -> N
     assert sorted(params) == [0, 16, 16, 32, 32] and again.complete
 
 
+def test_widths_of_layers_are_an_axis_in_which_an_empty_list_is_none(tmp_path: Path) -> None:
+    parameters = {"layer_widths": [[], [64, 64, 8, 8], [64, 64, 64, 64]], "drop_mlp": [0, 1]}
+    space = small_space(parameters=parameters, trials=6)
+    study = proposals(space, tmp_path)
+    dev = [request.config.name for request in finish(study) if request.split == "dev"]
+    assert sorted(dev) == ["1M", "full", "w[64x2,8x2]", "w[64x4]"], "which of 1M is 0 wide, no list says"
+    (tmp_path / "other").mkdir()
+    again = proposals(space, tmp_path / "other", study.rows.values())
+    params = [trial.params["layer_widths"] for trial in again.study.get_trials()]
+    assert sorted(params) == ["", "", "64,64,64,64", "64,64,8,8"]
+
+
 def test_what_a_model_is_served_in_is_an_axis(tmp_path: Path) -> None:
     """A study that goes on knows which of its rows it had proposed with which."""
     space = small_space(parameters={"precision": ["auto", "int8"], "drop_mlp": [0, 1]}, trials=3)

@@ -19,7 +19,9 @@ from effir_ray.compression.schedule import Schedule
 from effir_ray.data.datasets import load_dataset
 from effir_ray.data.pairs import Pair, write_pairs
 from effir_ray.errors import TrialFailure
+from effir_ray.models.accounting import count_parameters
 from effir_ray.models.checkpoint import save_checkpoint
+from effir_ray.models.loading import load_config
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search import measurement_stages, model_stages, trial_stages
@@ -284,8 +286,12 @@ def test_training_and_encoding_go_on_in_the_folder_an_interrupted_run_left(
 @pytest.mark.parametrize("from_folder", [True, False])
 @pytest.mark.parametrize(
     "schedule",
-    [{"drop_mlp": 1, "drop_attention": 1, "width_reduction": 0.25}, {"drop_block": 1}],
-    ids=["parts", "blocks"],
+    [
+        {"drop_mlp": 1, "drop_attention": 1, "width_reduction": 0.25},
+        {"drop_attention": 1, "drop_mlp": (2,), "layer_widths": (64, 128, 0, 8)},
+        {"drop_block": 1},
+    ],
+    ids=["parts", "widths", "blocks"],
 )
 def test_a_trial_prunes_as_compress_does(
     tmp_path: Path, schedule: dict[str, Any], from_folder: bool, stored: str
@@ -304,6 +310,9 @@ def test_a_trial_prunes_as_compress_does(
     pruned = runner.make(keyed["pruned"])
     made = compress(backbone, config.schedule, tmp_path / "small", calibration=config.calibration)
     assert read_plan(pruned) == made.plan
+    full = load_config(backbone)
+    size = count_parameters(full, expected_plan(config, {backbone: full}))
+    assert made.parameters == size, "what a dry run says"
     weights = [
         (place / "model.safetensors").read_bytes() for place in (pruned / CHECKPOINT, tmp_path / "small")
     ]

@@ -37,7 +37,7 @@ greedy (one set a size) from 23 layers on."""
 @dataclass(frozen=True, kw_only=True)
 class Sums:
     """What one batch adds. totals: (3, layers) float64, rows in the order of UNITS (``set_distances``:
-    (sets,)); weight: what the sum of all totals is divided by in the end.
+    (sets,), ``replacements``: (options,)); weight: what the sum of all totals is divided by in the end.
     """
 
     totals: np.ndarray
@@ -87,11 +87,11 @@ def measure_importance(
 
     if criterion == "dev-loss":
         pair_batches = make_pair_batches(retriever, pairs, max_length=max_length)
-        return _result(criterion, _mean(partial(loss_increases, retriever), pair_batches))
+        return _result(criterion, mean_over(partial(loss_increases, retriever), pair_batches))
     if not texts:
         raise InputError(f"importance by '{criterion}' needs calibration texts; found none")
     if criterion == "cosine":
-        return _result(criterion, _mean(partial(token_angles, retriever), documents(texts)))
+        return _result(criterion, mean_over(partial(token_angles, retriever), documents(texts)))
     best = {unit: _best_sets(retriever, all_texts, unit, budget) for unit in UNITS if unit in units}
     scores = np.zeros((len(UNITS), len(retriever.family.layers(retriever.model))))
     for unit, sets in best.items():
@@ -106,7 +106,7 @@ def _best_sets(
     count of a schedule is that of the whole backbone."""
 
     def evaluate(sets: list[tuple[int, ...]]) -> np.ndarray:
-        return _mean(partial(set_distances, retriever, unit=unit, sets=sets), batches())
+        return mean_over(partial(set_distances, retriever, unit=unit, sets=sets), batches())
 
     present = sublayers(retriever, unit)
     gone = set(range(len(retriever.family.layers(retriever.model)))) - set(present)
@@ -121,13 +121,15 @@ def _kept_share(retriever: Retriever, unit: Unit, best: Sequence[tuple[int, ...]
     return scores
 
 
-def _mean(measure: Callable[[B], Sums], batches: Iterable[B]) -> np.ndarray:
+def mean_over(
+    measure: Callable[[B], Sums], batches: Iterable[B], title: str = "Scoring sublayers"
+) -> np.ndarray:
     """Mean of what ``measure`` sums over batches, float64.
 
     Raises InputError when there was nothing to measure, TrialFailure when a score is not finite.
     """
     parts = []
-    with progress("Scoring sublayers", unit="batches") as bar:
+    with progress(title, unit="batches") as bar:
         for batch in batches:
             parts.append(measure(batch))
             bar.advance()
@@ -209,15 +211,19 @@ def set_distances(
             inputs[index] = before
 
     with retriever.family.watch(retriever.model, keep):
-        full = embed(retriever, batch).float()
+        full = embed(retriever, batch)
     distances = []
     for layers in sets:
         start = min(layers)
         dropped = [(unit, layer) for layer in layers]
         with masked(retriever, dropped), resumed(retriever, start, inputs[start]):
-            vectors = embed(retriever, batch).float()
-        distances.append((1.0 - cosine_similarity(full, vectors, dim=-1)).double().sum().item())
+            distances.append(distance(full, embed(retriever, batch)))
     return Sums(totals=np.array(distances), weight=len(batch))
+
+
+def distance(full: Tensor, vectors: Tensor) -> float:
+    """Sum over texts of 1 - cos; (texts, hidden) both."""
+    return (1.0 - cosine_similarity(full.float(), vectors.float(), dim=-1)).double().sum().item()
 
 
 def best_sets(
