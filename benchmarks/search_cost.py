@@ -27,6 +27,7 @@ from scipy.stats import kendalltau
 from effir_ray.cluster.connection import connect
 from effir_ray.cluster.devices import machine
 from effir_ray.files import write_whole
+from effir_ray.hardware import Hardware
 from effir_ray.results import store
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.candidates import Candidate
@@ -35,6 +36,7 @@ from effir_ray.search.elastic import ElasticTraining
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.halving import Halving
 from effir_ray.search.proposals import Proposals
+from effir_ray.search.shapes import solver
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.trial import run_trial, sources_of
 from effir_ray.search.trial_stages import trial_stages
@@ -43,7 +45,9 @@ from effir_ray.training.config import STATE
 from effir_ray.training.run.history import HISTORY, read_history
 
 DEPTH_AND_WIDTH = tuple(itertools.product(range(4), range(3), (0.0, 0.25, 0.5, 0.75)))
-ELASTIC = ((36, 18, 5), (54, 54, 9))  # steps of all together, steps of each, of how many one goes on
+ELASTIC = ((36, 18, 5, 0), (36, 18, 5, 12))
+"""Steps of all together, steps of each, of how many one goes on, and for how many budgets a solver finds
+shapes."""
 DRAWS = 200  # of random search
 
 
@@ -92,48 +96,55 @@ def measure(space: SearchSpace, out: Path) -> None:
     stages, here = StageStore(out / STAGES_FOLDER), machine()
     schedules = [space.rungs(space.trial(candidate)) for candidate in (Candidate(), *space.schedules)]
 
-    def run(config: TrialConfig, steps_before: int, place: str) -> None:
-        """One part that is not known yet."""
-        if config.id in rows and config.id in costs:
-            return
-        (rows[config.id],) = run_trial(config, stages, study=space.name, out=out, here=here)
-        store.append(out, [rows[config.id]])
-        costs[config.id] = cost_of(config, rows[config.id], stages, steps_before)
-        write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
-        score, cost = rows[config.id].ndcg_at_10 or 0.0, costs[config.id]
-        print(f"{place} {config.name}: nDCG@10 {score:.4f}, {cost}", flush=True)
+    def run(config: TrialConfig, study: str, place: str) -> TrialRow:
+        """One part that has no row yet."""
+        (row,) = run_trial(config, stages, study=study, out=out, here=here)
+        rows[config.id] = row
+        store.append(out, [row])
+        print(f"{place} {config.name}: nDCG@10 {row.ndcg_at_10 or 0.0:.4f}", flush=True)
+        return row
 
-    full, *grown = schedules
-    run(full[0], 0, "full")
-    cut: dict[str, TrialConfig] = {}
+    def pay(name: str, cost: Mapping[str, float]) -> None:
+        costs[name] = cost
+        write_whole(out / "costs.json", json.dumps(costs, indent=1) + "\n")
+
+    (full,), *grown = schedules
+    if full.id not in rows:
+        run(full, space.name, "full")
     for variant in ELASTIC:
         own = elastic(space, *variant)
         with tempfile.TemporaryDirectory() as folder:
-            study = Proposals(own, Path(folder), [rows[full[0].id]], load_backbones(own))
+            backbones, sources = load_backbones(own), {own.backbone: sources_of(own, here)}
+            solve, asked = solver(own, backbones, stages, sources), []
+            study = Proposals(own, Path(folder), [rows[full.id]], backbones, solve)
             while (request := study.next()) is not None and request.split == "dev":
-                parts = own.rungs(request.config)
-                stops = [0, *(part.recovery.stop_after or 0 for part in parts if part.recovery is not None)]
-                run(request.config, stops[parts.index(request.config)], f"elastic {variant}")
-                cut[request.config.id] = request.config
-                study.finished(rows[request.config.id])
-    for config in cut.values():
-        free(config, stages)
+                asked.append(request.config)
+                row = rows.get(request.config.id)
+                study.finished(row or run(request.config, own.name, own.name))
+        if own.name not in costs:
+            pay(own.name, cost_of_study(asked, full, stages, here))
+    for variant in ELASTIC:
+        for row in [row for row in rows.values() if row.study == elastic(space, *variant).name]:
+            free(TrialConfig.of(row), stages)
     for number, parts in enumerate(grown, start=1):
         steps_before = 0
         for config in parts:
-            run(config, steps_before, f"{number}/{len(grown)}")
+            if config.id not in rows or config.id not in costs:
+                row = run(config, space.name, f"{number}/{len(grown)}")
+                pay(config.id, cost_of(config, row, stages, steps_before))
             steps_before = config.recovery.stop_after or 0 if config.recovery is not None else 0
         for config in parts:
             free(config, stages)
 
 
-def elastic(space: SearchSpace, together: int, alone: int, factor: int) -> SearchSpace:
+def elastic(space: SearchSpace, together: int, alone: int, factor: int, shapes: int) -> SearchSpace:
     """The same study with one training of all sub-networks, of which one in ``factor`` then trains on."""
     assert space.recovery is not None
     return space.model_copy(
         update={
+            "name": f"{space.name}-elastic-{together}-{alone}-{factor}-{shapes}",
             "strategy": "elastic",
-            "elastic": ElasticTraining(steps=together),
+            "elastic": ElasticTraining(steps=together, shapes=shapes),
             "halving": Halving(factor=factor, rungs=2),
             "recovery": space.recovery.model_copy(update={"steps": alone}),
         }
@@ -151,7 +162,7 @@ def free(config: TrialConfig, stages: StageStore) -> None:
 def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore, steps_before: int) -> dict[str, float]:
     """Seconds of what this part did, without the ``steps_before`` that a shorter one had done."""
     assert row.device_seconds is not None
-    if config.recovery is None or config.recovery.stop_after == 0:
+    if config.recovery is None:
         return {"start": 0.0, "steps": 0.0, "rest": round(row.device_seconds, 2)}
     keyed = trial_stages(config, sources_of(config), "dev")
     place = next(stage for stage in keyed if stage.name == "recovered").path(stages)
@@ -162,6 +173,26 @@ def cost_of(config: TrialConfig, row: TrialRow, stages: StageStore, steps_before
         "steps": round(steps, 2),
         "rest": round(row.device_seconds - whole * config.recovery.most_workers, 2),
     }
+
+
+def cost_of_study(
+    trials: Sequence[TrialConfig], full: TrialConfig, stages: StageStore, here: Hardware
+) -> dict[str, float]:
+    """Of every stage of ``trials`` once, whoever built it, but those of the full model."""
+    wanted = {
+        stage.key: stage for trial in trials for stage in trial_stages(trial, sources_of(trial, here), "dev")
+    }
+    for stage in trial_stages(full, sources_of(full, here), "dev"):
+        wanted.pop(stage.key, None)
+    cost = {"start": 0.0, "steps": 0.0, "rest": 0.0}
+    for stage in wanted.values():
+        place = stage.path(stages)
+        seconds = json.loads((place / "stage.json").read_text())["seconds"]
+        steps = sum(line["seconds"] for line in read_history(place / HISTORY))
+        trained = stage.name in ("elastic", "recovered")
+        cost["steps"] += steps
+        cost["start" if trained else "rest"] += seconds - steps
+    return {part: round(seconds, 2) for part, seconds in cost.items()}
 
 
 def known(out: Path) -> dict[str, TrialRow]:
@@ -253,14 +284,15 @@ def table(space: SearchSpace, rows: Mapping[str, TrialRow], costs: Costs) -> lis
             drawn.append((len(some), volume([*some, full], rows, wholes)))
         count, found = np.mean(drawn, axis=0)
         line("random, as dear", f"{count:.1f}", f"{count:.1f}", found, cost, "")
-    for together, each, factor in ELASTIC:
-        try:
-            ids = [i for i in found_by(elastic(space, together, each, factor), rows) if i != full]
-        except KeyError:
-            continue  # not measured yet
-        cost = sum(sum(costs[i].values()) for i in ids)
-        without = f"{(cost - sum(costs[i]['start'] for i in ids)) / (grid_cost - started):.2f}"
+    for together, each, factor, shapes in ELASTIC:
+        study = elastic(space, together, each, factor, shapes).name
+        if study not in costs:
+            continue
+        ids = [i for i, row in rows.items() if row.study == study]
+        cost = sum(costs[study].values())
+        without = f"{(cost - costs[study]['start']) / (grid_cost - started):.2f}"
         name = f"elastic, {together} steps, 1 in {factor} does {each} more"
+        name += f", {shapes} budgets solved" if shapes else ""
         whole = sum(rows[i].schedule.endswith("+ft") for i in ids)
         line(name, len(ids), whole, volume([*ids, full], rows, wholes), cost, without)
     for place in range(len(schedules[0]) - 1):

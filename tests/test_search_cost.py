@@ -44,23 +44,29 @@ def test_strategies_pay_for_their_parts_and_find_what_early_scores_tell(early: f
 
 def test_an_elastic_study_pays_for_what_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """47 models without a training of their own, of which every fifth then trains 18 steps."""
-    monkeypatch.setattr(search_cost, "ELASTIC", ((36, 18, 5),))
-    space, own = search_cost.grid(0), search_cost.elastic(search_cost.grid(0), 36, 18, 5)
+    monkeypatch.setattr(search_cost, "ELASTIC", ((36, 18, 5, 0),))
+    space, own = search_cost.grid(0), search_cost.elastic(search_cost.grid(0), 36, 18, 5, 0)
     parts = [own.rungs(own.trial(candidate)) for candidate in own.schedules]
-    assert [[part.recovery and part.recovery.stop_after for part in each] for each in parts] == [
-        [0, None]
-    ] * 47
+    stops = [[part.recovery.stop_after for part in each if part.recovery] for each in parts]
+    assert stops == [[0, None]] * 47
     schedules = [space.rungs(space.trial(candidate)) for candidate in (Candidate(), *space.schedules)]
     rows = {
         part.id: row(part, quality(part, early=0.9), parameters=int(1e6 * quality(part, early=1.0)))
-        for rungs in (*schedules, *parts)
+        for rungs in schedules
         for part in rungs
     }
-    costs = {trial: {"start": 10.0, "steps": 10.0, "rest": 5.0} for trial in rows}
+    for part in (*(each[0] for each in parts), parts[0][1]):
+        made = row(part, 0.5, parameters=1)
+        rows[part.id] = made.model_copy(update={"study": own.name})
+    each = {"start": 10.0, "steps": 10.0, "rest": 5.0}
+    costs = dict.fromkeys(rows, each) | {own.name: {"start": 30.0, "steps": 300.0, "rest": 100.0}}
     lines = [[cell.strip() for cell in line.split("|")] for line in search_cost.table(space, rows, costs)]
     (elastic,) = (line for line in lines if len(line) > 3 and line[2].startswith("elastic"))
-    assert elastic[2:5] == ["elastic, 36 steps, 1 in 5 does 18 more", str(47 + 10), "10"]
-    assert elastic[6] == f"{57 * 25 / (47 * 45):.2f}"
+    assert elastic[2:5] == ["elastic, 36 steps, 1 in 5 does 18 more", "48", "1"]
+    assert elastic[6:8] == [f"{430 / (47 * 45):.2f}", f"{400 / (47 * 35):.2f}"]
+    assert float(elastic[5]) > 0, "the smallest of all"
+    del costs[own.name]
+    assert not [line for line in search_cost.table(space, rows, costs) if "elastic" in line]
 
 
 def test_the_area_is_that_of_the_steps() -> None:

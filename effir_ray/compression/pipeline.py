@@ -7,7 +7,7 @@ stay as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from effir_ray import hardware
 from effir_ray.compression import calibration as drawing
+from effir_ray.compression.budget import Replacements, layer_options
 from effir_ray.compression.depth.importance import measure_importance
 from effir_ray.compression.dimension import MOST_TEXTS as MOST_EMBEDDED
 from effir_ray.compression.dimension import embedding_axes, shorten
@@ -32,6 +33,7 @@ from effir_ray.compression.planning import (
     with_vocabulary,
     within,
 )
+from effir_ray.compression.replacements import measure_replacements
 from effir_ray.compression.schedule import CALIBRATION, UNITS, Calibration, Schedule, Unit
 from effir_ray.compression.sparsity.methods import parse_pattern
 from effir_ray.compression.sparsity.sparsify import SparsityMethod, sparsify
@@ -62,6 +64,10 @@ from effir_ray.models.retriever import Retriever, load_retriever
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+"""Shares of its neurons that a layer may keep of those it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +221,26 @@ def neuron_scores(
         steps=gates.steps,
         batch_size=gates.batch_size,
         seed=calibration.seed,
+        max_length=calibration.max_length,
+    )
+
+
+def narrowing_losses(
+    retriever: Retriever,
+    plan: Plan,
+    scores: Mapping[int, NDArray[np.floating]],
+    calibration: Calibration,
+) -> Replacements:
+    """What single layers lose if they are narrower besides the depth ``plan``, by the neurons' ``scores``, on
+    the calibration's texts."""
+    examples = _examples(calibration)
+    return measure_replacements(
+        retriever,
+        [example.positives[0] for example in examples],
+        layer_options(retriever.model.config, plan, WIDTHS, attention=False),
+        scores,
+        plan=plan,
+        queries=[example.query for example in examples],
         max_length=calibration.max_length,
     )
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from effir_ray.compression.planning import ImportanceScores, make_plan, within
 from effir_ray.compression.schedule import Drop, Schedule
-from effir_ray.config import Config
+from effir_ray.config import Config, says_nothing
 from effir_ray.models.plan import Plan
 from effir_ray.search.candidates import Axis, Candidate, Parameters
 from effir_ray.training.step.ladder import Ladder, Rung
@@ -27,17 +27,20 @@ _LEVELS = 3
 
 class ElasticTraining(Config):
     """``steps`` of the training of all sub-networks together; None: as many as ``recovery`` has. The rest of
-    its settings is ``recovery``'s."""
+    its settings is ``recovery``'s. ``shapes``: for how many budgets of parameters a solver adds the schedule
+    of best widths, layer by layer; 0 measures no layers."""
 
     steps: int | None = Field(default=None, ge=1, le=10**9)
+    shapes: int = Field(default=0, ge=0, le=1000)
 
 
 class Elastic(Config):
     """Whose weights a trial begins with: a model that was trained for ``steps`` on the networks between the
-    full one and the ``smallest``."""
+    full one and the ``smallest``. ``shapes``: whether it measures what a solver finds shapes by."""
 
     steps: int
     smallest: Schedule
+    shapes: bool = Field(default=False, exclude_if=says_nothing)
 
 
 def smallest(listed: Iterable[Candidate], sampled: Parameters) -> Schedule:

@@ -25,6 +25,7 @@ from effir_ray.compression.pipeline import (
     depth_plan,
     importance_scores,
     load_to_measure,
+    narrowing_losses,
     neuron_scores,
     principal_axes,
 )
@@ -50,6 +51,8 @@ IMPORTANCE = "importance.json"
 NEURONS = "neurons.npz"
 TOKENS = "tokens.npy"
 AXES = "axes.npy"
+
+SHAPES = "losses.json"
 
 _PREPARED = "prepared"  # the model that an elastic training begins with, while it runs
 
@@ -215,8 +218,8 @@ def _calibrations(config: TrialConfig) -> list[Calibration]:
 def prune(task: StageTask) -> None:
     plan = _depth_plan(task)
     if ranked := _neurons(task):
-        if task.config.elastic is not None:  # the model's neurons have been sorted
-            ranked = {layer: np.sort(scores)[::-1] for layer, scores in ranked.items()}
+        if task.config.elastic is not None:
+            ranked = _sorted(ranked)
         with _only_this_trial():
             plan = narrow_plan(plan, task.config.schedule, ranked)
     model = cut(task.parent("model") / CHECKPOINT, plan)
@@ -243,6 +246,18 @@ def _importance(task: StageTask) -> ImportanceScores | None:
     if "importance" not in task.parents:
         return None
     return ImportanceScores.model_validate_json((task.parent("importance") / IMPORTANCE).read_text())
+
+
+def measure_shapes(task: StageTask) -> None:
+    """What the elastic model loses, at this trial's depth, if single layers are narrower too."""
+    model, plan = load_to_measure(task.parent("model") / CHECKPOINT), _depth_plan(task)
+    losses = narrowing_losses(model, plan, _sorted(_neurons(task)), task.config.calibration)
+    (task.out / SHAPES).write_text(losses.model_dump_json())
+
+
+def _sorted(scores: dict[int, NDArray[np.floating]]) -> dict[int, NDArray[np.floating]]:
+    """Of an elastic model, whose neurons were sorted by ``scores``."""
+    return {layer: np.sort(values)[::-1] for layer, values in scores.items()}
 
 
 def _neurons(task: StageTask) -> dict[int, NDArray[np.floating]]:

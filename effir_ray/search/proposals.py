@@ -30,6 +30,7 @@ from effir_ray.search.dry_run import Backbones, allowed_candidates, depths, expe
 from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.priors import suggestions
+from effir_ray.search.shapes import Solver
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Split
 
@@ -58,7 +59,15 @@ Parts = tuple[tuple[str, TrialConfig], ...]
 class Proposals:
     """``next()`` until it gives no more requests; ``finished()`` for every row that comes back."""
 
-    def __init__(self, space: SearchSpace, out: Path, rows: Sequence[TrialRow], backbones: Backbones) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        out: Path,
+        rows: Sequence[TrialRow],
+        backbones: Backbones,
+        solve: Solver | None = None,
+    ) -> None:
+        """``solve``: what adds shapes to an elastic study, where it asks for some."""
         self.space, self.out, self.backbones = space, out.resolve(), backbones
         self.rows: dict[tuple[str, str], TrialRow] = {}  # with the seed of the search; by trial id and split
         self.repeated: dict[tuple[str, str], TrialRow] = {}  # with the others
@@ -75,6 +84,7 @@ class Proposals:
         self.parts: dict[str, Parts] = {}  # trial id of its first part -> all parts of a trial of this study
         for config in self.listed:
             self.parts[config.id] = self._parts(config)
+        self.solve = solve if space.strategy == "elastic" and space.elastic.shapes else None
         self.started = time.monotonic()
         self.asked: dict[str, int] = {}  # trial id -> Optuna's number of it, while it waits for values
         self.spent = False  # no combination is left to try: fewer than ``trials`` will be sampled
@@ -114,7 +124,7 @@ class Proposals:
     @property
     def planned(self) -> int:
         """Dev trials of the whole study, each part of one that is done in parts."""
-        return len(self.parts) + self._lacking + sum(self._further())
+        return len(self.parts) + self._lacking + self._unsolved + sum(self._further())
 
     def done(self, split: Split) -> int:
         return sum(1 for _, place in list(self.rows) if place == split)
@@ -134,7 +144,8 @@ class Proposals:
         if self.stopped:
             known, unknown = self._under_way, 0
         else:
-            known, unknown = self.unfinished(), self._lacking + sum(self._further(decided=False))
+            known = self.unfinished()
+            unknown = self._lacking + self._unsolved + sum(self._further(decided=False))
         if known or unknown:
             return known, unknown, None
         left = list(self._left())
@@ -169,6 +180,11 @@ class Proposals:
         return 0 if self.spent else max(0, self.space.trials - len(self.sampled))
 
     @property
+    def _unsolved(self) -> int:
+        """How many shapes the solver may still add."""
+        return self.space.elastic.shapes if self.solve is not None else 0
+
+    @property
     def complete(self) -> bool:
         """Whether the study has all its rows, or all that its budget allows."""
         known = self._all_known or bool(self.stopped)
@@ -178,7 +194,7 @@ class Proposals:
     def _all_known(self) -> bool:
         """Whether every dev trial has a row or is under way."""
         entered = all(self._known(config) for config in self.listed) and not self._lacking
-        return entered and not self.promoted and not self._due()
+        return entered and self.solve is None and not self.promoted and not self._due()
 
     @property
     def exhausted(self) -> bool:
@@ -291,9 +307,24 @@ class Proposals:
                 return config
         if self._lacking and (sample := self._next_sample()) is not None:
             return sample
+        if self.solve is not None and not self._under_way:
+            self._add_shapes(self.solve)
+            return self._next_dev()
         if not self.promoted and not self._under_way:
             self.promoted.extend(self._due())
         return self.promoted.popleft() if self.promoted else None
+
+    def _add_shapes(self, solve: Solver) -> None:
+        """List what the solver finds, once all others have begun."""
+        self.solve = None
+        begun = [parts[0] for parts in list(self.parts.values())]
+        rows = [(config, self.rows.get((part, "dev"))) for part, config in begun]
+        for candidate in solve([config for config, row in rows if row is not None and row.status == "ok"]):
+            config = self._entry(self.space.trial(candidate))
+            if self._possible(config):
+                self.parts.setdefault(config.id, self._parts(config))
+                if not self._known(config):
+                    self.listed.append(config)
 
     @property
     def _rungs(self) -> int:
@@ -316,7 +347,8 @@ class Proposals:
         """How many trials train on from each rung, or are expected to; without the ``decided`` ones only
         those of rungs that are still open."""
         several = [parts for parts in list(self.parts.values()) if len(parts) > 1]
-        counts, pool = [], len(several) + (self._lacking if self.space.strategy != "independent" else 0)
+        lacking = self._lacking + self._unsolved if self.space.strategy != "independent" else 0
+        counts, pool = [], len(several) + lacking
         waiting = {config.id for config in list(self.promoted)}
         for rung in range(1, self._rungs):
             ids = [parts[rung][0] for parts in several if rung < len(parts)]

@@ -472,6 +472,10 @@ class SearchSpace(StudySettings):
                 "strategy elastic trains what is left of a model; no schedule that recovers drops or narrows "
                 "anything"
             )
+        if self.strategy == "elastic" and self.elastic.shapes and not self._smallest.narrows:
+            raise ValueError(
+                "elastic.shapes are of other widths, and no schedule that recovers narrows anything"
+            )
         return self
 
     @property
@@ -563,7 +567,11 @@ class SearchSpace(StudySettings):
         if self.strategy != "elastic" or recovery is None or not removes(schedule):
             return None
         assert recovery.steps is not None  # see ``_halves_steps``
-        return Elastic(steps=self.elastic.steps or recovery.steps, smallest=self._smallest)
+        return Elastic(
+            steps=self.elastic.steps or recovery.steps,
+            smallest=self._smallest,
+            shapes=self.elastic.shapes > 0,
+        )
 
     @cached_property
     def _smallest(self) -> Schedule:

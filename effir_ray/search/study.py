@@ -52,6 +52,7 @@ from effir_ray.search.folder import (
 from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.optuna_study import STORAGE, readable, write_all_trials
 from effir_ray.search.proposals import Proposals, TrialRequest
+from effir_ray.search.shapes import solver
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
@@ -145,8 +146,9 @@ def _search(
     with exclusive(study) as held:
         remove_leftovers(study)
         backbones = load_backbones(space)
-        proposals = Proposals(space, folder, finished_rows(folder, space), backbones)
         stages = stages_of(study)
+        solve = solver(space, backbones, stages, sources)
+        proposals = Proposals(space, folder, finished_rows(folder, space), backbones, solve)
         collector = Collector(proposals, stages, sources)
         collector.collect()  # what a killed run had no time for
         estimate = TimeEstimate(stages, backbones, sources)

@@ -1,6 +1,6 @@
 """The stages of a trial, each declared once: a new one is a declaration here, and a function that builds it.
 
-    backbone -> base -> importance -> neurons, tokens, axes -> elastic -> pruned
+    backbone -> base -> importance -> neurons, tokens, axes -> elastic -> pruned, shapes
     pruned -> recovered -> embeddings -> scores
           \\-> timing
     bm25, which needs no model
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from effir_ray.compression.dimension import MOST_TEXTS as MOST_EMBEDDED
+from effir_ray.compression.pipeline import WIDTHS
 from effir_ray.compression.planning import needs_scores
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.vocabulary import MOST_TEXTS
@@ -38,6 +39,7 @@ from effir_ray.search.model_stages import (
     make_backbone,
     mean_workers,
     measure_importance,
+    measure_shapes,
     prune,
     rank_neurons,
     train_elastic,
@@ -150,6 +152,19 @@ def _served(config: TrialConfig) -> dict[str, Any]:
 
 def _learns_from_base(config: TrialConfig) -> bool:
     return config.recovery is not None and config.recovery.distillation.teacher == STUDY_TEACHER
+
+
+def _finds_shapes(config: TrialConfig) -> bool:
+    """Of depth alone, and before it trains."""
+    begun = config.recovery is not None and config.recovery.stop_after == 0
+    schedule = config.schedule
+    wide = not (schedule.narrows or schedule.vocabulary or schedule.dimension)
+    return begun and wide and config.elastic is not None and config.elastic.shapes
+
+
+def _narrowed_tokens(config: TrialConfig) -> float:
+    """Each width of each layer, from there on: half of the model, of which there may be 32 blocks."""
+    return 0.5 * len(WIDTHS) * 32 * config.calibration_texts * _lengths(config)
 
 
 def _training_tokens(training: TrainConfig | None) -> float:
@@ -270,6 +285,22 @@ STAGES: tuple[Stage, ...] = (
             tokens=lambda config: NETWORKS * _training_tokens(elastic_training(config)),
             full_model=True,
         ),
+    ),
+    Stage(
+        name="shapes",
+        title="narrowing single layers",
+        build=measure_shapes,
+        inputs=lambda config, sources, split: {
+            **_importance_inputs(config, sources, split),
+            "depth": config.schedule.model_dump(mode="json", include=_DEPTH),
+            "widths": WIDTHS,
+        },
+        parents={"model": ("elastic",), "importance": ("importance",), "neurons": ("neurons",)},
+        needed=_finds_shapes,
+        on_device=_always,
+        computed_on="device",
+        columns=lambda task: {},  # an end: nothing of the trial is made of it
+        cost=Cost(tokens=_narrowed_tokens),
     ),
     Stage(
         name="pruned",

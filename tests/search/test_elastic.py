@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from effir_ray.compression.planning import ImportanceScores
+from effir_ray.compression.budget import Replacements, layer_options, option_costs
+from effir_ray.compression.planning import ImportanceScores, make_plan, sized_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
+from effir_ray.models.accounting import count_block_parameters
 from effir_ray.models.plan import LayerPlan, Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.results import store
-from effir_ray.search.dry_run import dry_run, named_sources
+from effir_ray.search.candidates import Candidate
+from effir_ray.search.dry_run import dry_run, load_backbones, named_sources
 from effir_ray.search.elastic import networks, removes, smallest
 from effir_ray.search.model_stages import CHECKPOINT, read_plan
+from effir_ray.search.proposals import Proposals
+from effir_ray.search.shapes import best_shapes
 from effir_ray.search.space import SearchSpace, TrialConfig
 from effir_ray.search.study import search
 from effir_ray.search.trial_stages import trial_stages
@@ -25,7 +33,7 @@ from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import train
 from effir_ray.training.step.ladder import Rung, check_ladder
 from tests.helpers.search_examples import small_space
-from tests.search.test_halving import halving_space, names, proposals, run
+from tests.search.test_halving import SCHEDULES, halving_space, names, proposals, run
 
 SCORES = ImportanceScores(
     criterion="pooled",
@@ -139,6 +147,7 @@ def test_the_smallest_network_removes_the_most_of_each(changes: dict[str, Any], 
         ({"recovery": None, "schedules": []}, "no 'recovery'"),
         ({"elastic": {"steps": 0}}, "greater than or equal to 1"),
         ({"elastic": {"rungs": 3}}, "rungs"),
+        ({"elastic": {"shapes": 20}}, "elastic.shapes are of other widths"),
     ],
 )
 def test_what_cannot_be_trained_together_is_said(changes: dict[str, Any], message: str) -> None:
@@ -238,6 +247,63 @@ def test_a_dry_run_counts_one_training_of_four_networks_a_step() -> None:
     assert 4 < (long.work.flops - short.work.flops) / a_thousand < 6
 
 
+def test_what_a_solver_finds_is_scored_and_trained_on_like_the_rest(tmp_path: Path) -> None:
+    widths = {"layer_widths": [32, 64, 64, 64], "width_method": "taylor", "recover": True}
+    schedules = [*SCHEDULES, {"width_reduction": 0.5, "width_method": "taylor", "recover": True}]
+    space = elastic_space(schedules=schedules, elastic={"shapes": 4})
+    asked: list[list[str]] = []
+
+    def solve(trials: Sequence[TrialConfig]) -> list[Candidate]:
+        asked.append([trial.name for trial in trials])
+        impossible = {**widths, "layer_widths": [32, 64]}
+        return [Candidate(**widths), Candidate(**impossible), Candidate(drop_mlp=[0], recover=True)]
+
+    def study(rows: Any = ()) -> Proposals:
+        tmp_path.mkdir(exist_ok=True)
+        return Proposals(space, tmp_path, list(rows), load_backbones(space), solve)
+
+    first = study()
+    assert first.planned == 1 + 10 + 4 + 5 + 2
+    parts = names(run(first))
+    assert [len(names) for names in asked] == [11], "all that have been scored, once"
+    assert next(name for name in parts if "w[" in name) == "w[32,64x3]+el"
+    assert sum(name.endswith("+el") for name in parts) == 11 and first.complete
+    again = study(first.rows.values())
+    assert run(again) == [] and again.complete and len(asked) == 2
+    stopped = study([row for row in first.rows.values() if row.schedule.endswith("+el")])
+    assert sorted(names(run(stopped))) == sorted(name for name in parts if not name.endswith("+el"))
+
+
+def test_each_budget_takes_the_depth_and_widths_that_lose_least() -> None:
+    """A block less loses 0.3; narrowing a layer to half loses 0.1, 0.2, 0.3, 0.4, by its number."""
+    config = load_backbones(small_space())["random:llama"]
+    full = Plan.full(4)
+    fewer = Plan(layers=(*full.layers[:2], LayerPlan(attention=False, mlp=False), full.layers[3]))
+
+    def measured(plan: Plan, loss: float) -> Replacements:
+        options = layer_options(config, plan, (0.5,), attention=False)
+        losses = [(0.0, 0.1 * layer)[: len(own)] for layer, own in enumerate(options, start=1)]
+        return Replacements(plan=plan, loss=loss, options=options, losses=tuple(losses))
+
+    both = [measured(full, 0.0), measured(fewer, 0.3)]
+    found = best_shapes(config, both, 24, Schedule(width_method="taylor"))
+    everything = []
+    for each in both:
+        layers = zip(option_costs(config, each.options), each.losses, strict=True)
+        for chosen in itertools.product(*(list(zip(*layer, strict=True)) for layer in layers)):
+            everything.append((sum(cost for cost, _ in chosen), each.loss + sum(loss for _, loss in chosen)))
+    assert len(found) == len(set(found)) > 3
+    assert {bool(shape.drop_mlp) for shape in found} == {False, True}
+    for shape in found:
+        assert shape.width_method == "taylor"
+        plan = sized_plan(config, make_plan(shape, 4, None), shape)
+        loss = 0.3 * bool(shape.drop_mlp) + sum(
+            0.1 * layer for layer, size in enumerate(shape.layer_widths, start=1) if 0 < size < 128
+        )
+        cost = count_block_parameters(config, plan)
+        assert loss == pytest.approx(min(lost for other, lost in everything if other <= cost))
+
+
 def test_only_what_is_cut_counts() -> None:
     assert not removes(Schedule(vocabulary=9, dimension=3))
     assert all(
@@ -254,7 +320,7 @@ def test_an_elastic_study_cuts_its_models_from_the_one_it_trained(tmp_path: Path
             {"drop_mlp": 1, "importance": "pooled", "width_reduction": 0.5, "recover": True},
         ],
         strategy="elastic",
-        elastic={"steps": 6},
+        elastic={"steps": 6, "shapes": 3},
         halving={"factor": 2, "rungs": 2},
         objectives=["ndcg_at_10", "parameters"],
         keep="all",
@@ -264,8 +330,13 @@ def test_an_elastic_study_cuts_its_models_from_the_one_it_trained(tmp_path: Path
     result = search(space, out)
     rows = [row for row in store.read([out]).to_pylist() if row["split"] == "dev"]
     assert {row["status"] for row in rows} == {"ok"} and result.trials == len(rows)
+    shapes = [row for row in rows if "-w[" in row["schedule"] and row["schedule"].endswith("+el")]
+    assert 1 <= len(shapes) <= 3
     assert {"full", "1M+el", "1M-w50+el"} < {row["schedule"] for row in rows}
-    assert sum(row["schedule"].endswith("+el+ft") for row in rows) == 1
+    sizes = {row["schedule"]: row["parameters"] for row in rows}
+    assert all(row["parameters"] < sizes["1M+el"] for row in shapes), "depth as in 1M, narrower"
+    assert sum(row["schedule"].endswith("+el+ft") for row in rows) == math.ceil((2 + len(shapes)) / 2)
+    assert len(list(out.glob("stages/shapes/*"))) == 1, "where nothing is narrowed yet"
     (elastic,) = out.glob("stages/elastic/*")
     assert not (elastic / "prepared").exists()
     trained = load_retriever(elastic / CHECKPOINT)
@@ -284,7 +355,7 @@ def test_an_elastic_study_cuts_its_models_from_the_one_it_trained(tmp_path: Path
                 weight, cut = trained.family.down(whole).weight, model.family.down(mlp).weight
                 torch.testing.assert_close(cut, weight[:, : cut.shape[1]])
             assert (mlp is not None) == layer.mlp
-    assert len(plans) == 2 and plans[False] != plans[True]
+    assert set(plans) == {False, True}
     backbone = load_retriever("random:llama")
     assert not torch.equal(
         backbone.family.layers(backbone.model)[0].self_attn.q_proj.weight,
