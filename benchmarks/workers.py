@@ -37,7 +37,7 @@ def main() -> None:
                 run("encode", *words, "--out", str(out), "--shard-size", str(SHARD))
                 rates[workers].append(documents_a_second(out))
                 began = time.monotonic()
-                run("evaluate", *words)
+                run("evaluate", *words, "--out", str(out / "evaluated"))
                 seconds[workers].append(time.monotonic() - began)
                 print(
                     f"{workers} of one core: {rates[workers][-1]:7.1f} documents/s, "
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", help="BEIR folder with a test split")
     parser.add_argument("--model", default="minilm-l6")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     return parser.parse_args()
 
 
