@@ -63,6 +63,8 @@ def study_footprint(
         ]
     common = sum(full.parameters * full.stored for full in fulls.values())
     common += sum(full.parameters * _FLOAT for full, _ in based)
+    if space.strategy == "elastic":  # with its neurons sorted
+        common += sum(full.parameters * full.stored for full in fulls.values())
     kept = [_kept(config, size, every=space.keep == "all") for config, size in trials]
     kept += [max(kept)] * space.trials
     share = 1.0 if space.keep == "all" else _FRONT_SHARE

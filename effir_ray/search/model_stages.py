@@ -6,7 +6,6 @@ own. Ray is imported where it is used: a dry run reads the declarations, in ``tr
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -53,8 +52,6 @@ TOKENS = "tokens.npy"
 AXES = "axes.npy"
 
 SHAPES = "losses.json"
-
-_PREPARED = "prepared"  # the model that an elastic training begins with, while it runs
 
 _TRAININGS = {"base": "base_training", "elastic": "elastic", "recovered": "recovery"}
 """Stage -> field of its settings."""
@@ -110,19 +107,23 @@ def elastic_training(config: TrialConfig) -> TrainConfig:
     return config.recovery.model_copy(update={"steps": config.elastic.steps, "stop_after": None})
 
 
-def train_elastic(task: StageTask) -> None:
-    """The full model, trained as the networks between it and the smallest one at once, its neurons sorted."""
+def sort_neurons(task: StageTask) -> None:
+    """The full model with every MLP's neurons sorted: any width is then the first of them."""
     from effir_ray.training.step.elastic import prepare_elastic
 
-    elastic, model = task.config.elastic, task.parent("model")
-    assert elastic is not None
     with _only_this_trial():
-        ladder = networks(elastic.smallest, read_plan(model), _importance(task))
-        prepared = prepare_elastic(model / CHECKPOINT, _neurons(task), task.out / _PREPARED)
+        prepare_elastic(task.parent("model") / CHECKPOINT, _neurons(task), task.out / CHECKPOINT)
+    write_plan(task.out, read_plan(task.parent("model")))
+
+
+def train_elastic(task: StageTask) -> None:
+    """The full model, trained as the networks between it and the smallest one at once."""
+    elastic, plan = task.config.elastic, read_plan(task.parent("model"))
+    assert elastic is not None
+    ladder = networks(elastic.smallest, plan, _importance(task))
     training = elastic_training(task.config).model_copy(update={"elastic": ladder})
-    _train(task, prepared, training)
-    shutil.rmtree(prepared)
-    write_plan(task.out, read_plan(model))
+    _train(task, task.parent("model") / CHECKPOINT, training)
+    write_plan(task.out, plan)
 
 
 def mean_workers(choose: Callable[[TrialConfig], TrainConfig | None]) -> Callable[[StageTask], float]:

@@ -1,6 +1,6 @@
 """The stages of a trial, each declared once: a new one is a declaration here, and a function that builds it.
 
-    backbone -> base -> importance -> neurons, tokens, axes -> elastic -> pruned, shapes
+    backbone -> base -> importance -> neurons, tokens, axes -> sorted -> elastic -> pruned, shapes
     pruned -> recovered -> embeddings -> scores
           \\-> timing
     bm25, which needs no model
@@ -42,6 +42,7 @@ from effir_ray.search.model_stages import (
     measure_shapes,
     prune,
     rank_neurons,
+    sort_neurons,
     train_elastic,
 )
 from effir_ray.search.space import TrialConfig
@@ -268,11 +269,21 @@ STAGES: tuple[Stage, ...] = (
         cost=Cost(tokens=lambda config: 2.0 * MOST_EMBEDDED * config.document_max_length, full_model=True),
     ),
     Stage(
+        name="sorted",
+        title="sorting neurons",
+        build=sort_neurons,
+        inputs=lambda config, sources, split: {},
+        parents={"model": _FULL, "neurons": ("neurons",)},
+        needed=lambda config: config.elastic is not None and config.elastic.smallest.narrows,
+        shared=True,
+        bulk=CHECKPOINT,
+    ),
+    Stage(
         name="elastic",
         title="fine-tuning all sub-networks",
         build=train_elastic,
         inputs=_elastic_inputs,
-        parents={"model": _FULL, "importance": ("importance",), "neurons": ("neurons",), "teacher": _FULL},
+        parents={"model": ("sorted", *_FULL), "importance": ("importance",), "teacher": _FULL},
         asked=lambda config, role: role != "teacher" or _learns_from_base(config),
         needed=lambda config: config.elastic is not None,
         computed_on="device",

@@ -42,11 +42,10 @@ def prepare_elastic(
     """The model with every MLP's neurons sorted by importance, best first, as a checkpoint in ``out``.
 
     What it computes is unchanged; a prefix of its neurons now is the best sub-network of that width. Train
-    it with ``TrainConfig(elastic=ladder)``. Without scores, for a ladder of depth alone, they stay in place.
+    it with ``TrainConfig(elastic=ladder)``.
     """
     retriever = load_retriever(model, dtype="auto", first_blocks=first_blocks)
-    if neuron_scores:
-        sort_neurons(retriever, neuron_scores)
+    sort_neurons(retriever, neuron_scores)
     save_checkpoint(retriever, out)
     return out
 
