@@ -33,7 +33,7 @@ from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import train
 from effir_ray.training.step.ladder import Rung, check_ladder
 from tests.helpers.search_examples import small_space
-from tests.search.test_halving import SCHEDULES, halving_space, names, proposals, run
+from tests.helpers.studies_in_parts import SCHEDULES, halving_space, names, proposals, run
 
 SCORES = ImportanceScores(
     criterion="pooled",

@@ -374,7 +374,7 @@ def test_what_bits_depend_on_is_in_the_key_and_nothing_else(tmp_path: Path) -> N
     assert differing(machine="b") == {"timing"}
     assert differing(dtype="bfloat16") == set(keys()) - {"backbone", "bm25"}
     untrained = [stage for stage in trial_stages.STAGES if not stage.computed_on]
-    assert {stage.name for stage in untrained} == {"backbone", "tokens", "pruned", "bm25"}
+    assert {stage.name for stage in untrained} == {"backbone", "tokens", "sorted", "pruned", "bm25"}
 
 
 def test_a_failed_trial_keeps_nothing_alive() -> None:
