@@ -8,8 +8,8 @@ layers (``width_reduction``); with equal widths; and as the solver chooses by lo
 alone, widths and whole sublayers, or widths of what is left when ``pooled`` took fewer blocks. Everything is
 chosen on one half of ``--texts``; how far embeddings moved (1 - cos) is the mean over the other half. Scored
 on dev samples (this is a choice of method, so never on test) of SciFact and NFCorpus. One row a score in
-OUT/rows, and a table a width method in OUT. A run that was stopped measures losses anew, and goes on with the
-scores. Two cores: a quarter of an hour.
+OUT/rows, and a table a width method in OUT; losses lie in WORK, and a run that was stopped goes on. Two
+cores: a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Cut:
 class Chooser:
     """Everything that is measured on the texts ``seen`` of one model, once."""
 
-    def __init__(self, model: str, seen: list[Pair], width_method: WidthMethod) -> None:
-        self.model, self.seen, self.width_method = model, seen, width_method
+    def __init__(self, model: str, seen: list[Pair], width_method: WidthMethod, work: Path) -> None:
+        self.model, self.seen, self.width_method, self.work = model, seen, width_method, work
         retriever = self.load()
         self.config, self.full = retriever.model.config, retriever.plan
         self.texts = [example.positives[0] for example in seen]
@@ -98,18 +98,26 @@ class Chooser:
         )
         return next(blocks for blocks in found.best["block"] if len(blocks) == count)
 
-    @functools.cache  # noqa: B019
-    def losses(self, plan: Plan, whole_sublayers: bool) -> Replacements:
-        levels = (*EIGHTHS, 0.0) if whole_sublayers else EIGHTHS
-        return measure_replacements(
-            self.load(),
-            self.texts,
-            layer_options(self.config, plan, levels, attention=whole_sublayers),
-            self.scores(plan),
-            plan=plan,
-            queries=self.queries,
-            max_length=DOCUMENT_LENGTH,
-        )
+    def losses(self, plan: Plan, *, whole_sublayers: bool) -> Replacements:
+        """Of the full model every option is measured once; widths alone are some of them."""
+        everything = whole_sublayers or plan == self.full
+        levels = (*EIGHTHS, 0.0) if everything else EIGHTHS
+        options = layer_options(self.config, plan, levels, attention=everything)
+        settings = [self.model, self.width_method, digest(self.seen), plan.model_dump_json(), str(options)]
+        file = self.work / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}.json"
+        if not file.is_file():
+            measured = measure_replacements(
+                self.load(),
+                self.texts,
+                options,
+                self.scores(plan),
+                plan=plan,
+                queries=self.queries,
+                max_length=DOCUMENT_LENGTH,
+            )
+            file.write_text(measured.model_dump_json())
+        found = Replacements.model_validate_json(file.read_text())
+        return found if whole_sublayers else widths_alone(found)
 
     def depth(self, schedule: Schedule) -> Plan:
         return depth_plan(schedule, self.full, None)
@@ -121,7 +129,7 @@ class Chooser:
         return Cut(way=way, blocks=blocks, schedule=schedule, plan=plan, predicted=predicted)
 
     def solved(self, way: str, blocks: int, plan: Plan, *, whole_sublayers: bool = False) -> Cut:
-        measured = self.losses(plan, whole_sublayers)
+        measured = self.losses(plan, whole_sublayers=whole_sublayers)
         like = Schedule(width_method=self.width_method, width_multiple=MULTIPLE)
         (choice,) = choose_within(self.config, measured, [blocks / len(plan.layers)], like=like)
         return self.cut(f"solver: {way}", blocks, choice.loss, **choice.schedule.model_dump())
@@ -149,8 +157,32 @@ class Chooser:
         return found
 
 
+def widths_alone(measured: Replacements) -> Replacements:
+    """Without the options that drop what ``plan`` still has."""
+    layers = [
+        [
+            (option, loss)
+            for option, loss in zip(options, losses, strict=True)
+            if option.attention == kept.attention and (option.width > 0) == kept.mlp
+        ]
+        for options, losses, kept in zip(measured.options, measured.losses, measured.plan.layers, strict=True)
+    ]
+    return Replacements(
+        plan=measured.plan,
+        loss=measured.loss,
+        options=tuple(tuple(option for option, _ in layer) for layer in layers),
+        losses=tuple(tuple(loss for _, loss in layer) for layer in layers),
+    )
+
+
+def digest(examples: list[Pair]) -> str:
+    texts = json.dumps([[example.query, *example.positives] for example in examples])
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]
+
+
 def main() -> None:
     options = arguments()
+    options.work.mkdir(parents=True, exist_ok=True)
     examples = draw_examples(options.texts, 2 * options.calibration, 0)
     seen, others = examples[: options.calibration], examples[options.calibration :]
     sampled = [
@@ -160,7 +192,7 @@ def main() -> None:
         for name in SETS
     ]
     with show_progress():
-        chooser = Chooser(options.model, seen, options.width_method)
+        chooser = Chooser(options.model, seen, options.width_method, options.work)
         cuts = [
             Cut(way="full model", blocks=len(chooser.full.layers), schedule=Schedule(), plan=chooser.full)
         ]
@@ -179,25 +211,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="minilm-l6")
     parser.add_argument("--data", type=Path, required=True, help="folder of BEIR folders")
     parser.add_argument("--texts", required=True, help="what cuts are chosen on: files of texts, or a corpus")
-    parser.add_argument("--calibration", type=int, default=144, help="texts of each half")
+    parser.add_argument("--calibration", type=int, default=48, help="texts of each half")
     parser.add_argument("--width-method", default="taylor", help="one that needs no training")
     parser.add_argument("--blocks", nargs="+", type=int, default=[5, 4, 3], help="budgets, in whole blocks")
     parser.add_argument("--queries", type=int, default=75)
     parser.add_argument("--documents", type=int, default=500)
+    parser.add_argument("--work", type=Path, default=Path("runs/budget"))
     parser.add_argument("--out", type=Path, default=Path("results/budget"))
     return parser.parse_args()
 
 
 def settings(options: argparse.Namespace, cut: Cut, seen: list[Pair]) -> dict[str, Any]:
     """What determines the model."""
-    texts = json.dumps([[example.query, *example.positives] for example in seen])
     return {
         "benchmark": "budget",
         "backbone": options.model,
         "way": cut.way,
         "blocks": cut.blocks,
         "schedule": cut.schedule.model_dump(mode="json"),
-        "texts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "texts": digest(seen),
         "query_length": QUERY_LENGTH,
         "document_length": DOCUMENT_LENGTH,
     }
