@@ -285,7 +285,7 @@ def report(options: argparse.Namespace, cuts: list[Cut], moved: list[float], see
         values = [next(value for name, value in found.items() if name.startswith(each)) for each in SETS]
         cells = [f"{cut.blocks} blocks", cut.way]
         cells += [f"{100 * value:.1f}" for value in (*values, statistics.mean(values))]
-        cells += [f"{distance:.4f}", "" if cut.predicted is None else f"{cut.predicted:.4f}"]
+        cells += [f"{max(distance, 0.0):.4f}", "" if cut.predicted is None else f"{cut.predicted:.4f}"]
         lines.append(f"| {' | '.join([*cells, cut.schedule.name])} |")
     text = "\n".join(lines) + "\n"
     (options.out / f"{options.width_method}.md").write_text(text)

@@ -214,6 +214,27 @@ def test_the_table_of_shorter_embeddings_is_that_of_the_rows() -> None:
         assert [cell.strip().strip("*") for cell in written[title]] == cells, title
 
 
+def test_the_table_of_widths_is_that_of_the_rows() -> None:
+    lines = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8").splitlines()
+    section = lines[lines.index("## One width a layer") :]
+    written = {cells[1].strip(): cells[2:5] for line in section[:30] if len(cells := line.split("|")) == 6}
+    kept = [line.split("|") for line in (RESULTS / "budget" / "taylor.md").read_text().splitlines()]
+    moved = {(cells[2].strip(), cells[1].strip()): cells[6].strip() for cells in kept}
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows("budget"):
+        trial = json.loads(row["trial"])
+        found.setdefault((trial["way"], f"{trial['blocks']} blocks"), []).append(row["ndcg_at_10"])
+    assert (
+        f"The full model has {percent(statistics.mean(found.pop(('full model', '6 blocks'))))}."
+        in "".join(lines)
+    )
+    for (way, size), scores in found.items():
+        title = "whole blocks, by `pooled`" if way == "whole blocks" else way
+        cell = written[title][["5 blocks", "4 blocks", "3 blocks"].index(size)].strip()
+        assert cell == f"{percent(statistics.mean(scores))} ({float(moved[way, size]):.3f})", (way, size)
+        assert len(scores) == 2
+
+
 @pytest.mark.parametrize("folder", sorted(place.name for place in RESULTS.iterdir() if place.is_dir()))
 def test_every_committed_table_is_read_by_query(folder: str) -> None:
     place = RESULTS / folder
