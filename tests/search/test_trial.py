@@ -74,7 +74,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *stages: Stage) -> None:
 
 
 DECLARED = {stage.name: stage for stage in trial_stages.STAGES}
-WITHOUT_RAY = tuple(DECLARED[name] for name in ("backbone", "importance", "pruned", "timing"))
+WITHOUT_RAY = tuple(DECLARED[name] for name in ("backbone", "importance", "neurons", "pruned", "timing"))
 
 
 def fake_scores(task: StageTask) -> None:
@@ -355,7 +355,7 @@ def test_models_of_one_shape_have_one_speed(tmp_path: Path, monkeypatch: pytest.
     run(drop_mlp=(1,))
     run(drop_mlp=(1,), drop_attention=(1,))  # the shape of a block less
     assert speeds(tmp_path) == 3
-    run(drop_mlp=(2,), width_reduction=0.5, width_method="magnitude")
+    run(drop_mlp=(1,), width_reduction=0.5, width_method="magnitude")
     assert speeds(tmp_path) == 4
 
 
