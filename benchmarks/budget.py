@@ -86,7 +86,7 @@ class Chooser:
             apply_plan(self.load(), plan), self.width_method, self.seen, max_length=DOCUMENT_LENGTH
         )
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019  # there is one
     def worst_blocks(self, count: int) -> tuple[int, ...]:
         found = measure_importance(
             self.load(),

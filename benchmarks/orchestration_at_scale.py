@@ -27,9 +27,10 @@ from effir_ray.search.disk import Collector
 from effir_ray.search.dry_run import load_backbones
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.searcher import FILE, ROW, ScheduleSearcher
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import sources_of
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.stages import StageStore
 
 PARTS = ("propose", "write a row", "take it in", "delete", "estimate")

@@ -37,8 +37,9 @@ from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.halving import Halving
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.shapes import solver
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.trial import run_trial, sources_of
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import search_cost
 from effir_ray.search.candidates import Candidate
-from effir_ray.search.space import TrialConfig
+from effir_ray.search.trial_config import TrialConfig
 from tests.helpers.search_examples import row
 
 

@@ -148,6 +148,8 @@ def _show_preview(space: Path, as_json: bool) -> None:
     )
     stages = ", ".join(f"{name} x{count}" for name, count in preview.stages.items())
     say(f"{len(preview.trials)} schedules, {preview.sampled} more proposed by {preview.sampler}; {stages}")
+    if preview.shapes:
+        say(f"Up to {preview.shapes} more are shapes of unequal widths that a solver finds")
     if preview.priors:
         say(f"The sampler begins with {preview.priors} that were good elsewhere (priors)")
     if len(preview.rungs) > 1:
@@ -156,7 +158,7 @@ def _show_preview(space: Path, as_json: bool) -> None:
         parts = [f"1/{share}" for share in shares[1:]] + ["all"]
         further = ", ".join(f"{count} do {part}" for count, part in zip(on, parts, strict=True))
         if loaded.strategy == "elastic":
-            say(f"Elastic: {begin} models are cut from one training of all; of these {further} of their own")
+            say(f"Elastic: {begin} models are cut from one training of all; of their own steps {further}")
         else:
             say(f"Halving: {begin} trainings do 1/{shares[0]} of their steps; of these {further}")
     if preview.excluded:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -60,42 +60,32 @@ class Room:
 
 
 _reserves: ContextVar[bool | None] = ContextVar("effir_ray_reserves", default=None)
-
-
-@contextmanager
-def reserving(gpus: bool) -> Iterator[None]:
-    """Within it work goes to GPUs, or never does, whatever nodes are up: a study computes on one kind."""
-    token = _reserves.set(gpus)
-    try:
-        yield
-    finally:
-        _reserves.reset(token)
-
-
 _share: ContextVar[float] = ContextVar("effir_ray_share", default=1.0)
-
-
-@contextmanager
-def sharing(gpus: float) -> Iterator[None]:
-    """Within it what computes in one process reserves that share of a GPU, beside others."""
-    token = _share.set(gpus)
-    try:
-        yield
-    finally:
-        _share.reset(token)
-
-
 _avoid: ContextVar[Sequence[str]] = ContextVar("effir_ray_avoid", default=())
 
 
-@contextmanager
-def avoiding(nodes: Sequence[str]) -> Iterator[None]:
+def reserving(gpus: bool) -> AbstractContextManager[None]:
+    """Within it work goes to GPUs, or never does, whatever nodes are up: a study computes on one kind."""
+    return _within(_reserves, gpus)
+
+
+def sharing(gpus: float) -> AbstractContextManager[None]:
+    """Within it what computes in one process reserves that share of a GPU, beside others."""
+    return _within(_share, gpus)
+
+
+def avoiding(nodes: Sequence[str]) -> AbstractContextManager[None]:
     """Within it no GPU of ``nodes``, by their ids, is used."""
-    token = _avoid.set(nodes)
+    return _within(_avoid, nodes)
+
+
+@contextmanager
+def _within(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _avoid.reset(token)
+        variable.reset(token)
 
 
 def avoided(nodes: Sequence[str], kind: str) -> dict[str, str]:

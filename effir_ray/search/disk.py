@@ -12,8 +12,8 @@ from typing import Any
 
 from effir_ray.results.schema import TrialRow
 from effir_ray.search.proposals import Proposals
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import GONE, StageStore
 from effir_ray.training.config import STATE

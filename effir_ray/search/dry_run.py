@@ -26,8 +26,9 @@ from effir_ray.results.conditions import Condition
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.footprint import ModelSize, study_footprint
 from effir_ray.search.priors import suggestions
-from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import KeyedStage, Sources
+from effir_ray.search.trial_config import StudySettings, TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.search.work import Work, study_work
 from effir_ray.training.identity import check_names, training_identity
@@ -73,9 +74,10 @@ class StudyPreview(Config):
     """``trials``: those listed, as they begin; ``rungs``: of the trained ones, how many train on from each
     rung of a halving, or of all of them one number. ``stages``: how often each kind of stage runs for the
     listed trials; ``sampled``: trials proposed as it goes, of which ``priors`` are known to be good
-    elsewhere; ``excluded``: combinations of a grid that cannot meet the constraints, or of several backbones
-    cannot be built of theirs; ``work``: how much there is to compute; ``peak_bytes`` and ``end_bytes``: about
-    what the study takes on disk, at most and in the end."""
+    elsewhere; ``shapes``: at most so many more that a solver finds; ``excluded``: combinations of a grid that
+    cannot meet the constraints, or of several backbones cannot be built of theirs; ``work``: how much there
+    is to compute; ``peak_bytes`` and ``end_bytes``: about what the study takes on disk, at most and in the
+    end."""
 
     study: str
     backbones: tuple[str, ...]
@@ -84,6 +86,7 @@ class StudyPreview(Config):
     trials: tuple[TrialPreview, ...]
     rungs: tuple[int, ...]
     sampled: int
+    shapes: int
     priors: int
     excluded: int
     stages: dict[str, int]
@@ -99,6 +102,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
     """
     _check_sources(space)
     backbones = load_backbones(space)
+    _check_widths(space, backbones)
     seen: dict[str, tuple[KeyedStage, TrialConfig, Plan]] = {}
     trials, sizes = [], []
     candidates = allowed_candidates(space, backbones)
@@ -141,6 +145,7 @@ def dry_run(space: SearchSpace) -> StudyPreview:
         trials=tuple(trials),
         rungs=rungs,
         sampled=space.trials,
+        shapes=space.added - space.trials,
         priors=len(suggestions(space, depths(backbones))),
         excluded=len(space.listed()) - len(candidates),
         stages={name: names.count(name) for name in dict.fromkeys(names)},
@@ -153,9 +158,9 @@ def dry_run(space: SearchSpace) -> StudyPreview:
 
 
 def _rungs(space: SearchSpace, candidates: Sequence[Candidate]) -> tuple[int, ...]:
-    """How many trials train at each rung; all that the sampler adds are taken for trained."""
+    """How many trials train at each rung; all that are added as it goes are taken for trained."""
     parts = [len(space.rungs(space.trial(candidate))) for candidate in candidates if candidate.recover]
-    counts = [len(parts) + space.trials]
+    counts = [len(parts) + space.added]
     for _ in range(1, max(parts, default=1)):
         counts.append(space.halving.share(counts[-1]))
     return tuple(counts)
@@ -237,6 +242,17 @@ def _check_sources(space: SearchSpace) -> None:
                 check_names(training)
             except InputError as error:
                 raise InputError(f"{field}.{error}") from None
+
+
+def _check_widths(space: SearchSpace, backbones: Backbones) -> None:
+    """Raise InputError for a backbone whose neurons an elastic study cannot sort."""
+    narrows = space.strategy == "elastic" and space.least.narrows
+    for name, config in backbones.items():
+        if narrows and any(layer.neurons is not None for layer in present_plan(config).layers):
+            raise InputError(
+                f"{name} has narrowed MLPs, and strategy elastic sorts the neurons of whole ones: leave "
+                "widths out, or take another strategy"
+            )
 
 
 def expected_plan(config: TrialConfig, backbones: Backbones) -> Plan:

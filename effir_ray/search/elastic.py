@@ -62,7 +62,8 @@ def smallest(listed: Iterable[Candidate], sampled: Parameters) -> Schedule:
             )
     agreed: dict[str, Any] = {name: one for name, several in orders.items() for one in several}
     return Schedule(
-        drop_block=max((_count(each.drop_block) + each.drop_last_blocks for each in found), default=0),
+        drop_last_blocks=max((each.drop_last_blocks for each in found), default=0),
+        drop_block=max((_count(each.drop_block) for each in found), default=0),
         drop_attention=max((_count(each.drop_attention) for each in found), default=0),
         drop_mlp=max((_count(each.drop_mlp) for each in found), default=0),
         width_reduction=max(map(_narrowed, found), default=0.0),
@@ -111,9 +112,11 @@ def networks(least: Schedule, present: Plan, scores: ImportanceScores | None) ->
     """The sub-networks of a model that has ``present``, the smallest one last; ``scores``: where ``least``
     drops anything. More than there is to drop is all but one block."""
     layers = len(present.layers)
-    blocks = min(_count(least.drop_block), layers - 1)
-    rest = layers - blocks
+    last = min(least.drop_last_blocks, layers - 1)
+    blocks = min(_count(least.drop_block), layers - last - 1)
+    rest = layers - last - blocks
     depth = {
+        "drop_last_blocks": last,
         "drop_block": blocks,
         "drop_attention": min(_count(least.drop_attention), rest),
         "drop_mlp": min(_count(least.drop_mlp), rest - 1),
@@ -126,8 +129,14 @@ def networks(least: Schedule, present: Plan, scores: ImportanceScores | None) ->
     both = [layer for layer, (attention, mlp) in enumerate(gone) if attention and mlp]
     attentions = [layer for layer, (attention, mlp) in enumerate(gone) if attention and not mlp]
     mlps = [layer for layer, (attention, mlp) in enumerate(gone) if mlp and not attention]
+
+    def order(layer: int) -> tuple[bool, float, int]:
+        """The last blocks go first, from the end; then the least important."""
+        counted = layer < layers - last
+        return counted, scores.block[layer] if counted and scores is not None else 0.0, -layer
+
+    both.sort(key=order)
     if scores is not None:
-        both.sort(key=lambda layer: (scores.block[layer], -layer))
         attentions.sort(key=lambda layer: (scores.attention[layer], -layer))
         mlps.sort(key=lambda layer: (scores.mlp[layer], -layer))
     shares = [level / _LEVELS for level in range(_LEVELS + 1)]

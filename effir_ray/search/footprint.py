@@ -13,8 +13,9 @@ from pathlib import Path
 from effir_ray.data.datasets import official_name
 from effir_ray.data.download import BEIR_SETS
 from effir_ray.errors import InputError
-from effir_ray.search.space import SearchSpace, StudySettings, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import Split
+from effir_ray.search.trial_config import StudySettings, TrialConfig
 from effir_ray.training.config import TrainConfig
 
 _FLOAT = 4  # bytes: trained weights and embeddings are float32
@@ -66,14 +67,14 @@ def study_footprint(
     if space.strategy == "elastic":  # with its neurons sorted
         common += sum(full.parameters * full.stored for full in fulls.values())
     kept = [_kept(config, size, every=space.keep == "all") for config, size in trials]
-    kept += [max(kept)] * space.trials
+    kept += [max(kept)] * space.added
     share = 1.0 if space.keep == "all" else _FRONT_SHARE
     again = sum(kept) * _FRONT_SHARE * max(0, len(space.seeds) - 1)
     stay = int(sum(kept) * share + again)
     building = max(_building(config, size) for config, size in trials)
     building = max([building, *(_training(training, full) for full, training in based)])
     waiting = [_state(config.recovery, size) for config, size in trials if config.recovery is not None]
-    states = sum(waiting) + max(waiting, default=0) * space.trials if space.strategy != "independent" else 0
+    states = sum(waiting) + max(waiting, default=0) * space.added if space.strategy != "independent" else 0
     end = common + (0 if space.keep == "none" else stay)
     return Footprint(peak=common + stay + building * space.concurrency + states, end=end)
 

@@ -27,8 +27,8 @@ from effir_ray.models import accounting
 from effir_ray.models.loading import load_config
 from effir_ray.readers import read_json
 from effir_ray.search.model_stages import CHECKPOINT, plan_of, read_plan, settle
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Split, StageTask
+from effir_ray.search.trial_config import TrialConfig
 
 SHARDS = "shards"
 SCORES = "scores.json"

@@ -39,8 +39,8 @@ from effir_ray.models.names import resolve
 from effir_ray.models.plan import Plan
 from effir_ray.models.retriever import load_retriever
 from effir_ray.search.elastic import networks
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, StageTask
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE, TrainConfig
 
@@ -111,8 +111,7 @@ def sort_neurons(task: StageTask) -> None:
     """The full model with every MLP's neurons sorted: any width is then the first of them."""
     from effir_ray.training.step.elastic import prepare_elastic
 
-    with _only_this_trial():
-        prepare_elastic(task.parent("model") / CHECKPOINT, _neurons(task), task.out / CHECKPOINT)
+    prepare_elastic(task.parent("model") / CHECKPOINT, _neurons(task), task.out / CHECKPOINT)
     write_plan(task.out, read_plan(task.parent("model")))
 
 

@@ -61,7 +61,7 @@ def study_name(space: SearchSpace) -> str:
     if space.strategy == "independent":
         return space.name
     if space.strategy == "elastic":
-        return f"{space.name}, as elastic training leaves them"
+        return f"{space.name}, after {space.elastic.steps or 'all'} elastic steps"
     return f"{space.name}, first of {space.halving.rungs} rungs by {space.halving.factor}"
 
 

@@ -31,8 +31,9 @@ from effir_ray.search.halving import choose
 from effir_ray.search.optuna_study import STORAGE, distribution, ended_trial, open_study, readable
 from effir_ray.search.priors import suggestions
 from effir_ray.search.shapes import Solver
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import Split
+from effir_ray.search.trial_config import TrialConfig
 
 _SPLITS: tuple[Split, ...] = ("dev", "test")
 _HANDED_OUT = "handed_out"  # user attribute of Optuna's trials that were really run

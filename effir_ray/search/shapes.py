@@ -1,25 +1,29 @@
 """Schedules of unequal widths that a solver finds in the model which an elastic study trained.
 
-Depth goes first: every trial that drops sublayers and narrows nothing has measured what it would lose if
-single layers were narrower besides (stage ``shapes``). The solver finds the best widths for each depth and
-budget, and of each budget the best depth (``compression.budget``).
+Depth goes first: for each depth that a study tries its trials have measured what is lost if single layers are
+narrower besides (stage ``shapes``). The solver finds the best widths for each depth and budget, and of each
+budget the best depth (``compression.budget``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from effir_ray.compression.budget import Choice, Replacements, choose_within, option_costs
 from effir_ray.compression.schedule import Schedule
+from effir_ray.config import parse
 from effir_ray.models.accounting import count_block_parameters
 from effir_ray.models.plan import Plan
+from effir_ray.readers import read_json
 from effir_ray.search.candidates import Candidate
 from effir_ray.search.model_stages import SHAPES
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import Sources
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 
@@ -42,10 +46,10 @@ def solver(
         found: list[Candidate] = []
         for name in space.backbone_names:
             own = [trial for trial in trials if trial.backbone == name]
-            files = [file for trial in own for file in _files(trial, store, sources[name])]
-            if not files:
+            places = dict.fromkeys(place for trial in own for place in _places(trial, sources[name], store))
+            if not places:
                 continue
-            measured = [Replacements.model_validate_json(file) for file in files]
+            measured = [_read(store.small(place, SHAPES)) for place in places]
             like = Schedule(width_method=own[0].ordered_by.width_method)
             one = name if len(space.backbones) > 1 else None
             found += [
@@ -57,9 +61,13 @@ def solver(
     return solve
 
 
-def _files(trial: TrialConfig, store: StageStore, sources: Sources) -> list[str]:
-    places = [stage.path(store) for stage in trial_stages(trial, sources, "dev") if stage.name == "shapes"]
-    return [store.small(place, SHAPES).read_text() for place in places if store.has(place)]
+def _places(trial: TrialConfig, sources: Sources, store: StageStore) -> list[Path]:
+    """Of its stage, where it has one: trials of one depth share it."""
+    return [stage.path(store) for stage in trial_stages(trial, sources, "dev") if stage.name == "shapes"]
+
+
+def _read(file: Path) -> Replacements:
+    return parse(read_json(file), Replacements, source=str(file))
 
 
 def best_shapes(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from effir_ray.results.query_scores import QueryScores
-from effir_ray.search.space import TrialConfig
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.stages import StageStore
 
 Split = Literal["dev", "test"]

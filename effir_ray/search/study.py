@@ -53,10 +53,11 @@ from effir_ray.search.footprint import Footprint, check_space
 from effir_ray.search.optuna_study import STORAGE, readable, write_all_trials
 from effir_ray.search.proposals import Proposals, TrialRequest
 from effir_ray.search.shapes import solver
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import Sources, Split, study_contents
 from effir_ray.search.time_estimate import TimeEstimate
 from effir_ray.search.trial import failed_row, failure_reason, reads_of, run_trial, sources_of
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.stages import size_on_disk
 
 _SPACE_FILE = "space.yaml"  # a job's search space travels with it
@@ -134,6 +135,11 @@ def _search(
 ) -> StudyResult:
     """Connected, and with everything checked that takes no device. ``given``: Ray was there before."""
     folder, here = study.folder, machine()
+    if space.device not in ("auto", here.device):
+        raise InputError(
+            f"device is {space.device}, and what this Ray starts for it computes on {here.device}: its "
+            "workers see other devices than it counts"
+        )
     _check_precisions(space, here)
     record = claim(folder, space, contents, resume=resume, here=here)
     study.push(folder / STUDY_FILE)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from effir_ray.models import accounting
 from effir_ray.models.plan import Plan
 from effir_ray.search.dry_run import Backbones, expected_plan
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 

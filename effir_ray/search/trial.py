@@ -29,8 +29,8 @@ from effir_ray.results.selection import rows_of_trial
 from effir_ray.results.tables import Folders
 from effir_ray.search.folder import STAGES_FOLDER
 from effir_ray.search.model_stages import settle, training_workers
-from effir_ray.search.space import StudySettings, TrialConfig
 from effir_ray.search.stage_graph import KeyedStage, Sources, Split, Stage, StageTask
+from effir_ray.search.trial_config import StudySettings, TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.storage import redacted

@@ -18,6 +18,7 @@ from effir_ray.compression.pipeline import WIDTHS
 from effir_ray.compression.planning import needs_scores
 from effir_ray.compression.schedule import Schedule
 from effir_ray.compression.vocabulary import MOST_TEXTS
+from effir_ray.models.loading import load_config
 from effir_ray.search.measurement_stages import (
     SHARDS,
     columns_of_bm25,
@@ -45,8 +46,8 @@ from effir_ray.search.model_stages import (
     sort_neurons,
     train_elastic,
 )
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Cost, KeyedStage, Sources, Split, Stage, key_stages
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.training.config import STUDY_TEACHER, TrainConfig
 from effir_ray.training.step.ladder import BETWEEN
 
@@ -156,16 +157,16 @@ def _learns_from_base(config: TrialConfig) -> bool:
 
 
 def _finds_shapes(config: TrialConfig) -> bool:
-    """Of depth alone, and before it trains."""
+    """Before a trial trains: once for all of its depth, but those whose widths are found already."""
     begun = config.recovery is not None and config.recovery.stop_after == 0
-    schedule = config.schedule
-    wide = not (schedule.narrows or schedule.vocabulary or schedule.dimension)
-    return begun and wide and config.elastic is not None and config.elastic.shapes
+    free = begun and not config.schedule.layer_widths
+    return free and config.elastic is not None and config.elastic.shapes
 
 
 def _narrowed_tokens(config: TrialConfig) -> float:
-    """Each width of each layer, from there on: half of the model, of which there may be 32 blocks."""
-    return 0.5 * len(WIDTHS) * 32 * config.calibration_texts * _lengths(config)
+    """Each width of each layer, from there on: half of the model."""
+    layers: int = load_config(config.backbone, first_blocks=config.first_blocks).num_hidden_layers
+    return 0.5 * len(WIDTHS) * layers * config.calibration_texts * _lengths(config)
 
 
 def _training_tokens(training: TrainConfig | None) -> float:
@@ -311,6 +312,7 @@ STAGES: tuple[Stage, ...] = (
         on_device=_always,
         computed_on="device",
         columns=lambda task: {},  # an end: nothing of the trial is made of it
+        shared=True,
         cost=Cost(tokens=_narrowed_tokens),
     ),
     Stage(

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from effir_ray.config import Config
 from effir_ray.models import accounting
 from effir_ray.models.plan import Plan
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.stage_graph import KeyedStage
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def study_work(
         for name, training in space.of(backbone).trainings.items()
     ]
     return Work(
-        flops=shared + own * (1 + space.trials / max(1, listed)),
+        flops=shared + own * (1 + space.added / max(1, listed)),
         uncounted=(
             *dict.fromkeys(name for name, training, _ in trainings if training.steps is None),
             *(["dev"] if space.dev.documents is None else []),

@@ -80,7 +80,8 @@ def test_a_function_runs_where_a_gpu_is_reserved_for_it_and_waits_for_one(tmp_pa
 
 
 SHARED = """
-import json, os, time
+import json, os, sys, time
+from pathlib import Path
 import ray
 from effir_ray.cluster.connection import worker_environment
 from effir_ray.cluster.devices import machine, on_device, reserving, sharing
@@ -88,19 +89,24 @@ from effir_ray.cluster.devices import machine, on_device, reserving, sharing
 def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
-def slow():
-    began = time.time()
-    time.sleep(3)
-    return began, time.time()
+def meet(place, seconds):
+    # Whether another one runs within so many seconds.
+    Path(place, str(os.getpid())).touch()
+    deadline = time.time() + seconds
+    while (met := len(list(Path(place).iterdir()))) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    if met < 2:
+        Path(place, str(os.getpid())).unlink()
+    return met >= 2
 
-def share(gpus):
+def share(gpus, *arguments):
     with sharing(0.5), sharing(gpus):
-        return on_device(slow).value
+        return on_device(meet, *arguments).value
 
-def overlap(gpus):
+def overlap(gpus, place, seconds):
+    Path(place).mkdir()
     task = ray.remote(num_cpus=0)(share)
-    (began, ended), (other, _) = sorted(ray.get([task.remote(gpus) for _ in range(2)]))
-    return other < ended
+    return ray.get([task.remote(gpus, place, seconds) for _ in range(2)])
 
 ray.init(
     "local",
@@ -111,19 +117,19 @@ ray.init(
     runtime_env={"env_vars": worker_environment(local=True)},
 )
 found = {"without": ray.get(ray.remote(num_cpus=0)(seen).remote()), "with": on_device(seen).value}
-found |= {"halves": overlap(0.5), "wholes": overlap(1)}
+found |= {"halves": overlap(0.5, sys.argv[1] + "/a", 100), "wholes": overlap(1, sys.argv[1] + "/b", 3)}
 with reserving(False):
     found |= {"on a CPU": on_device(os.getpid).value == os.getpid(), "machine": machine().device}
 print(json.dumps(found))
 """
 
 
-def test_a_gpu_is_seen_by_those_that_reserved_it_and_shared_by_those_that_say_so() -> None:
-    assert json.loads(run(SHARED).splitlines()[-1]) == {
+def test_a_gpu_is_seen_by_those_that_reserved_it_and_shared_by_those_that_say_so(tmp_path: Path) -> None:
+    assert json.loads(run(SHARED, tmp_path).splitlines()[-1]) == {
         "without": "",
         "with": "0",
-        "halves": True,
-        "wholes": False,
+        "halves": [True, True],
+        "wholes": [False, False],
         "on a CPU": True,
         "machine": "cpu",
     }
@@ -134,7 +140,8 @@ import dataclasses, functools, json, sys
 from pathlib import Path
 import ray
 from effir_ray.search import trial_stages
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial import run_trial
 from effir_ray.stages import StageStore
 from effir_ray.training.run import launcher
@@ -219,7 +226,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from effir_ray.encoding.corpus_encoding import encode_corpus
 from effir_ray.evaluation import corpus_search
-from effir_ray.search.space import TrialConfig
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search import measurement_stages
 from effir_ray.search.trial import run_trial
 from effir_ray.stages import StageStore

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from effir_ray.results.schema import TrialRow
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
+from effir_ray.search.trial_config import TrialConfig
 
 
 def small_space(**changes: Any) -> SearchSpace:

@@ -17,10 +17,10 @@ from effir_ray.search.dry_run import load_backbones, named_sources
 from effir_ray.search.folder import claim, exclusive
 from effir_ray.search.model_stages import CHECKPOINT
 from effir_ray.search.proposals import Proposals, TrialRequest
-from effir_ray.search.space import TrialConfig
 from effir_ray.search.stage_graph import Split
 from effir_ray.search.study import clean
 from effir_ray.search.trial import sources_of
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.stages import StageStore
 from effir_ray.training.config import STATE

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from effir_ray.compression.budget import Replacements, layer_options, option_costs
+from effir_ray.compression.pipeline import compress
 from effir_ray.compression.planning import ImportanceScores, make_plan, sized_plan
 from effir_ray.compression.schedule import Schedule
 from effir_ray.errors import InputError
@@ -26,8 +27,9 @@ from effir_ray.search.elastic import networks, removes, smallest
 from effir_ray.search.model_stages import CHECKPOINT, read_plan
 from effir_ray.search.proposals import Proposals
 from effir_ray.search.shapes import best_shapes
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
 from effir_ray.search.study import search
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.search.trial_stages import trial_stages
 from effir_ray.training.config import TrainConfig
 from effir_ray.training.run.launcher import train
@@ -67,6 +69,13 @@ def test_depth_or_width_alone_make_networks_of_it() -> None:
     assert [rung.width for rung in wide] == [0.75, 0.5, 0.25]
 
 
+def test_the_last_blocks_go_from_the_end() -> None:
+    found = networks(Schedule(drop_last_blocks=3), Plan.full(6), None)
+    assert [rung.drop_mlp for rung in found] == [(5,), (4, 5), (3, 4, 5)]
+    mixed = networks(Schedule(drop_last_blocks=1, drop_block=2), Plan.full(6), SCORES)
+    assert [rung.drop_mlp for rung in mixed] == [(5,), (1, 5), (1, 3, 5)]
+
+
 def test_what_is_gone_is_not_dropped_again_and_one_block_stays() -> None:
     gone = LayerPlan(attention=False, mlp=False)
     present = Plan(layers=(LayerPlan(), gone, LayerPlan(attention=False), LayerPlan(), LayerPlan(), gone))
@@ -89,7 +98,13 @@ def test_what_is_gone_is_not_dropped_again_and_one_block_stays() -> None:
                     {"drop_mlp": 3, "importance": "random", "vocabulary": 100},
                 ]
             },
-            Schedule(drop_block=2, drop_attention=3, width_reduction=0.25, width_method="taylor"),
+            Schedule(
+                drop_last_blocks=1,
+                drop_block=1,
+                drop_attention=3,
+                width_reduction=0.25,
+                width_method="taylor",
+            ),
         ),
         (
             {
@@ -205,6 +220,29 @@ def test_a_study_goes_on_by_another_strategy_beside_what_it_measured(
     assert len(parts) == 9 + 3 + 1 and second.complete
     assert {config.elastic is None for config in parts} == {after == "halving"}
     assert second.done("dev") == first.done("dev") + len(parts)
+
+
+def test_neurons_of_narrowed_mlps_cannot_be_sorted(tmp_path: Path) -> None:
+    """Said before anything runs; depth alone needs no order of neurons."""
+    narrow = Schedule(width_reduction=0.5, width_method="magnitude")
+    compress("random:llama", narrow, tmp_path / "narrow")
+    deep = {"backbone": str(tmp_path / "narrow"), "schedules": [{"drop_mlp": [1], "recover": True}]}
+    assert dry_run(elastic_space(**deep)).stages["elastic"] == 1
+    wide = {**deep, "schedules": [{"width_reduction": 0.25, "recover": True}]}
+    with pytest.raises(InputError, match="has narrowed MLPs, and strategy elastic sorts"):
+        dry_run(elastic_space(**wide))
+
+
+def test_what_a_solver_may_add_is_counted() -> None:
+    """Also where no schedule leaves the widths alone: it measures at their depth."""
+    schedules = [{"width_reduction": width, "recover": True} for width in (0.25, 0.5)]
+    some, more = (
+        dry_run(elastic_space(schedules=schedules, elastic={"shapes": shapes})) for shapes in (0, 16)
+    )
+    assert (some.shapes, more.shapes) == (0, 16)
+    assert (some.rungs[0], more.rungs[0]) == (2, 18)
+    assert more.stages["shapes"] == 1 and "shapes" not in some.stages
+    assert more.peak_bytes > some.peak_bytes and more.work.flops > some.work.flops
 
 
 def test_trials_share_the_training_and_the_orders_it_goes_along() -> None:
@@ -336,7 +374,7 @@ def test_an_elastic_study_cuts_its_models_from_the_one_it_trained(tmp_path: Path
     sizes = {row["schedule"]: row["parameters"] for row in rows}
     assert all(row["parameters"] < sizes["1M+el"] for row in shapes), "depth as in 1M, narrower"
     assert sum(row["schedule"].endswith("+el+ft") for row in rows) == math.ceil((2 + len(shapes)) / 2)
-    assert len(list(out.glob("stages/shapes/*"))) == 1, "where nothing is narrowed yet"
+    assert len(list(out.glob("stages/shapes/*"))) == 1, "both are of one depth"
     (elastic,) = out.glob("stages/elastic/*")
     trained = load_retriever(elastic / CHECKPOINT)
     plans = {}

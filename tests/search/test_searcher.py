@@ -22,7 +22,7 @@ from effir_ray.search.searcher import (
     ScheduleSearcher,
     StillHeld,
 )
-from effir_ray.search.space import TrialConfig
+from effir_ray.search.trial_config import TrialConfig
 from tests.helpers.search_examples import row, small_space
 
 

@@ -7,7 +7,8 @@ import pytest
 from effir_ray.config import load_yaml
 from effir_ray.errors import InputError
 from effir_ray.search.candidates import Candidate
-from effir_ray.search.space import SearchSpace, TrialConfig
+from effir_ray.search.space import SearchSpace
+from effir_ray.search.trial_config import TrialConfig
 from effir_ray.training.config import TrainConfig
 from tests.helpers.search_examples import small_space
 

@@ -87,8 +87,10 @@ def check_ladder(ladder: Ladder) -> Ladder:
     """``ladder`` itself; ValueError unless its rungs differ from the full model and from each other, and the
     last is a sub-network of all others."""
     for place, rung in enumerate(ladder):
-        if rung in (Rung(), *ladder[:place]):
-            raise ValueError(f"rung {rung.name} is there twice, or nothing less than the full model")
+        if rung == Rung():
+            raise ValueError("a rung is the full model, which is trained anyway: leave it out")
+        if rung in ladder[:place]:
+            raise ValueError(f"rung {rung.name} is there twice")
         if not rung.contains(ladder[-1]):
             raise ValueError(
                 f"rung {ladder[-1].name} is not a smaller sub-network of {rung.name}; list the smallest "
