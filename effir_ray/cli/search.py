@@ -158,7 +158,7 @@ def _show_preview(space: Path, as_json: bool) -> None:
         parts = [f"1/{share}" for share in shares[1:]] + ["all"]
         further = ", ".join(f"{count} do {part}" for count, part in zip(on, parts, strict=True))
         if loaded.strategy == "elastic":
-            say(f"Elastic: {begin} models are cut from one training of all; of their own steps {further}")
+            say(f"Elastic: {begin} begin, cut models after one training of all; of their own steps {further}")
         else:
             say(f"Halving: {begin} trainings do 1/{shares[0]} of their steps; of these {further}")
     if preview.excluded:

@@ -247,10 +247,15 @@ def to_schedule(
     widths where an MLP is narrower than in ``plan``. Everything else is as in ``like``."""
     parts = zip(anatomy_of(config).layers, plan.layers, strict=True)
     present = [width(*layer) if layer[1].mlp else 0 for layer in parts]
+    gone = [(not option.attention, not option.width) for option in chosen]  # its attention, its MLP
+
+    def where(*lost: bool) -> tuple[int, ...] | int:
+        return tuple(layer for layer, parts in enumerate(gone) if parts == lost) or 0
+
     changed: Mapping[str, object] = {
-        "drop_attention": tuple(layer for layer, option in enumerate(chosen) if not option.attention) or 0,
-        "drop_mlp": tuple(layer for layer, option in enumerate(chosen) if not option.width) or 0,
-        "drop_block": 0,
+        "drop_attention": where(True, False),
+        "drop_mlp": where(False, True),
+        "drop_block": where(True, True),
         "drop_last_blocks": 0,
         "width_reduction": 0.0,
         "layer_widths": tuple(option.width for option in chosen)

@@ -192,7 +192,9 @@ def test_a_schedule_names_what_was_chosen() -> None:
         LayerOption(attention=False, width=0),
     ]
     schedule = to_schedule(config, Plan.full(4), chosen, like=Schedule(drop_block=1, width_reduction=0.5))
-    assert schedule == Schedule(drop_attention=(1, 3), drop_mlp=(2, 3), layer_widths=(128, 64, 0, 0))
+    assert schedule == Schedule(
+        drop_attention=(1,), drop_mlp=(2,), drop_block=(3,), layer_widths=(128, 64, 0, 0)
+    )
     made = compress("random:llama", schedule, None)
     assert made.plan is not None
     assert [(layer.attention, layer.mlp) for layer in made.plan.layers] == [

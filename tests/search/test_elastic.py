@@ -331,11 +331,11 @@ def test_each_budget_takes_the_depth_and_widths_that_lose_least() -> None:
         for chosen in itertools.product(*(list(zip(*layer, strict=True)) for layer in layers)):
             everything.append((sum(cost for cost, _ in chosen), each.loss + sum(loss for _, loss in chosen)))
     assert len(found) == len(set(found)) > 3
-    assert {bool(shape.drop_mlp) for shape in found} == {False, True}
+    assert {bool(shape.drop_block) for shape in found} == {False, True}
     for shape in found:
         assert shape.width_method == "taylor"
         plan = sized_plan(config, make_plan(shape, 4, None), shape)
-        loss = 0.3 * bool(shape.drop_mlp) + sum(
+        loss = 0.3 * bool(shape.drop_block) + sum(
             0.1 * layer for layer, size in enumerate(shape.layer_widths, start=1) if 0 < size < 128
         )
         cost = count_block_parameters(config, plan)

@@ -27,7 +27,7 @@ const AXIS = { score: { tickformat: ".2f" }, count: { tickformat: "~s" }, bytes:
   speedup: { ticksuffix: "×" } };
 const show = (column, value) => (value === null || value === undefined ? "" : SHOW[COLUMNS[column]?.kind ?? "text"](value));
 const escape = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
-const name = (row) => row.schedule + (row.recovered && !row.schedule.includes("+ft") ? " trained" : "");
+const name = (row) => row.schedule + (row.recovered && !/\+(el|ft)/.test(row.schedule) ? " trained" : "");
 const distinct = (values) => [...new Set(values)];
 const trialOf = (row) => `${row.study}/${row.trial_id}/${row.group}`;
 const likeFull = (row, seed) => `${row.study}/${row.backbone}/${row.split}/${row.group}/${seed}`;
