@@ -6,12 +6,14 @@ That way truncation keeps the EOS token, and a saved folder tokenizes the same w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effir_ray.errors import InputError
+from effir_ray.readers import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -29,23 +31,44 @@ def load_tokenizer(folder: Path, *, append_eos: bool, trust_remote_code: bool) -
         raise InputError(
             f"{folder}: no tokenizer (tokenizer.json); expected the tokenizer's files beside config.json"
         )
-    try:
+    with _told(folder):
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises no type of its own
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None:
+            raise InputError(f"{folder}: its tokenizer has no fast version; expected a tokenizer.json")
+        _check_ids(backend.get_vocab(), folder)
+        backend.no_padding()
+        backend.no_truncation()
+        tokens = {name: found for name in _SPECIAL if (found := getattr(loaded, name, None)) is not None}
+        tokens.setdefault("pad_token", tokens.get("eos_token"))
+        if tokens["pad_token"] is None:
+            raise InputError(
+                f"{folder}: the tokenizer has neither a padding nor an EOS token; expected at least one"
+            )
+        tokenizer = _wrapped(backend, tokens)  # written and read again: not all that loads is whole
+        return with_eos(tokenizer) if append_eos else tokenizer
+
+
+def _check_ids(vocabulary: Mapping[str, int], folder: Path) -> None:
+    """Raise InputError for two tokens of one id, of which the library keeps either, as it happens."""
+    known: dict[int, str] = {}
+    for token, number in vocabulary.items():
+        if known.setdefault(number, token) != token:
+            first, second = sorted((known[number], token))
+            raise InputError(
+                f"{folder}: its tokenizer has two tokens of id {number}, {quoted(first)} and {quoted(second)}"
+            )
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What the tokenizers library has against the tokenizer of ``folder``: it raises no type of its own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())}") from None
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise InputError(f"{folder}: its tokenizer has no fast version; expected a tokenizer.json")
-    backend.no_padding()
-    backend.no_truncation()
-    tokens = {name: getattr(loaded, name) for name in _SPECIAL if getattr(loaded, name, None) is not None}
-    tokens.setdefault("pad_token", tokens.get("eos_token"))
-    if tokens["pad_token"] is None:
-        raise InputError(
-            f"{folder}: the tokenizer has neither a padding nor an EOS token; expected at least one"
-        )
-    tokenizer = _wrapped(backend, tokens)
-    return with_eos(tokenizer) if append_eos else tokenizer
 
 
 def _wrapped(backend: Any, tokens: Mapping[str, Any]) -> PreTrainedTokenizerFast:
